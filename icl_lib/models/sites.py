@@ -1,0 +1,136 @@
+"""Names of the places in a transformer where an activation can be read or changed, and the taps that do so.
+
+A *tap* is a function `tap(site, x) -> x` that the model calls at every site in the order of computation. Caching
+records, steering adds, ablation replaces, freezing attention replaces the pattern: there is no other hook mechanism.
+"""
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+import equinox as eqx
+from jaxtyping import Array, Float, Int
+
+# Our short names in the order of computation inside a block, and TransformerLens' names for the same tensors.
+LAYER_SITES = {
+    "resid_pre": "hook_resid_pre",  # (b, s, d_model) input of the block
+    "attn_in": "attn.hook_in",  # (b, s, d_model) what q, k and v read: RMSNorm output, gain applied
+    "q": "attn.hook_q",  # (b, s, n_heads, d_head) before the rotary embedding
+    "k": "attn.hook_k",  # (b, s, n_kv_heads, d_head)
+    "v": "attn.hook_v",  # (b, s, n_kv_heads, d_head)
+    "rot_q": "attn.hook_rot_q",  # after the rotary embedding
+    "rot_k": "attn.hook_rot_k",
+    "pattern": "attn.hook_pattern",  # (b, n_heads, s, keys) attention probabilities
+    "z": "attn.hook_z",  # (b, s, n_heads, d_head) mixed values before the output matrix
+    "attn_out": "hook_attn_out",  # (b, s, d_model) what attention adds to the residual
+    "resid_mid": "hook_resid_mid",  # (b, s, d_model) after attention
+    "mlp_in": "mlp.hook_in",  # (b, s, d_model) what the MLP reads: RMSNorm output, gain applied
+    "mlp_out": "hook_mlp_out",  # (b, s, d_model) what the MLP adds to the residual
+    "resid_post": "hook_resid_post",  # (b, s, d_model) output of the block
+}
+GLOBAL_SITES = {"embed": "hook_embed", "final_norm": "ln_final.hook_normalized", "logits": "hook_logits"}
+_FROM_HOOK = {hook: name for names in (LAYER_SITES, GLOBAL_SITES) for name, hook in names.items()}
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Site:
+    """One named activation: `Site("resid_pre", 12)`, or `Site("embed")` for those outside the blocks.
+
+    `str(site)` is TransformerLens' name, "blocks.12.hook_resid_pre"; `Site.parse` reads it back.
+    Raises `ValueError` on an unknown name, or where a layer is missing or not wanted.
+    """
+
+    name: str
+    layer: int | None = None
+
+    def __post_init__(self):
+        if self.name not in LAYER_SITES and self.name not in GLOBAL_SITES:
+            known = [*LAYER_SITES, *GLOBAL_SITES]
+            near = difflib.get_close_matches(self.name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown site {self.name!r}{hint} Sites are {', '.join(known)}")
+        if (self.layer is None) == (self.name in LAYER_SITES):
+            raise ValueError(f"site {self.name!r} {'needs' if self.layer is None else 'takes no'} layer, got {self.layer}")
+
+    def __str__(self) -> str:
+        if self.layer is None:
+            return GLOBAL_SITES[self.name]
+        return f"blocks.{self.layer}.{LAYER_SITES[self.name]}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Site":
+        """The site of a TransformerLens hook name."""
+        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", text)
+        hook, layer = (match[2], int(match[1])) if match else (text, None)
+        if hook not in _FROM_HOOK:
+            raise ValueError(f"{text!r} names no site; examples are blocks.3.hook_resid_pre and hook_embed")
+        return cls(_FROM_HOOK[hook], layer)
+
+
+Tap = Callable[[Site, Array], Array]
+
+
+def compose(*taps: Tap) -> Tap:
+    """One tap that applies `taps` from left to right at every site."""
+
+    def tap(site, x):
+        return functools.reduce(lambda value, each: each(site, value), taps, x)
+
+    return tap
+
+
+def record(sites: Iterable[Site], cache: dict[Site, Array]) -> Tap:
+    """A tap that stores the named activations in `cache` and changes nothing."""
+    wanted = frozenset(sites)
+
+    def tap(site, x):
+        if site in wanted:
+            cache[site] = x
+        return x
+
+    return tap
+
+
+def replace(values: Mapping[Site, Array]) -> Tap:
+    """A tap that puts `values[site]` in the place of the activation, e.g. a clean attention pattern."""
+
+    def tap(site, x):
+        return values.get(site, x)
+
+    return tap
+
+
+def perturb(deltas: Mapping[Site, Array]) -> Tap:
+    """A tap that adds `deltas[site]`. Differentiating at zero deltas gives the gradient at every site in one pass."""
+
+    def tap(site, x):
+        return x + deltas[site].astype(x.dtype) if site in deltas else x
+
+    return tap
+
+
+def check_sites(config, sites: Iterable[Site]) -> tuple[Site, ...]:
+    """The sites as a tuple. Raises `ValueError` on a layer that the model does not have."""
+    sites = tuple(sites)
+    for site in sites:
+        if site.layer is not None:
+            config.check_layer(site.layer, f"layer of site {site}")
+    return sites
+
+
+@eqx.filter_jit
+def _run_with_cache(model, tokens, sites):
+    cache: dict[Site, Array] = {}
+    return model(tokens, tap=record(sites, cache)), cache
+
+
+def run_with_cache(
+    model, tokens: Int[Array, "batch seq"], sites: Iterable[Site]
+) -> tuple[Float[Array, "batch seq d_vocab"], dict[Site, Array]]:
+    """Logits and the activations at `sites`, from one compiled forward pass.
+
+    Raises `ValueError` on a layer out of range, before anything is computed.
+    """
+    return _run_with_cache(model, tokens, check_sites(model.config, sites))
