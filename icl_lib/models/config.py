@@ -62,12 +62,19 @@ class ModelConfig:
             raise ValueError(
                 f"{source}: model_type is {family!r}; supported families are {', '.join(FAMILIES)}"
             )
-        activation = raw.get("hidden_activation") or "gelu_pytorch_tanh"
+        # The first releases say hidden_act "gelu" and mean the tanh approximation.
+        legacy = {"gelu": "gelu_pytorch_tanh"}
+        act = raw.get("hidden_act", "gelu")
+        activation = raw.get("hidden_activation") or legacy.get(act, act)
         if activation != "gelu_pytorch_tanh":
-            raise ValueError(f"{source}: hidden_activation must be 'gelu_pytorch_tanh' for Gemma, got {activation!r}")
+            raise ValueError(f"{source}: the activation must be 'gelu_pytorch_tanh' for Gemma, got {activation!r}")
         if raw.get("tie_word_embeddings", True) is not True:
             raise ValueError(f"{source}: Gemma ties its output matrix to the embedding, but tie_word_embeddings is false")
         rope = raw.get("rope_parameters") or {}
+        scaling = raw.get("rope_scaling") or rope
+        if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+            raise ValueError(f"{source}: Gemma's rotary embedding is not scaled, but the config asks for {scaling}")
+        eos = raw.get("eos_token_id", 1)
         try:
             return cls(
                 family=family,
@@ -82,7 +89,7 @@ class ModelConfig:
                 rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
                 norm_eps=raw.get("rms_norm_eps", 1e-6),
                 bos_id=raw.get("bos_token_id", 2),
-                eos_id=raw.get("eos_token_id", 1),
+                eos_id=eos[0] if isinstance(eos, list) else eos,  # chat models list several
                 pad_id=raw.get("pad_token_id", 0),
             )
         except KeyError as missing:

@@ -49,10 +49,10 @@ class Site:
         if self.name not in LAYER_SITES and self.name not in GLOBAL_SITES:
             known = [*LAYER_SITES, *GLOBAL_SITES]
             near = difflib.get_close_matches(self.name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"unknown site {self.name!r}{hint} Sites are {', '.join(known)}")
         if (self.layer is None) == (self.name in LAYER_SITES):
-            raise ValueError(f"site {self.name!r} {'needs' if self.layer is None else 'takes no'} layer, got {self.layer}")
+            raise ValueError(f"site {self.name!r} {'needs a' if self.layer is None else 'takes no'} layer, got {self.layer}")
 
     def __str__(self) -> str:
         if self.layer is None:

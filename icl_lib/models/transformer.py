@@ -50,7 +50,7 @@ class Past(eqx.Module):
 
 
 def rotate(
-    x: Float[Array, "batch seq heads d_head"], positions: Int[Array, "batch seq"], theta: float
+    x: Float[Array, "batch seq heads d_head"], positions: Int[Array, "#batch seq"], theta: float
 ) -> Float[Array, "batch seq heads d_head"]:
     r"""Rotary embedding: the pair $(x_i, x_{i + n/2})$ turns by $p\,\theta^{-2i/n}$ (Hugging Face's half split)."""
     half = x.shape[-1] // 2
@@ -130,8 +130,17 @@ class Block(eqx.Module):
         return tap(Site("resid_post", layer), x + tap(Site("mlp_out", layer), self.mlp(mlp_in)))
 
 
-def _no_tap(site: Site, x: Array) -> Array:
-    return x
+def _checked(tap: Optional[Tap]) -> Tap:
+    """`tap`, held to the shape of each site: a vector that broadcasts would otherwise pass unseen."""
+
+    def checked(site, x):
+        y = x if tap is None else tap(site, x)
+        if getattr(y, "shape", None) != x.shape:
+            came = type(y).__name__ if getattr(y, "shape", None) is None else f"shape {y.shape}"
+            raise ValueError(f"a tap must return an array of the site's shape: expected {x.shape} at {site}, got {came}")
+        return y
+
+    return checked
 
 
 class Transformer(eqx.Module):
@@ -168,10 +177,11 @@ class Transformer(eqx.Module):
         return cls(linear(embed_key, config.d_vocab, d), blocks, norm(), config)
 
     def __call__(self, tokens: Int[Array, "batch seq"], tap: Optional[Tap] = None) -> Float[Array, "batch seq d_vocab"]:
-        tap = tap or _no_tap
+        if tokens.ndim != 2:
+            raise ValueError(f"the model takes tokens of shape (batch, seq), got {tokens.shape}; is tokens[None] meant?")
         # Gemma rounds the factor to the activation dtype before it multiplies.
         scale = jnp.asarray(self.config.embed_scale, self.embed.dtype)
-        return self.run_from(0, tap(Site("embed"), self.embed[tokens] * scale), tap)
+        return self.run_from(0, _checked(tap)(Site("embed"), self.embed[tokens] * scale), tap)
 
     def run_from(
         self,
@@ -182,7 +192,7 @@ class Transformer(eqx.Module):
     ) -> Float[Array, "batch seq d_vocab"]:
         """Logits from the input of block `layer` on; with `past`, token j of row b stands at `past.length[b] + j`."""
         self.config.check_layer(layer)
-        tap = tap or _no_tap
+        tap = _checked(tap)
         seq = resid_pre.shape[1]
         positions = jnp.arange(seq)[None, :] + (0 if past is None else past.length[:, None])
         mask = causal_mask(seq, past)

@@ -55,7 +55,14 @@ def load_config(name: str | Path, revision: str | None = None) -> ModelConfig:
     path = fetch(name, revision) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: a model folder holds config.json beside its *.safetensors")
-    return ModelConfig.from_hf(json.loads(path.read_text()), source=str(path))
+    return ModelConfig.from_hf(_read_json(path), source=str(path))
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): is it cut short? Download it again") from error
 
 
 def _abstract(config: ModelConfig) -> Transformer:
@@ -80,7 +87,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _tensor_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        files = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:

@@ -1,0 +1,226 @@
+"""Configs and checkpoints as others write them, and what is said when they are not what they should be."""
+
+import json
+import math
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from icl_lib.models import (
+    ModelConfig,
+    Transformer,
+    fetch,
+    load_config,
+    load_model,
+    load_tokenizer,
+    save_model,
+    tensor_shapes,
+    tiny_config,
+)
+
+# google/gemma-2b's config.json as released; note "gelu", and that neither tying nor hidden_activation is named.
+GEMMA_2B = {
+    "architectures": ["GemmaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2,
+    "eos_token_id": 1, "head_dim": 256, "hidden_act": "gelu", "hidden_size": 2048, "initializer_range": 0.02,
+    "intermediate_size": 16384, "max_position_embeddings": 8192, "model_type": "gemma", "num_attention_heads": 8,
+    "num_hidden_layers": 18, "num_key_value_heads": 1, "pad_token_id": 0, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 10000.0, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 256000,
+}  # fmt: skip
+CONFIGS = Path(__file__).parents[1].parent / "shared" / "data" / "hf_configs"  # where a checkout comes with them
+
+
+def gemma_2b_tensors():
+    """The tensor list of gemma-2b, written out: linear weights are (out, in), and there is no lm_head."""
+    layer = {
+        "input_layernorm": [2048], "post_attention_layernorm": [2048], "self_attn.q_proj": [2048, 2048],
+        "self_attn.k_proj": [256, 2048], "self_attn.v_proj": [256, 2048], "self_attn.o_proj": [2048, 2048],
+        "mlp.gate_proj": [16384, 2048], "mlp.up_proj": [16384, 2048], "mlp.down_proj": [2048, 16384],
+    }  # fmt: skip
+    layers = {f"model.layers.{i}.{name}.weight": shape for i in range(18) for name, shape in layer.items()}
+    return {"model.embed_tokens.weight": [256000, 2048], "model.norm.weight": [2048], **layers}
+
+
+@pytest.fixture
+def folder(tmp_path, getkey):
+    return save_model(Transformer.init(tiny_config(), key=getkey()), tmp_path / "model", dtype="float32")
+
+
+def edit_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def header(file):
+    """The header of a safetensors file, read by hand: a little-endian length, then JSON."""
+    data = file.read_bytes()
+    return json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+
+
+def test_gemma_2b_has_its_published_tensors():
+    raw, wanted = GEMMA_2B, gemma_2b_tensors()
+    if CONFIGS.is_dir():
+        raw = json.loads((CONFIGS / "gemma-2b.json").read_text())
+        wanted = json.loads((CONFIGS / "tensors" / "gemma-2b.tensors.json").read_text())
+        assert wanted == gemma_2b_tensors()
+    config = ModelConfig.from_hf(raw)
+    assert config == ModelConfig.from_hf(GEMMA_2B)
+    shapes = tensor_shapes(config)
+    assert {name: list(shape) for name, shape in shapes.items()} == wanted
+    assert len(shapes) == 164
+    assert sum(math.prod(shape) for shape in shapes.values()) == 2_506_172_416
+    assert (config.n_ctx, config.rope_theta, config.norm_eps, config.bos_id) == (8192, 10_000.0, 1e-6, 2)
+
+
+def test_new_field_names_mean_the_same_as_the_old():
+    new = {k: v for k, v in GEMMA_2B.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype", "hidden_act")}
+    new |= {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}, "dtype": "bfloat16", "hidden_act": "gelu_pytorch_tanh"}
+    assert ModelConfig.from_hf(new) == ModelConfig.from_hf(GEMMA_2B | {"rope_theta": 500.0})
+    assert ModelConfig.from_hf(new).rope_theta == 500.0
+    assert ModelConfig.from_hf(new | {"eos_token_id": [1, 107]}).eos_id == 1
+
+
+def test_to_hf_is_the_inverse_of_from_hf():
+    config = tiny_config(rope_theta=123.0, norm_eps=1e-5, bos_id=5)
+    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf("float16")))) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "mamba"}, r"model_type is 'mamba'; supported families are gemma"),
+        ({"model_type": None}, "model_type is None"),
+        ({"hidden_act": "silu"}, "gelu_pytorch_tanh.*got 'silu'"),
+        ({"hidden_activation": "gelu"}, "got 'gelu'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary embedding is not scaled.*linear"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "not scaled.*yarn"),
+        ({"num_key_value_heads": 3}, "multiple of n_kv_heads, got 8 and 3"),
+        ({"head_dim": 7}, "d_head must be even.*got 7"),
+    ],
+)
+def test_a_config_that_is_not_ours_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(GEMMA_2B | fields)
+
+
+def test_a_missing_field_is_named_with_its_file(folder):
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["intermediate_size"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=r"config.json: field 'intermediate_size' is missing"):
+        load_config(folder)
+
+
+@pytest.mark.parametrize(("dtype", "code"), [("float32", "F32"), ("float16", "F16"), ("bfloat16", "BF16")])
+def test_save_and_load_keep_the_weights(dtype, code, tmp_path, getkey):
+    model = Transformer.init(tiny_config(n_heads=4, n_kv_heads=2), key=getkey())
+    save_model(model, tmp_path, dtype=dtype)
+    stored = {k: v for k, v in header(tmp_path / "model.safetensors").items() if k != "__metadata__"}
+    assert {v["dtype"] for v in stored.values()} == {code}
+    assert {k: tuple(v["shape"]) for k, v in stored.items()} == tensor_shapes(model.config)
+    back = load_model(tmp_path)
+    assert back.config == model.config == load_config(tmp_path)
+    numpy_dtype = {"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)
+    for ours, theirs in zip(jax.tree.leaves(back), jax.tree.leaves(model), strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_array_equal(ours, np.asarray(theirs).astype(numpy_dtype).astype(np.float32))
+    assert {w.dtype for w in jax.tree.leaves(load_model(tmp_path, dtype=dtype))} == {jnp.dtype(dtype)}
+
+
+def test_shards_of_transformers_are_read_through_their_index(folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    sharded = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(sharded, max_shard_size="8KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    for ours, theirs in zip(*(jax.tree.leaves(load_model(f)) for f in (sharded, folder)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    lost = sorted(sharded.glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"index.json names {lost.name}, which is not in the folder"):
+        load_model(sharded)
+
+
+def test_a_copy_of_the_tied_output_matrix_is_passed_over(folder):
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    assert load_model(folder).embed.shape == (40, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"missing model.norm.weight \(16,\)"),
+        (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": np.zeros(3, "f")}), "unknown model.layers.2.mlp.up_proj.weight"),
+        (
+            lambda t: t.update({"model.embed_tokens.weight": np.zeros((16, 40), "f")}),
+            r"model.embed_tokens.weight has shape \(16, 40\), expected \(40, 16\)",
+        ),
+        (lambda t: [t.pop(name) for name in list(t)[:8]], r"missing .* and 3 more\. Check that config and weights"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_config_are_named(folder, change, message):
+    edit_tensors(folder, change)
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+def test_weights_of_another_config_are_refused(folder):
+    edit_config(folder, num_hidden_layers=1)
+    with pytest.raises(ValueError, match="unknown model.layers.1"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -7])
+def test_a_truncated_file_is_named(folder, keep):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read as safetensors .*cut short"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_broken_json_is_named(folder, name):
+    (folder / name).write_text('{"model_type": "gem')
+    with pytest.raises(ValueError, match=rf"{name} is not valid JSON"):
+        load_model(folder)
+
+
+def test_what_a_folder_lacks_is_named(folder):
+    with pytest.raises(ValueError, match=r"no tokenizer.json: a fast tokenizer is needed"):
+        load_tokenizer(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no \*.safetensors"):
+        load_model(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config.json does not exist: a model folder holds config.json"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "no/such/folder/at-all", "../missing"])
+def test_a_name_that_is_nowhere_says_what_would_do(name, monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=rf"no folder '{name}', .*pass a folder with config.json"):
+        fetch(name)
+
+
+def test_the_import_is_light():
+    """transformers, torch and the hub client take seconds to import; only the calls that need them may do so."""
+    code = "import sys, icl_lib.models; print([m for m in ('torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
