@@ -1,0 +1,276 @@
+"""Tasks: named lists of input-output pairs, embedded, downloaded with their hashes checked, or read from a folder."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from random import Random
+
+import pooch
+
+Pairs = tuple[tuple[str, str], ...]
+
+WORDS = Path(__file__).parent / "words"
+REGISTRY = Path(__file__).parent / "registry.tsv"
+DATA_VARIABLE = "ICL_LIB_TASK_DATA"
+POOLS = ("extraction", "optimisation", "evaluation")
+
+# Pinned commits of the published pairs, and the folder of each below ICL_LIB_TASK_DATA.
+URLS = {
+    "paper": "https://raw.githubusercontent.com/roeehendel/icl_task_vectors/1da0db608c69662cecc1ee7352b84531c1acc435/data/",
+    "function_vectors": (
+        "https://raw.githubusercontent.com/ericwtodd/function_vectors/fb9eac7b6dc707ea1475a717379916007fe448d5/dataset_files/"
+    ),
+}
+FOLDERS = {"paper": "icl_task_vectors", "function_vectors": "function_vectors"}
+
+# Embedded tasks: group, then the (table, input column, output column) whose rows are joined.
+_TABLES = {
+    "country_capital": ("knowledge", [("countries", "country", "capital")]),
+    "country_currency": ("knowledge", [("countries", "country", "currency")]),
+    "location_continent": (
+        "knowledge",
+        [("countries", "country", "continent"), ("countries", "capital", "continent")],
+    ),
+    "location_language": ("knowledge", [("countries", "country", "language"), ("countries", "capital", "language")]),
+    "location_country": ("knowledge", [("countries", "capital", "country")]),
+    "person_profession": ("knowledge", [("people", "person", "profession")]),
+    "person_language": ("knowledge", [("people", "person", "language")]),
+    "person_country": ("knowledge", [("people", "person", "country")]),
+    "antonyms": ("linguistic", [("adjectives", "word", "antonym")]),
+    "singular_plural": ("linguistic", [("nouns", "singular", "plural")]),
+    "plural_singular": ("linguistic", [("nouns", "plural", "singular")]),
+    "present_gerund": ("linguistic", [("verbs", "verb", "gerund")]),
+    "present_past": ("linguistic", [("verbs", "verb", "past")]),
+    "present_perfect": ("linguistic", [("verbs", "verb", "participle")]),
+    "en_es": ("translation", [("nouns", "singular", "spanish"), ("adjectives", "word", "spanish")]),
+    "en_fr": ("translation", [("nouns", "singular", "french"), ("adjectives", "word", "french")]),
+    "en_it": ("translation", [("nouns", "singular", "italian"), ("adjectives", "word", "italian")]),
+    "es_en": ("translation", [("nouns", "spanish", "singular"), ("adjectives", "spanish", "word")]),
+    "fr_en": ("translation", [("nouns", "french", "singular"), ("adjectives", "french", "word")]),
+    "it_en": ("translation", [("nouns", "italian", "singular"), ("adjectives", "italian", "word")]),
+    "noun_category": ("knowledge", [("nouns", "singular", "category"), ("nouns", "plural", "category")]),
+}
+
+
+class UnknownTask(KeyError):
+    """A task name that is not there; the message names the nearest one that is."""
+
+    def __str__(self) -> str:
+        return self.args[0]  # KeyError would print the repr, quotes and all
+
+
+class TaskDataError(FileNotFoundError):
+    """Task files that could not be fetched or found; the message says how to give a local copy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Input-output pairs with a name, a group ("knowledge", "linguistic", "translation", "algorithmic", ...) and a source.
+
+    Raises `ValueError` if there is no pair, or a pair has an empty side.
+    """
+
+    name: str
+    pairs: Pairs
+    group: str
+    source: str
+
+    def __post_init__(self):
+        if not self.pairs:
+            raise ValueError(f"task {self.name!r} from {self.source} has no pairs")
+        for x, y in self.pairs:
+            if not x.strip() or not y.strip():
+                raise ValueError(f"task {self.name!r} from {self.source} has a pair with an empty side: {(x, y)!r}")
+
+    def pool(self, use: str, *, seed: int = 0) -> Pairs:
+        """The pairs for one use: "extraction" (40 %), "optimisation" (30 %) or "evaluation" (30 %) of the inputs.
+
+        The three are disjoint by input string. Inputs are ranked by a hash of the string and the seed, so a pool
+        does not change with the order of the file. Raises `ValueError` on another name, or an empty pool.
+        """
+        if use not in POOLS:
+            raise ValueError(f"pools are {', '.join(POOLS)}; got {use!r}")
+        inputs = sorted({x for x, _ in self.pairs}, key=lambda x: hashlib.sha256(f"{seed}\n{x}".encode()).digest())
+        cuts = [0, round(0.4 * len(inputs)), round(0.7 * len(inputs)), len(inputs)]
+        part = POOLS.index(use)
+        chosen = set(inputs[cuts[part] : cuts[part + 1]])
+        if not chosen:
+            raise ValueError(f"the {use} pool of task {self.name!r} is empty: it has only {len(inputs)} inputs")
+        return tuple(pair for pair in self.pairs if pair[0] in chosen)
+
+
+def load_tasks(source: str | Path) -> dict[str, Task]:
+    """Tasks by name, in order: "embedded", "paper", "function_vectors", or a folder of .json and .tsv files.
+
+    - "embedded": 25 tasks over our own word tables.
+    - "paper": 20 files of Hendel et al. (2023), "In-Context Learning Creates Task Vectors", less the header line that
+      four translation files carry as their first pair, and the three word-list tasks of the sparse-feature-circuit
+      work: 23 tasks.
+    - "function_vectors": 53 tasks of Todd et al. (2024), "Function Vectors in Large Language Models".
+    - a folder: JSON (an object input -> output, or a list of {"input", "output"}) and TSV (header `input`, `output`),
+      named after the file, grouped by its subfolder.
+
+    Published files are downloaded once, their SHA-256 checked. With the environment variable ICL_LIB_TASK_DATA set to a
+    folder holding `icl_task_vectors/` or `function_vectors/`, they are read from there instead. Raises `TaskDataError`
+    when they cannot be had, `ValueError` on a malformed file, `FileNotFoundError` on an unknown source.
+    """
+    if source == "embedded":
+        return _embedded()
+    if source == "paper":
+        tasks = _published("paper")
+        tasks.update(_word_list_tasks([x for x, _ in tasks["en_es"].pairs]))
+        return tasks
+    if source == "function_vectors":
+        return _published("function_vectors")
+    folder = Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no task source {str(source)!r}: give 'embedded', 'paper', 'function_vectors', or an existing folder "
+            "of .json and .tsv files"
+        )
+    files = sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".tsv"))
+    if not files:
+        raise FileNotFoundError(f"folder {folder} holds no .json or .tsv file to read a task from")
+    return _from_files(files, folder, source=str(folder))
+
+
+def select_tasks(tasks: Mapping[str, Task], names: Iterable[str]) -> dict[str, Task]:
+    """The named tasks, in the order of the names. Raises `UnknownTask` (a `KeyError`) that names the nearest one."""
+    chosen = {}
+    for name in names:
+        if name not in tasks:
+            near = difflib.get_close_matches(name, tasks, n=1, cutoff=0.0)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UnknownTask(f"no task {name!r}: {hint}The {len(tasks)} tasks are {', '.join(tasks)}")
+        chosen[name] = tasks[name]
+    return chosen
+
+
+def read_table(path: str | Path, columns: Sequence[str] | None = None) -> list[dict[str, str]]:
+    """Rows of a tab-separated UTF-8 file with a header line, as dictionaries; "nouns" is the embedded table of nouns.
+
+    Raises `ValueError` with file, line number and expected columns where a line does not have them, all non-empty,
+    or where the header is not `columns`.
+    """
+    file = WORDS / f"{path}.tsv" if isinstance(path, str) and (WORDS / f"{path}.tsv").is_file() else Path(path)
+    header, *lines = file.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    names = header.split("\t")
+    if columns is not None and names != list(columns):
+        raise ValueError(f"{file}, line 1: expected the header {' <tab> '.join(columns)}, got {header!r}")
+    rows = []
+    for number, line in enumerate(lines, start=2):
+        cells = line.split("\t")
+        if len(cells) != len(names) or not all(cell.strip() for cell in cells):
+            raise ValueError(
+                f"{file}, line {number}: expected {len(names)} non-empty columns separated by tabs "
+                f"({', '.join(names)}), got {len(cells)}: {line!r}"
+            )
+        rows.append(dict(zip(names, cells, strict=True)))
+    return rows
+
+
+def _embedded() -> dict[str, Task]:
+    """The 25 tasks over our word tables. Input domains are shared, so that a zero-shot prompt does not tell the task."""
+    tables = {table: read_table(table) for table in ("countries", "people", "nouns", "adjectives", "verbs")}
+    tasks = {
+        name: Task(name, tuple((row[x], row[y]) for table, x, y in parts for row in tables[table]), group, "embedded")
+        for name, (group, parts) in _TABLES.items()
+    }
+    foreign = tuple(
+        (row[language.lower()], language)
+        for language in ("Spanish", "French", "Italian")
+        for row in tables["nouns"] + tables["adjectives"]
+    )
+    tasks["word_language"] = Task("word_language", foreign, "knowledge", "embedded")
+    english = [row["singular"] for row in tables["nouns"]] + [row["word"] for row in tables["adjectives"]]
+    rng = Random(0)
+    # One set of lists for the three tasks: only the examples tell which word is wanted.
+    lists = [rng.sample(english, 3) for _ in range(90)]
+    for name, position in (("algo_first", 0), ("algo_second", 1), ("algo_last", -1)):
+        pairs = tuple((", ".join(words), words[position]) for words in lists)
+        tasks[name] = Task(name, pairs, "algorithmic", "embedded")
+    return tasks
+
+
+def _word_list_tasks(words: list[str], n_pairs: int = 300) -> dict[str, Task]:
+    """Pick the last, first or second of four comma-separated words: one random stream over the three tasks.
+
+    The length is drawn although it is always four: the published generator draws it, and the stream must agree.
+    """
+    rng = Random(0)
+    tasks = {}
+    for name, position in (("algo_last", -1), ("algo_first", 0), ("algo_second", 1)):
+        lists = [rng.sample(words, rng.randint(4, 4)) for _ in range(n_pairs)]
+        pairs = {", ".join(chosen): chosen[position] for chosen in lists}
+        tasks[name] = Task(name, tuple(pairs.items()), "algorithmic", "paper")
+    return tasks
+
+
+def _published(source: str) -> dict[str, Task]:
+    """Tasks of one published collection, from the local copy if ICL_LIB_TASK_DATA is set, else through the cache."""
+    hashes = {row["path"]: row["sha256"] for row in read_table(REGISTRY) if row["source"] == source}
+    local = os.environ.get(DATA_VARIABLE)
+    if local:
+        folder = Path(local) / FOLDERS[source]
+        files = [folder / path for path in hashes]
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            raise TaskDataError(
+                f"{len(missing)} of {len(files)} files of {source!r} are not under {folder}, the first being "
+                f"{missing[0]}; {DATA_VARIABLE} must name the folder that holds {FOLDERS[source]}/"
+            )
+        return _from_files(files, folder, source)
+    cache = pooch.create(pooch.os_cache("icl_lib") / FOLDERS[source], URLS[source], registry=hashes)
+    try:
+        files = [Path(cache.fetch(path)) for path in hashes]
+    except OSError as error:
+        raise TaskDataError(
+            f"the tasks {source!r} could not be downloaded from {URLS[source]} ({type(error).__name__}). Offline, set "
+            f"the environment variable {DATA_VARIABLE} to a folder with a copy of them in {FOLDERS[source]}/, or use "
+            "load_tasks('embedded')"
+        ) from error
+    return _from_files(files, Path(cache.path), source)
+
+
+def _from_files(files: Iterable[Path], folder: Path, source: str) -> dict[str, Task]:
+    """One task per file, named after it, grouped by its subfolder. Raises `ValueError` if two files share a name."""
+    tasks: dict[str, Task] = {}
+    for file in files:
+        name = file.stem
+        if name in tasks:
+            raise ValueError(f"two files in {folder} make a task named {name!r}; {file} is the second: rename it")
+        pairs = _read_json(file) if file.suffix == ".json" else _read_pairs(file)
+        if source == "paper":
+            pairs = _drop_header(pairs, name)
+        tasks[name] = Task(name, pairs, "/".join(file.relative_to(folder).parts[:-1]), source)
+    return tasks
+
+
+def _drop_header(pairs: Pairs, name: str) -> Pairs:
+    """Without the first pair of en_fr.json and its like when it is the header ("en", "fr") of the list it came from."""
+    return pairs[1:] if pairs and "_".join(pairs[0]) == name else pairs
+
+
+def _read_pairs(file: Path) -> Pairs:
+    return tuple((row["input"], row["output"]) for row in read_table(file, columns=("input", "output")))
+
+
+def _read_json(file: Path) -> Pairs:
+    """Pairs of a JSON object input -> output (a repeated key keeps its last value), or of a list of {input, output}."""
+    wanted = "a JSON object of input strings to output strings, or a list of {'input': str, 'output': str}"
+    try:
+        data = json.loads(file.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON, line {error.lineno}: {error.msg}; expected {wanted}") from error
+    try:
+        pairs = data.items() if isinstance(data, dict) else [(entry["input"], entry["output"]) for entry in data]
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{file}: expected {wanted}; got {type(data).__name__} with another content") from error
+    for pair in pairs:
+        if not all(isinstance(side, str) for side in pair):
+            raise ValueError(f"{file}: expected {wanted}; got the pair {pair!r}")
+    return tuple(pairs)
