@@ -1,0 +1,46 @@
+# Two commands: `make demo` runs the whole argument on the embedded model, `make test` checks everything.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+CARD ?= params/tiny.yaml
+CORES ?= 2
+BIN := $(VENV)/bin
+# nbval in one sequence (03 reads what 02 wrote) beside the unit tests: the groups are set in conftest.py
+NBVAL := --nbval-lax --nbval-current-env --nbval-sanitize-with=tests/nbval.cfg --nbval-cell-timeout=300
+unexport MPLBACKEND
+
+.PHONY: demo test lab retrain bench report clean
+
+demo: $(VENV)/.installed
+	$(BIN)/snakemake --configfile $(CARD) --cores $(CORES) --rerun-incomplete --quiet rules progress
+	@$(BIN)/python -m icl_lib.runs.report $(CARD)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(NBVAL) tests notebooks
+
+lab: $(VENV)/.installed
+	$(BIN)/jupyter lab notebooks
+
+retrain: $(VENV)/.installed
+	$(BIN)/python -m icl_lib.tiny.retrain
+
+bench: $(VENV)/.installed-bench
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+report: $(VENV)/.installed
+	$(BIN)/python -m icl_lib.runs.report $(CARD)
+
+clean:
+	rm -rf runs .snakemake
+
+# A stamp a set of packages, so that only a change of what is needed installs again.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@ $(VENV)/.installed

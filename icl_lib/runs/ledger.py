@@ -1,0 +1,123 @@
+"""The ledger: our number beside the published one, with the criterion and its verdict.
+
+Each notebook writes `<run_dir>/ledger/<notebook>.json`; the report merges them into `<run_dir>/ledger.json`. A number that misses
+its criterion is recorded like any other.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from icl_lib.runs.store import Store, StoreError, write_atomic
+
+COLUMNS = ["notebook", "key", "item", "unit", "published", "ours", "criterion", "holds"]
+
+
+class Ledger:
+    """The entries of one notebook."""
+
+    def __init__(self, store: Store, notebook: str):
+        """`notebook` is the file name without its ending; it names the ledger file."""
+        self.path = store.run_dir / "ledger" / f"{notebook}.json"
+        self.notebook = notebook
+        self.entries: dict[str, dict[str, Any]] = {}
+
+    def record(self, key: str, *, item: str, published: Any, ours: Any, criterion: str, holds: bool, unit: str = "") -> None:
+        """Add one number.
+
+        `item` is the figure, table or section; `published` the paper's value (None where it gives none); `criterion` the shape or
+        tolerance in words; `holds` its verdict. Raises `ValueError` for a key used twice, or a verdict that is not a truth value.
+        """
+        if key in self.entries:
+            raise ValueError(f"ledger key {key!r} is already recorded in {self.notebook}; give each number its own key")
+        if getattr(holds, "dtype", type(holds)) != bool or getattr(holds, "shape", ()) != ():
+            raise ValueError(f"holds must be one True or False, got {holds!r} for {key!r}")
+        self.entries[key] = {
+            "notebook": self.notebook,
+            "key": key,
+            "item": item,
+            "unit": unit,
+            "published": _json_number(published),
+            "ours": _json_number(ours),
+            "criterion": criterion,
+            "holds": bool(holds),
+        }
+
+    def table(self) -> pd.DataFrame:
+        """The entries as a table, one row a number."""
+        return pd.DataFrame(list(self.entries.values()), columns=COLUMNS)
+
+    def write(self) -> Path:
+        """Write the notebook's file, replacing the one of an earlier run; returns its path."""
+        write_atomic(self.path, _dump(list(self.entries.values())))
+        return self.path
+
+
+def merge(run_dir: Path) -> pd.DataFrame:
+    """All notebooks' entries, written to `<run_dir>/ledger.json` and returned, in the order of the notebooks.
+
+    Raises `StoreError` naming a file that cannot be read.
+    """
+    entries: list[dict[str, Any]] = []
+    for path in sorted((run_dir / "ledger").glob("*.json")):
+        entries += _read(path)
+    write_atomic(run_dir / "ledger.json", _dump(entries))
+    return pd.DataFrame(entries, columns=COLUMNS)
+
+
+def show(table: pd.DataFrame) -> str:
+    """The ledger as plain text, for the terminal."""
+    if table.empty:
+        return "The ledger is empty: no notebook of this run has recorded a number yet."
+    rows = [["notebook", "item", "what", "published", "ours", "verdict", "criterion"]]
+    for e in table.to_dict("records"):
+        rows.append([e["notebook"][:2], e["item"], e["key"], number(e["published"]), number(e["ours"]) + _unit(e), verdict(e), e["criterion"]])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    lines = ["  ".join([cell.ljust(w) for cell, w in zip(row, widths, strict=False)] + row[-1:]) for row in rows]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join([*lines, f"{int(table['holds'].sum())} of {len(table)} criteria hold."])
+
+
+def number(value: Any) -> str:
+    """A value with three significant digits; `-` for none; lists joined."""
+    if isinstance(value, list):
+        return ", ".join(number(v) for v in value)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def verdict(entry: dict[str, Any]) -> str:
+    """The verdict in words."""
+    return "holds" if entry["holds"] else "DOES NOT HOLD"
+
+
+def _unit(entry: dict[str, Any]) -> str:
+    return f" {entry['unit']}" if entry["unit"] else ""
+
+
+def _json_number(value: Any) -> Any:
+    """NumPy and JAX numbers and arrays as Python ones; NaN and infinities as None, which JSON can say."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, (list, tuple)):
+        return [_json_number(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _dump(entries: list[dict[str, Any]]) -> bytes:
+    return (json.dumps(entries, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The entries of one file, or a `StoreError` that names it."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        complete = all(set(COLUMNS) <= set(e) for e in entries)
+    except (ValueError, TypeError) as err:
+        raise StoreError(f"{path} was cut short or altered ({err}); run notebooks/{path.stem}.ipynb again") from err
+    if not complete:
+        raise StoreError(f"{path} lacks fields of a ledger entry; run notebooks/{path.stem}.ipynb again")
+    return entries

@@ -1,0 +1,213 @@
+"""The store of a run: what one notebook computed at cost and another reads.
+
+An artefact is a data file (safetensors for arrays, Parquet for tables) and a manifest beside it:
+
+    runs/tiny/store/task_vectors.json              names the data file and its hash; carries meta data and provenance
+    runs/tiny/store/task_vectors-3f2a91c0.safetensors
+
+A data file is named after its content and the manifest is replaced last, by one rename. An interrupted write therefore leaves
+the earlier artefact whole, and a reader sees the old one or the new one, never a mixture. A reader checks the hash, so a file
+that was cut short or edited is refused by name.
+"""
+
+import datetime
+import difflib
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import safetensors.numpy
+
+from icl_lib.runs.devices import describe
+from icl_lib.runs.paths import root, run_folder
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.]*(-[\w.]+)*")
+
+
+class StoreError(ValueError):
+    """An artefact that is missing, damaged, or made under other circumstances than asked for."""
+
+
+class Store:
+    """The artefacts of one run, in `<run_dir>/store`. Each carries provenance: parameters, code, inputs, device, time."""
+
+    def __init__(self, run_dir: str | Path, params: Mapping[str, Any] | None = None):
+        """`run_dir` counts from the repository root. `params` are written into the provenance of all that is saved."""
+        self.run_dir = run_folder(run_dir)
+        self.folder = self.run_dir / "store"
+        self.params = dict(params or {})
+        self.inputs: dict[str, str] = {}  # name -> hash of every artefact read so far: the inputs of what is saved next
+
+    def save(self, name: str, arrays: Mapping[str, Any], meta: Mapping[str, Any] | None = None) -> Path:
+        """Save named arrays (NumPy or JAX) and JSON-like `meta`. bfloat16 is kept as float32, which loses nothing."""
+        data = safetensors.numpy.save({key: _array(name, key, x) for key, x in arrays.items()})
+        return self._write(name, data, "safetensors", meta)
+
+    def load(self, name: str, expect: Mapping[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Arrays and meta data. `expect` names meta values this reader relies on, such as the model.
+
+        Raises `StoreError` if the artefact is missing, cut short, altered, or its meta data differs from `expect`.
+        """
+        data, manifest = self._read(name, "safetensors", expect)
+        return safetensors.numpy.load(data), manifest["meta"]
+
+    def save_table(self, name: str, table: pd.DataFrame, meta: Mapping[str, Any] | None = None) -> Path:
+        """Save a table; its index is not kept."""
+        buffer = io.BytesIO()
+        table.to_parquet(buffer, index=False)
+        return self._write(name, buffer.getvalue(), "parquet", meta)
+
+    def load_table(self, name: str, expect: Mapping[str, Any] | None = None) -> pd.DataFrame:
+        """A table. Raises `StoreError` as `load` does."""
+        return pd.read_parquet(io.BytesIO(self._read(name, "parquet", expect)[0]))
+
+    def names(self) -> list[str]:
+        """The artefacts that are there."""
+        return sorted(p.stem for p in self.folder.glob("*.json"))
+
+    def has(self, name: str) -> bool:
+        """Whether the artefact exists; says nothing about its health."""
+        return name in self.names()
+
+    def provenance(self, name: str) -> dict[str, Any]:
+        """How an artefact was made: parameters, code version, inputs by hash, device and time."""
+        return self._manifest(name)["provenance"]
+
+    def _write(self, name: str, data: bytes, kind: str, meta: Mapping[str, Any] | None) -> Path:
+        if not _NAME.fullmatch(name):
+            raise StoreError(f"{name!r} cannot name an artefact; use letters, digits, _ . and -")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256(data).hexdigest()
+        path = self.folder / f"{name}-{digest[:8]}.{kind}"
+        manifest = {"file": path.name, "sha256": digest, "meta": dict(meta or {}), "provenance": self._provenance()}
+        text = json.dumps(manifest, indent=1, default=_plain)  # before any file is touched: meta may not be JSON
+        before = self._previous(name)
+        write_atomic(path, data)
+        write_atomic(self.folder / f"{name}.json", text.encode())
+        if before and before != path.name:
+            (self.folder / before).unlink(missing_ok=True)
+        self.inputs.pop(name, None)
+        return path
+
+    def _read(self, name: str, kind: str, expect: Mapping[str, Any] | None) -> tuple[bytes, dict[str, Any]]:
+        manifest = self._manifest(name)
+        path = self.folder / manifest["file"]
+        if path.suffix != f".{kind}":
+            raise StoreError(f"{name} is a {path.suffix[1:]} file, not {kind}; use {'load_table' if kind == 'safetensors' else 'load'}")
+        data = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
+            raise StoreError(f"{path} was cut short or altered after it was written ({len(data)} bytes); {self._remedy(name)}")
+        for key, value in (expect or {}).items():
+            if manifest["meta"].get(key) != value:
+                came = manifest["meta"].get(key)
+                raise StoreError(f"{path} was made with {key} = {came!r}, but {value!r} is expected here; {self._remedy(name)}")
+        self.inputs[name] = manifest["sha256"]
+        return data, manifest
+
+    def _manifest(self, name: str) -> dict[str, Any]:
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            raise StoreError(f"{self.folder} has no {name!r}{self._nearest(name)}; {self._remedy(name)}")
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest["file"], manifest["sha256"], manifest["meta"], manifest["provenance"]
+        except (ValueError, KeyError, TypeError) as err:
+            raise StoreError(f"{path} was cut short or altered ({err}); {self._remedy(name)}") from err
+        return manifest
+
+    def _previous(self, name: str) -> str | None:
+        """The data file of the artefact about to be replaced, if its manifest can be read."""
+        try:
+            return self._manifest(name)["file"]
+        except StoreError:
+            return None
+
+    def _nearest(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.names(), n=1)
+        return f" (there is {near[0]!r})" if near else ""
+
+    def _remedy(self, name: str) -> str:
+        """The command that makes an artefact."""
+        makers = [p.stem for p in sorted((root() / "notebooks").glob("[0-9][0-9]_*.py")) if _saves(p, name)]
+        who = f"notebooks/{makers[0]}.ipynb makes it, run that first: " if makers else "run the notebook that makes it: "
+        which = makers[0] if makers else "NAME"
+        return (
+            f"{who}`papermill notebooks/{which}.ipynb {_shown(self.run_dir)}/notebooks/{which}.ipynb -f CARD --cwd notebooks`, "
+            "or the whole card: `snakemake --configfile CARD --cores 2` (CARD is for example params/tiny.yaml)"
+        )
+
+    def _provenance(self) -> dict[str, Any]:
+        return {
+            "params": self.params,
+            "code": code_version(),
+            "inputs": dict(self.inputs),
+            "device": describe(),
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write under a temporary name, flush to disk, rename: whoever reads `path` never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@functools.cache
+def code_version() -> dict[str, str]:
+    """The git commit, where there is one, and a hash of the library's own files, which also tells uncommitted edits apart."""
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".tsv", ".mplstyle")):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    command = ["git", "-C", str(package), "rev-parse", "--short=12", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = "no git"
+    return {"commit": commit, "library": digest.hexdigest()[:12]}
+
+
+def _array(name: str, key: str, x: Any) -> np.ndarray:
+    """`x` as an array safetensors can hold."""
+    x = np.asarray(x)
+    if x.dtype.name == "bfloat16":
+        x = x.astype(np.float32)
+    if x.dtype.kind not in "biuf":
+        raise StoreError(f"{name}: {key!r} has dtype {x.dtype}; save numbers as arrays, text in meta or with save_table")
+    return np.ascontiguousarray(x)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy and JAX numbers and arrays, and paths, as JSON values."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise StoreError(f"meta data must be numbers, text, lists and dictionaries; got {type(value).__name__}")
+
+
+def _saves(notebook: Path, name: str) -> bool:
+    """Whether a notebook's source saves an artefact of this name."""
+    return bool(re.search(rf"""\.save(_table)?\(\s*["']{re.escape(name)}["']""", notebook.read_text(encoding="utf-8")))
+
+
+def _shown(path: Path) -> str:
+    """A path as the user would write it: from the repository root where it lies below."""
+    return str(path.relative_to(root())) if path.is_relative_to(root()) else str(path)
