@@ -1,0 +1,154 @@
+"""One sparse autoencoder (or transcoder) at one site of a model, in the three forms that the experiments meet."""
+
+from typing import Any, Optional
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from icl_lib.models import Site
+
+ARCHITECTURES = ("standard", "jumprelu", "gated")
+# what each form has beyond the two matrices and their biases
+_EXTRA = {"standard": (), "jumprelu": ("threshold",), "gated": ("r_mag", "b_mag")}
+
+
+def along(vector: Float[Array, " n"], x: Array) -> Array:
+    """`vector` with the leading axes of `x`, each of length 1: nothing here relies on implicit rank promotion."""
+    return jnp.expand_dims(vector, range(x.ndim - 1))
+
+
+def jumprelu(pre: Float[Array, "*batch d_sae"], threshold: Float[Array, " d_sae"]) -> Float[Array, "*batch d_sae"]:
+    r"""$\mathrm{ReLU}(p)\,1[p > \theta]$, the comparison strict. The gradient passes where the latent is on."""
+    return jnp.where(pre > along(jnp.maximum(threshold, 0), pre), pre, 0)
+
+
+class SAE(eqx.Module):
+    r"""A sparse autoencoder of the activations at `site_in`, or a transcoder from them to those at `site_out`.
+
+    $\hat x = f W_{dec} + b_{dec}$, and with $h = x W_{enc}$ the features are, by `architecture`,
+
+    - standard: $f = \mathrm{ReLU}(h + b_{enc})$
+    - jumprelu: $f = \mathrm{ReLU}(h + b_{enc})\,1[h + b_{enc} > \theta]$
+    - gated: $f = 1[h + b_{enc} > 0]\,\mathrm{ReLU}(h\,e^{r_{mag}} + b_{mag})$, so that `b_enc` is the bias of the gate.
+
+    Row $i$ of `W_dec` is what latent $i$ writes, in units of `site_out`. There is no normalisation of input or output:
+    training folds it into the weights. `metadata` is a tuple of (name, value) pairs, kept in files.
+
+    Raises `ValueError` at construction if shapes disagree or a weight of the architecture is missing or too many.
+    Source: Rajamanoharan et al. (2024), "Improving Dictionary Learning with Gated Sparse Autoencoders", Eqs. (6) to (8);
+    jumprelu: the same authors (2024), "Jumping Ahead", Eq. (3).
+    """
+
+    W_enc: Float[Array, "d_in d_sae"]
+    b_enc: Float[Array, " d_sae"]
+    W_dec: Float[Array, "d_sae d_out"]
+    b_dec: Float[Array, " d_out"]
+    site_in: Site = eqx.field(static=True)
+    site_out: Site = eqx.field(static=True)
+    architecture: str = eqx.field(static=True)
+    threshold: Optional[Float[Array, " d_sae"]] = None
+    r_mag: Optional[Float[Array, " d_sae"]] = None
+    b_mag: Optional[Float[Array, " d_sae"]] = None
+    metadata: tuple[tuple[str, Any], ...] = eqx.field(static=True, default=())
+
+    def __check_init__(self):
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
+        d_sae = self.W_enc.shape[1]
+        wanted = {"b_enc": (d_sae,), "W_dec": (d_sae, self.W_dec.shape[1]), "b_dec": (self.W_dec.shape[1],)}
+        wanted |= {name: (d_sae,) for name in _EXTRA[self.architecture]}
+        for name, shape in wanted.items():
+            value = getattr(self, name)
+            if value is None or value.shape != shape:
+                came = "nothing" if value is None else f"shape {value.shape}"
+                raise ValueError(f"a {self.architecture} SAE with W_enc {self.W_enc.shape} needs {name} of shape {shape}, got {came}")
+        for name in {"threshold", "r_mag", "b_mag"} - set(_EXTRA[self.architecture]):
+            if getattr(self, name) is not None:
+                raise ValueError(f"a {self.architecture} SAE has no {name}: leave it out or choose another architecture")
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations that are encoded."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.W_enc.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is decoded; equal to `d_in` unless this is a transcoder between widths."""
+        return self.W_dec.shape[1]
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether the target is another activation than the input."""
+        return self.site_in != self.site_out
+
+    def pre(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
+        r"""Pre-activations: $f$ equals them where a latent is on. For a gated SAE those of the magnitude.
+
+        Raises `ValueError` if the last axis is not d_in.
+        """
+        h = self._project(x)
+        return h + along(self.b_enc, h) if self.b_mag is None else self._magnitude(h)
+
+    def activate(self, pre: Float[Array, "*batch d_sae"]) -> Float[Array, "*batch d_sae"]:
+        """Features of the pre-activations that `pre` returns."""
+        return jumprelu(pre, self._magnitude_threshold())
+
+    def encode(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
+        """Features of activations, at least 0. Raises `ValueError` if the last axis is not d_in."""
+        h = self._project(x)
+        if self.architecture == "gated":
+            return jnp.where(h + along(self.b_enc, h) > 0, jax.nn.relu(self._magnitude(h)), 0)
+        return self.activate(h + along(self.b_enc, h))
+
+    def decode(self, f: Float[Array, "*batch d_sae"]) -> Float[Array, "*batch d_out"]:
+        """Reconstruction, in units of `site_out`. Raises `ValueError` if the last axis is not d_sae."""
+        if f.shape[-1] != self.d_sae:
+            raise ValueError(f"decode takes features with last axis d_sae = {self.d_sae}, got shape {f.shape}: was f encoded by another SAE?")
+        x_hat = f.astype(self.W_dec.dtype) @ self.W_dec
+        return x_hat + along(self.b_dec, x_hat)
+
+    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        """`decode(encode(x))`."""
+        return self.decode(self.encode(x))
+
+    def fold(self) -> "SAE":
+        r"""The same function as a jumprelu SAE.
+
+        For a gated SAE $W'_{enc} = W_{enc} e^{r}$, $b'_{enc} = b_{mag}$ and $\theta = \max(0, b_{mag} - b_{enc} e^{r})$: the
+        gate $h > -b_{enc}$ becomes a threshold on the magnitude's pre-activation. Exact but for rounding.
+        """
+        gated = self.architecture == "gated"
+        return SAE(
+            W_enc=self.W_enc * jnp.exp(self.r_mag)[None, :] if gated else self.W_enc,
+            b_enc=self.b_mag if gated else self.b_enc,
+            W_dec=self.W_dec,
+            b_dec=self.b_dec,
+            threshold=self._magnitude_threshold(),
+            site_in=self.site_in,
+            site_out=self.site_out,
+            architecture="jumprelu",
+            metadata=self.metadata,
+        )
+
+    def _project(self, x):
+        if x.ndim == 0 or x.shape[-1] != self.d_in:
+            raise ValueError(
+                f"this SAE takes activations with last axis d_in = {self.d_in}, got shape {x.shape}; "
+                f"it was trained at {self.site_in}: was x taken from another site or model?"
+            )
+        return x.astype(self.W_enc.dtype) @ self.W_enc
+
+    def _magnitude(self, h):
+        return h * along(jnp.exp(self.r_mag), h) + along(self.b_mag, h)
+
+    def _magnitude_threshold(self) -> Float[Array, " d_sae"]:
+        if self.architecture == "gated":
+            return jnp.maximum(self.b_mag - self.b_enc * jnp.exp(self.r_mag), 0)
+        return jnp.zeros_like(self.b_enc) if self.threshold is None else self.threshold
