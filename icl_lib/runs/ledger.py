@@ -25,7 +25,7 @@ class Ledger:
         self.notebook = notebook
         self.entries: dict[str, dict[str, Any]] = {}
 
-    def record(self, key: str, *, item: str, published: Any, ours: Any, criterion: str, holds: bool, unit: str = "") -> None:
+    def record(self, key: str, *, item: str, published: Any, ours: Any, criterion: str, holds: Any, unit: str = "") -> None:
         """Add one number.
 
         `item` is the figure, table or section; `published` the paper's value (None where it gives none); `criterion` the shape or
@@ -74,7 +74,9 @@ def show(table: pd.DataFrame) -> str:
         return "The ledger is empty: no notebook of this run has recorded a number yet."
     rows = [["notebook", "item", "what", "published", "ours", "verdict", "criterion"]]
     for e in table.to_dict("records"):
-        rows.append([e["notebook"][:2], e["item"], e["key"], number(e["published"]), number(e["ours"]) + _unit(e), verdict(e), e["criterion"]])
+        rows.append(
+            [e["notebook"][:2], e["item"], e["key"], number(e["published"]), number(e["ours"]) + _unit(e), verdict(e), e["criterion"]]
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     lines = ["  ".join([cell.ljust(w) for cell, w in zip(row, widths, strict=False)] + row[-1:]) for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))

@@ -116,7 +116,9 @@ def all_declared(notebooks: Iterable[Path] | None = None) -> dict[str, Parameter
         for p in declared(notebook).values():
             first = merged.get(p.name, p)
             if first.annotation != p.annotation:
-                raise CardError(f"`{p.name}` is {first.annotation} in {first.notebooks[0]} and {p.annotation} in {notebook.stem}; agree on one")
+                raise CardError(
+                    f"`{p.name}` is {first.annotation} in {first.notebooks[0]} and {p.annotation} in {notebook.stem}; agree on one"
+                )
             names = tuple(dict.fromkeys(first.notebooks + p.notebooks))
             merged[p.name] = Parameter(first.name, first.annotation, first.default, first.help or p.help, names)
     if not merged:
@@ -139,7 +141,9 @@ def read_card(path: str | Path) -> dict[str, Any]:
     """The keys and values of a card file, unchecked. Raises `CardError` if it is not one flat mapping."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise CardError(f"no card at {path}; cards in this repository: {', '.join(sorted(p.name for p in (root() / 'params').glob('*.yaml')))}")
+        raise CardError(
+            f"no card at {path}; cards in this repository: {', '.join(sorted(p.name for p in (root() / 'params').glob('*.yaml')))}"
+        )
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except CardError as err:
@@ -153,12 +157,15 @@ def read_card(path: str | Path) -> dict[str, Any]:
 
 def check_card(path: str | Path, notebooks: Iterable[Path] | None = None) -> dict[str, Any]:
     """The checked values of a card. Raises `CardError` listing everything wrong with it."""
-    return check_values(read_card(path), all_declared(notebooks), str(path))
+    values = read_card(path)
+    return check_values(values, all_declared(notebooks), str(path))
 
 
 def check_values(values: Mapping[str, Any], known: Mapping[str, Parameter], source: str) -> dict[str, Any]:
     """`values` in their declared types. Raises `CardError` listing unknown keys, wrong types and impossible values."""
-    problems = [f"`{k}` is missing: every card says where its results go, for example runs/{Path(source).stem}" for k in REQUIRED if k not in values]
+    problems = [
+        f"`{k}` is missing: every card says where its results go, for example runs/{Path(source).stem}" for k in REQUIRED if k not in values
+    ]
     checked = {}
     for key, value in values.items():
         if key not in known:
@@ -200,7 +207,11 @@ def _yaml_hint(value: Any) -> str:
     for v in value if isinstance(value, list) else [value]:
         if isinstance(v, str):
             try:
-                return f"; YAML reads {v} as text, write {float(v)!r}" if "e" not in v.lower() else f"; YAML reads {v} as text, write {_with_point(v)}"
+                return (
+                    f"; YAML reads {v} as text, write {float(v)!r}"
+                    if "e" not in v.lower()
+                    else f"; YAML reads {v} as text, write {_with_point(v)}"
+                )
             except ValueError:
                 continue
     return ""
@@ -228,7 +239,7 @@ def _possible(p: Parameter, v: Any) -> None:
             raise ValueError(f"{v} is impossible: it must be {'above 0' if p.name.endswith('lr') else f'{lowest} or more'}")
 
 
-def _lowest(p: Parameter) -> float:
+def _lowest(p: Parameter) -> int | float:
     """The smallest number `p` may take. A default at or below the usual bound (0, or -1 for "choose") lowers it."""
     usual = 1 if "int" in p.annotation and not any(word in p.name for word in _MAY_BE_ZERO) else 0
     defaults = p.default if isinstance(p.default, list) else [p.default]
@@ -244,7 +255,7 @@ def main(argv: list[str]) -> int:
     """Check cards and print their values beside their meanings; exit status 2 on the first bad card."""
     for path in argv or ["params/tiny.yaml"]:
         try:
-            known, card = all_declared(), check_card(path)
+            card, known = check_card(path), all_declared()
         except CardError as err:
             print(err, file=sys.stderr)
             return 2

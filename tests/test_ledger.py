@@ -1,0 +1,110 @@
+"""The ledger and the report: what is recorded is what is merged and shown, and damage is named."""
+
+import json
+
+import jax.numpy as jnp
+import nbformat
+import numpy as np
+import pytest
+
+from icl_lib.runs import Ledger, Store, StoreError, report
+from icl_lib.runs.ledger import merge, show
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "run")
+
+
+def _record(ledger, key="l0", **changes):
+    entry = {"item": "Fig 3b", "published": 3.78, "ours": 4.125, "criterion": "ours <= 0.5 x encoded", "holds": True, "unit": "latents"}
+    ledger.record(key, **{**entry, **changes})
+
+
+def _executed(store, name, title):
+    folder = store.run_dir / "notebooks"
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = [nbformat.v4.new_markdown_cell(f"# {title}"), nbformat.v4.new_code_cell("1 + 1", execution_count=1)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
+
+
+def test_notebooks_are_merged_in_order(store):
+    for name, key in (("03_b", "second"), ("02_a", "first")):
+        ledger = Ledger(store, notebook=name)
+        _record(ledger, key)
+        ledger.write()
+    table = merge(store.run_dir)
+    assert list(table["key"]) == ["first", "second"] and list(table["notebook"]) == ["02_a", "03_b"]
+    assert json.loads((store.run_dir / "ledger.json").read_text()) == table.to_dict("records")
+
+
+def test_writing_again_replaces_the_notebooks_entries(store):
+    for ours in (1.0, 2.0):
+        ledger = Ledger(store, notebook="02_a")
+        _record(ledger, ours=ours)
+        ledger.write()
+    assert list(merge(store.run_dir)["ours"]) == [2.0]
+
+
+def test_array_scalars_nan_and_lists_become_json(store):
+    ledger = Ledger(store, notebook="02_a")
+    _record(ledger, "a", ours=np.float32(0.5), holds=np.bool_(True))
+    _record(ledger, "b", ours=float("nan"), holds=jnp.array(False), published=None)
+    _record(ledger, "c", ours=jnp.array([1.0, 2.0]), published="about 90 %")
+    ledger.write()
+    rows = json.loads(ledger.path.read_text())
+    assert [r["ours"] for r in rows] == [0.5, None, [1.0, 2.0]] and [r["holds"] for r in rows] == [True, False, True]
+
+
+@pytest.mark.parametrize("holds", [1, "yes", None, np.array([True])])
+def test_a_verdict_is_true_or_false(store, holds):
+    with pytest.raises(ValueError, match="holds must be one True or False"):
+        _record(Ledger(store, notebook="02_a"), holds=holds)
+
+
+def test_a_key_is_recorded_once(store):
+    ledger = Ledger(store, notebook="02_a")
+    _record(ledger)
+    with pytest.raises(ValueError, match="'l0' is already recorded"):
+        _record(ledger)
+
+
+@pytest.mark.parametrize("text", ['[{"key": "l0"', '[{"key": "l0"}]', "[3]"])
+def test_a_damaged_file_is_named_and_the_merged_ledger_stays(store, text):
+    ledger = Ledger(store, notebook="02_a")
+    _record(ledger)
+    ledger.write()
+    merge(store.run_dir)
+    before = (store.run_dir / "ledger.json").read_text()
+    ledger.path.write_text(text)
+    with pytest.raises(StoreError, match="02_a.json .*run notebooks/02_a.ipynb again"):
+        merge(store.run_dir)
+    assert (store.run_dir / "ledger.json").read_text() == before
+
+
+def test_the_table_shows_verdicts_and_counts_them(store):
+    ledger = Ledger(store, notebook="02_a")
+    _record(ledger, "good", unit="%")
+    _record(ledger, "bad", holds=False, published=None)
+    text = show(ledger.table())
+    assert "DOES NOT HOLD" in text and "1 of 2 criteria hold." in text and "4.12 %" in text
+    assert "empty" in show(Ledger(store, notebook="x").table())
+
+
+def test_the_report_is_self_contained_and_links_what_exists(store, capsys):
+    _executed(store, "02_a", "Vectors & <tasks>")
+    ledger = Ledger(store, notebook="02_a")
+    _record(ledger, criterion="ours < 5 & more")
+    ledger.write()
+    assert report.main([str(store.run_dir)]) == 0
+    out = capsys.readouterr().out
+    index = store.run_dir / "report" / "index.html"
+    page = index.read_text()
+    assert "Vectors &amp; &lt;tasks&gt;" in page and "ours &lt; 5 &amp; more" in page and "://" not in page
+    assert 'href="02_a.html"' in page and (index.parent / "02_a.html").stat().st_size > 10_000
+    assert str(index) in out and "1 of 1 criteria hold" in out
+
+
+def test_a_run_without_notebooks_says_how_to_make_them(store, capsys):
+    assert report.main([str(store.run_dir)]) == 2
+    assert "holds no executed notebook" in capsys.readouterr().err
