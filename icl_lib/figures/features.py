@@ -1,0 +1,224 @@
+"""Figures about executors and detectors (Figs 5, 7, 8 and Tables 1, 2 of ICL-SFC), with their controls.
+
+Effect of a latent on a task = relative loss decrease (L_0 - L_f) / L_0 when its direction is added: 1 removes the
+whole loss, 0 does nothing, negative harms.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
+
+from icl_lib.figures.style import (
+    OKABE_ITO,
+    ROLE_COLOURS,
+    Number,
+    Values,
+    axes_for,
+    band,
+    checked,
+    colours_for,
+    faint,
+    heatmap,
+    ink,
+    plain_log,
+    role_name,
+)
+
+
+def displayed(effects: Values, threshold: Number = 0.2) -> np.ndarray:
+    """Effects (task, latent) as the paper's main heatmaps show them; for display only.
+
+    Harmful effects count as 0, each row is divided by its maximum, what is then below `threshold` becomes 0, and the
+    result lies in [0, 1]. A row without any positive effect stays 0. Source: ICL-SFC Fig 5.
+    """
+    effects = np.clip(checked("effects", effects, task=None, latent=None), 0, None)
+    top = effects.max(axis=1, keepdims=True)
+    shown = np.divide(effects, top, out=np.zeros_like(effects), where=top > 0)
+    return np.where(shown < threshold, 0.0, np.clip(shown, 0.0, 1.0))
+
+
+def diagonal_order(effects: Values, n_latents: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column order that brings a task x latent matrix near the diagonal.
+
+    Columns by falling maximum (ties in their old order), the first `n_latents` of them kept; then rows by the position
+    of their largest kept column. Returns (rows, columns) to index with `effects[rows][:, columns]`.
+    """
+    effects = checked("effects", effects, task=None, latent=None)
+    columns = np.argsort(-effects.max(axis=0), kind="stable")[:n_latents]
+    return np.argsort(effects[:, columns].argmax(axis=1), kind="stable"), columns
+
+
+def task_latent_heatmap(
+    effects: Values,
+    tasks: Sequence[str],
+    latents: Sequence[object],
+    *,
+    normalised: bool = True,
+    n_latents: int | None = None,
+    encoded: Values | None = None,
+    survives: Values | None = None,
+    what: str = "latent",
+    ax: Axes | None = None,
+) -> Axes:
+    """Figs 5 and 7 (and App. F): effect of steering with each latent on each task, `effects` (task, latent).
+
+    `normalised` shows `displayed(effects)`, otherwise the raw effects with harm clipped to 0. Columns and rows follow
+    `diagonal_order` of the normalised effects among the columns of largest raw effect. Masks (task, latent) put dots:
+    `encoded` red, the latent is active in the SAE encoding of the task vector; `survives` green, it is left by TVC.
+    `what` names the columns, for example "executor of layer 3".
+    """
+    effects = checked("effects", effects, task=len(tasks), latent=len(latents))
+    strongest = np.argsort(-effects.max(axis=0), kind="stable")[:n_latents]
+    rows, columns = diagonal_order(displayed(effects)[:, strongest])
+    columns = strongest[columns]
+    shown = displayed(effects) if normalised else np.clip(effects, 0, None)
+    ax = axes_for(ax, width=9.0, height=1.3 + 0.17 * len(tasks))
+    label = "loss decrease / best of its row" if normalised else "relative loss decrease"
+    names = [str(latents[j]) for j in columns]
+    heatmap(ax, shown[rows][:, columns], [tasks[i] for i in rows], names, colour_label=label)
+    dots = {"active in the encoding": (encoded, OKABE_ITO["vermillion"], 16), "survives TVC": (survives, "#00D68F", 7)}
+    for name, (mask, colour, size) in dots.items():
+        if mask is not None:
+            mask = checked(name, mask, task=len(tasks), latent=len(latents))[rows][:, columns] > 0
+            y, x = np.nonzero(mask)
+            ax.scatter(x, y, s=size, color=colour, edgecolors="white", linewidths=0.4, label=name, rasterized=True)
+    if encoded is not None or survives is not None:
+        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)
+    ax.set(xlabel=what)
+    return ax
+
+
+def role_mass(
+    mass: Values,
+    names: Sequence[str],
+    roles: Sequence[object],
+    *,
+    published: Values | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Where latents fire: one stacked bar per latent, `mass` (latent, role) with rows that sum to 1.
+
+    The lowest bars are the mean over latents and, where given, the `published` mass (role,).
+    """
+    roles = [role_name(role) for role in roles]
+    mass = checked("mass", mass, latent=len(names), role=len(roles))
+    if not np.allclose(mass.sum(axis=1), 1, atol=1e-3):
+        raise ValueError(f"mass must sum to 1 over the roles of each latent, got sums {mass.sum(axis=1).round(3)}")
+    order = np.argsort(-mass[:, mass.mean(axis=0).argmax()], kind="stable")
+    bars, labels = [*mass[order], mass.mean(axis=0)], [*(str(names[i]) for i in order), f"mean of {len(names)}"]
+    if published is not None:
+        bars.append(checked("published", published, role=len(roles)))
+        labels.append("published mean")
+    bars = np.array(bars)
+    y = np.arange(len(bars)) + 0.6 * (np.arange(len(bars)) >= len(names))
+    ax = axes_for(ax, width=7.5, height=1.0 + 0.19 * len(bars))
+    left, colours = np.zeros(len(bars)), colours_for(roles, ROLE_COLOURS)
+    for role, column in zip(roles, bars.T, strict=True):
+        if not column.any():
+            continue
+        colour = colours[role]
+        ax.barh(y, column, 0.78, left=left, label=role, color=colour)
+        for i in range(len(names), len(bars)):
+            if column[i] >= 0.05:
+                at = (left[i] + column[i] / 2, y[i])
+                ax.text(*at, f"{100 * column[i]:.1f}", ha="center", va="center", fontsize=7, color=ink(colour))
+        left += column
+    ax.set_yticks(y, labels, fontsize=7)
+    ax.set(xlabel="share of the latent's activation", xlim=(0, 1), ylim=(y[-1] + 0.6, -0.6))
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.grid(axis="y", visible=False)
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return ax
+
+
+def role_mass_table(mass: Values, roles: Sequence[object], published: Mapping[str, Number] | None = None) -> pd.DataFrame:
+    """Tables 1 and 2: mean and standard deviation over latents of the mass per role in %, beside the published %.
+
+    `mass` (latent, role) as fractions; `published` maps role names to per cent, roles without an entry get NaN.
+    """
+    roles = [role_name(role) for role in roles]
+    mass = 100 * checked("mass", mass, latent=None, role=len(roles))
+    columns = {"mean %": mass.mean(axis=0), "s.d. %": mass.std(axis=0, ddof=int(len(mass) > 1))}
+    if published is not None:
+        columns["published %"] = [published.get(role, np.nan) for role in roles]
+    return pd.DataFrame(columns, index=pd.Index(roles, name="token type"))
+
+
+def link_heatmap(
+    strength: Values,
+    detectors: Sequence[str],
+    executors: Sequence[str],
+    *,
+    same_task: Values | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Fig 8: how much of an executor's activation goes when a detector is ablated, `strength` (detector, executor).
+
+    `same_task` (detector, executor) outlines the pairs of one task; the title then compares their mean with the rest.
+    """
+    strength = checked("strength", strength, detector=len(detectors), executor=len(executors))
+    ax = axes_for(ax, width=8.0, height=2.0 + 0.17 * len(detectors))
+    heatmap(ax, strength, detectors, executors, colour_label="share of the executor's activation lost")
+    ax.set(xlabel="executor", ylabel="detector ablated")
+    if same_task is not None:
+        same = checked("same_task", same_task, detector=len(detectors), executor=len(executors)) > 0
+        for y, x in np.argwhere(same).tolist():
+            ax.add_patch(outline(x, y))
+        if same.any() and (~same).any():
+            pair, rest = np.nanmean(strength[same]), np.nanmean(strength[~same])
+            ax.set_title(f"same task (outlined) {pair:.2f}, other pairs {rest:.2f}")
+    return ax
+
+
+def outline(x: int, y: int) -> Rectangle:
+    """The frame of cell (x, y) of a heatmap."""
+    return Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=OKABE_ITO["vermillion"], linewidth=1.2)
+
+
+def latent_control(best: Values, random: Values, tasks: Sequence[str], *, percentile: Number = 95.0, ax: Axes | None = None) -> Axes:
+    """The control of single-latent steering: the best latent of each task, `best` (task,), against random ones.
+
+    `random` (task, draw) are the effects of latents drawn at random; the grey bar runs from their 5th to their given
+    percentile, the tick is the median. A full dot lies above the percentile, an open one does not.
+    """
+    best = checked("best", best, task=len(tasks))
+    random = checked("random", random, task=len(tasks), draw=None)
+    low, middle, high = np.percentile(random, [5, 50, percentile], axis=1)
+    order, y = np.argsort(best), np.arange(len(tasks))
+    above = best[order] > high[order]
+    ax = axes_for(ax, height=1.0 + 0.165 * len(tasks))
+    ax.barh(y, (high - low)[order], 0.55, left=low[order], color="#cfcfcf", label=f"random: 5th to {percentile:g}th pct.")
+    ax.plot(middle[order], y, "|", color="black", markersize=6, label="random: median")
+    ax.plot(best[order][above], y[above], "o", color=OKABE_ITO["vermillion"], markersize=5, label="best latent")
+    ax.plot(best[order][~above], y[~above], "o", mfc="white", color=OKABE_ITO["vermillion"], markersize=5)
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_yticks(y, [tasks[i] for i in order], fontsize=7 if len(tasks) > 12 else 8)
+    ax.set_ylim(-0.7, len(tasks) - 0.3)
+    ax.set(xlabel="relative loss decrease", title=f"best above the random latents on {above.sum()} of {len(tasks)} tasks")
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return ax
+
+
+def scale_sweep(scales: Values, decrease: Mapping[str, Values], *, chosen: Number | None = None, ax: Axes | None = None) -> Axes:
+    """Relative loss decrease against the length of the steering vector, `decrease[name]` (task, scale), log axis.
+
+    Bold is the mean over tasks with its standard error, faint are the tasks; `chosen` marks the length used.
+    """
+    scales = checked("scales", scales, scale=None)
+    ax = axes_for(ax, height=3.0)
+    for name, colour in colours_for(list(decrease)).items():
+        values = checked(f"decrease[{name!r}]", decrease[name], task=None, scale=len(scales))
+        faint(ax, scales, values, colour)
+        band(ax, scales, values, label=f"{name}, mean of {len(values)} tasks ± s.e.", colour=colour)
+    if chosen is not None:
+        ax.axvline(chosen, color="black", linestyle=":", linewidth=1, label=f"used: {chosen:g}")
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set(xlabel="scale (norm of the added direction)", ylabel="relative loss decrease")
+    plain_log(ax.xaxis)
+    ax.set_ylim(max(ax.get_ylim()[0], -1.5), 1.05)
+    ax.legend(loc="best")
+    return ax
