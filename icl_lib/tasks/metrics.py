@@ -10,18 +10,14 @@ from jaxtyping import Array, Float, Int
 from icl_lib.tasks.prompts import Prompts, Role
 
 
-def token_logprobs(
-    logits: Float[Array, "*axes seq d_vocab"], tokens: Int[Array, "*axes seq"]
-) -> Float[Array, "*axes seq-1"]:
+def token_logprobs(logits: Float[Array, "*axes seq d_vocab"], tokens: Int[Array, "*axes seq"]) -> Float[Array, "*axes seq-1"]:
     """Log-probability in nats of each token after the first, given those before it: entry j is that of token j + 1."""
     logits = logits[..., :-1, :].astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[..., 1:, None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def answer_nll(
-    logits: Float[Array, "*axes seq d_vocab"], prompts: Prompts, n_first: int = 2
-) -> Float[Array, "*axes"]:
+def answer_nll(logits: Float[Array, "*axes seq d_vocab"], prompts: Prompts, n_first: int = 2) -> Float[Array, "*axes"]:
     """Negative log-probability in nats of the first `n_first` tokens of the query's answer, summed over them.
 
     A shorter answer contributes the tokens it has. The metric of every steering experiment, with n_first = 2.

@@ -129,8 +129,7 @@ def load_tasks(source: str | Path) -> dict[str, Task]:
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"no task source {str(source)!r}: give 'embedded', 'paper', 'function_vectors', or an existing folder "
-            "of .json and .tsv files"
+            f"no task source {str(source)!r}: give 'embedded', 'paper', 'function_vectors', or an existing folder of .json and .tsv files"
         )
     files = sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".tsv"))
     if not files:
@@ -181,9 +180,7 @@ def _embedded() -> dict[str, Task]:
         for name, (group, parts) in _TABLES.items()
     }
     foreign = tuple(
-        (row[language.lower()], language)
-        for language in ("Spanish", "French", "Italian")
-        for row in tables["nouns"] + tables["adjectives"]
+        (row[language.lower()], language) for language in ("Spanish", "French", "Italian") for row in tables["nouns"] + tables["adjectives"]
     )
     tasks["word_language"] = Task("word_language", foreign, "knowledge", "embedded")
     english = [row["singular"] for row in tables["nouns"]] + [row["word"] for row in tables["adjectives"]]
