@@ -7,8 +7,8 @@ import jupytext
 import nbformat
 import pytest
 
-from icl_lib.runs import check_card, root
-from icl_lib.runs.params import all_declared, declared, notebook_files, read_card
+from icl_lib.runs import root
+from icl_lib.runs.params import all_declared, check_card, declared, notebook_files, read_card
 
 EXPECTED = [
     "00_a_model_that_learns_in_context",

@@ -16,7 +16,6 @@ n_shots: int = 8  # examples a prompt
 layer_executor: int = 3  # resid_pre layer
 tvc_l1: list[float] = [0.001, 0.01]  # L1 coefficients
 tvc_lr: float = 0.05  # Adam's rate
-revision: str | None = None  # of the model
 quick: bool = False  # fewer tasks"""
 
 
@@ -55,7 +54,7 @@ def test_declared_sees_the_names_that_papermill_sees(notebook):
 
 
 def test_a_good_card_passes_and_numbers_take_their_declared_type(check):
-    card = check(tvc_lr=1, tvc_l1=[1, 0.5], revision=None, seed=0, layer_executor=0, n_shots=0, quick=True)
+    card = check(tvc_lr=1, tvc_l1=[1, 0.5], seed=0, layer_executor=0, n_shots=0, quick=True)
     assert card["tvc_lr"] == 1.0 and isinstance(card["tvc_lr"], float)
     assert all(isinstance(v, float) for v in card["tvc_l1"])
 
@@ -65,7 +64,7 @@ def test_a_good_card_passes_and_numbers_take_their_declared_type(check):
     [
         ({"n_prompt": 4}, ["n_prompt", "did you mean `n_prompts`"]),
         ({"zzzz": 4}, ["no notebook declares `zzzz`", "known keys", "tvc_lr"]),
-        ({"n_prompts": "4"}, ["n_prompts", "expected int", "prompts a task", "write 4.0"]),
+        ({"n_prompts": "4"}, ["n_prompts", "expected int", "prompts a task", "write 4 without quotes"]),
         ({"n_prompts": 4.5}, ["n_prompts", "expected int", "4.5"]),
         ({"n_prompts": True}, ["n_prompts", "expected int", "True"]),
         ({"tvc_lr": "1e-3"}, ["tvc_lr", "expected float", "write 1.0e-3"]),
@@ -147,7 +146,7 @@ def test_one_key_of_two_notebooks_names_both(tmp_path, notebook):
     assert all_declared([notebook, other])["seed"].notebooks == ("02_toy", "03_other")
 
 
-@pytest.mark.parametrize("line", ["x = 3", "x: int = 3 * 2", "x: dict = {}", "x: int", "x: int = (", "print(3)"])
+@pytest.mark.parametrize("line", ["x = 3", "x: int = 3 * 2", "x: dict = {}", "x: str | None = None", "x: int", "x: int = (", "print(3)"])
 def test_a_line_papermill_cannot_set_is_refused(tmp_path, line):
     bad = _notebook(tmp_path, "02_bad.ipynb", line)
     with pytest.raises(CardError, match="02_bad|annotation"):

@@ -33,7 +33,7 @@ class Ledger:
         """
         if key in self.entries:
             raise ValueError(f"ledger key {key!r} is already recorded in {self.notebook}; give each number its own key")
-        if getattr(holds, "dtype", type(holds)) != bool or getattr(holds, "shape", ()) != ():
+        if not isinstance(holds.item() if getattr(holds, "shape", None) == () else holds, bool):
             raise ValueError(f"holds must be one True or False, got {holds!r} for {key!r}")
         self.entries[key] = {
             "notebook": self.notebook,

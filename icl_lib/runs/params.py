@@ -50,17 +50,13 @@ class Parameter:
 
 
 def _type(node: ast.expr) -> Any:
-    """A type built from an annotation's syntax tree; nothing of the notebook is executed."""
+    """A type from an annotation's syntax tree; nothing of the notebook is executed. papermill cannot read `str | None`."""
     match node:
         case ast.Name(id=name) if name in _SCALARS:
             return _SCALARS[name]
-        case ast.Constant(value=None):
-            return None
         case ast.Subscript(value=ast.Name(id="list"), slice=inner):
             return list[_type(inner)]
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return _type(left) | _type(right)
-    raise CardError(f"annotation `{ast.unparse(node)}` is not one of {', '.join(_SCALARS)}, list[...] or `... | None`")
+    raise CardError(f"annotation `{ast.unparse(node)}` is not one of {', '.join(_SCALARS)} or list[...]")
 
 
 def notebook_files(folder: Path | None = None) -> list[Path]:
@@ -203,25 +199,22 @@ def _validated(p: Parameter, value: Any) -> Any:
 
 
 def _yaml_hint(value: Any) -> str:
-    """Why a number in the file may have arrived as text."""
+    """Why a number in the file may have arrived as text: YAML 1.1 wants a point before, and a sign after, the `e`."""
     for v in value if isinstance(value, list) else [value]:
-        if isinstance(v, str):
-            try:
-                return (
-                    f"; YAML reads {v} as text, write {float(v)!r}"
-                    if "e" not in v.lower()
-                    else f"; YAML reads {v} as text, write {_with_point(v)}"
-                )
-            except ValueError:
-                continue
+        if isinstance(v, str) and _is_number(v):
+            mantissa, _, exponent = v.lower().partition("e")
+            sign = "" if exponent[:1] in ("", "+", "-") else "+"
+            better = f"{mantissa if '.' in mantissa else mantissa + '.0'}e{sign}{exponent}" if exponent else mantissa
+            return f"; YAML reads {v} as text, write {better} without quotes"
     return ""
 
 
-def _with_point(text: str) -> str:
-    """`1e-3` as YAML 1.1 wants it, `1.0e-3`."""
-    float(text)
-    mantissa, exponent = text.lower().split("e")
-    return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent if exponent[0] in '+-' else '+' + exponent}"
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _possible(p: Parameter, v: Any) -> None:

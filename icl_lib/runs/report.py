@@ -1,6 +1,6 @@
 """The report of a run: its ledger, and its notebooks as HTML that opens from the file system.
 
-python -m icl_lib.runs.report runs/tiny          # or a card: params/tiny.yaml
+`python -m icl_lib.runs.report runs/tiny`; a card, params/tiny.yaml, names its run as well.
 """
 
 import datetime
