@@ -1,0 +1,96 @@
+"""Nodes in order of their effect: the form in which circuits enter an ablation.
+
+A circuit of n nodes is "the first n of a ranking". A rank per node, compared with a count inside the compiled program,
+serves every size of circuit at once; no mask is ever stored.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from icl_lib.circuits.effects import Effects, Suite
+from icl_lib.models import Site
+
+UNRANKED = 2**30  # rank of a node that does not help; larger than any count of nodes
+ALL = 2**31 - 1  # upper end of a range of ranks that takes every node
+
+
+class Ranking(eqx.Module):
+    """Nodes of every task in order: rank 0 is the most helpful, `UNRANKED` one that does not help.
+
+    Column j of a site's table belongs to latent `latent[site][task, j]`; rows are roles. `n` counts the ranked nodes.
+    `whole` says that the columns are all latents in their own order.
+    """
+
+    rank: dict[Site, Int[Array, "tasks n_roles _"]]
+    latent: dict[Site, Int[Array, "tasks _"]]
+    n: Int[Array, " tasks"]
+    whole: bool = eqx.field(static=True, default=True)
+
+
+def rank_nodes(effects: Effects) -> Ranking:
+    """All latents with a positive effect, in its order, task by task. `effects` of stacked tasks."""
+    if effects.metric.ndim != 1:
+        raise ValueError("rank_nodes takes the effects of stacked tasks; compute them with stack_prompts([prompts, ...])")
+    sites = list(effects.latents)
+    tables = {site: np.asarray(effects.latents[site]) for site in sites}
+    n_tasks = len(next(iter(tables.values())))
+    values = np.concatenate([tables[site].reshape(n_tasks, -1) for site in sites], axis=1)
+    ranks = np.full(values.shape, UNRANKED, np.int32)
+    for row, out in zip(values, ranks, strict=True):
+        (positive,) = np.nonzero(row > 0)
+        out[positive[np.argsort(-row[positive], kind="stable")]] = np.arange(len(positive), dtype=np.int32)
+    ends = np.cumsum([tables[site][0].size for site in sites])
+    parts = np.split(ranks, ends[:-1], axis=1)
+    rank = {site: jnp.asarray(part.reshape(tables[site].shape)) for site, part in zip(sites, parts, strict=True)}
+    latent = {s: jnp.asarray(np.tile(np.arange(t.shape[-1], dtype=np.int32), (n_tasks, 1))) for s, t in tables.items()}
+    return Ranking(rank, latent, jnp.asarray((ranks < UNRANKED).sum(axis=1), jnp.int32))
+
+
+def compact(ranking: Ranking, n: int) -> Ranking:
+    """The same ranking with only the latents that have a node among the first `n`, for passes that ablate at most n.
+
+    The number of columns is a power of two common to all tasks, so that few shapes have to be compiled; spare columns
+    carry the rank `ALL`, which no range contains.
+    """
+    rank, latent = {}, {}
+    for site, table in ranking.rank.items():
+        table, latents = np.asarray(table), np.asarray(ranking.latent[site])
+        used = (table < n).any(axis=1)
+        width = min(max(8, 1 << int(used.sum(axis=1).max() - 1).bit_length()), table.shape[-1])
+        order = np.argsort(~used, axis=1, kind="stable")[:, :width]
+        spare = ~np.take_along_axis(used, order, axis=1)
+        columns = np.take_along_axis(table, order[:, None], axis=2)
+        rank[site] = jnp.asarray(np.where(spare[:, None], ALL, columns).astype(np.int32))
+        latent[site] = jnp.asarray(np.take_along_axis(latents, order, axis=1))
+    return Ranking(rank, latent, ranking.n, whole=False)
+
+
+def random_ranking(ranking: Ranking, effects: Effects, n: Int[Array, " tasks"], *, key: PRNGKeyArray) -> Ranking:
+    """A control: as many nodes per site and role as the first n[task] of `ranking`, drawn from the other active ones.
+
+    Active means that the latent fires at the role in the prompts of `effects`. The drawn nodes have the ranks 0, 1, ...
+    in no particular order; `n` of the result says how many there were to draw (fewer where a role has too few active nodes).
+    """
+    counts, drawn = np.asarray(n)[:, None, None], {}
+    for key_site, (site, table) in zip(jax.random.split(key, len(ranking.rank)), ranking.rank.items(), strict=True):
+        circuit = np.asarray(table) < counts
+        free = (np.asarray(effects.means[site]) > 0) & ~circuit
+        score = np.where(free, np.asarray(jax.random.uniform(key_site, table.shape)), -1.0)
+        place = np.argsort(np.argsort(-score, axis=-1, kind="stable"), axis=-1, kind="stable")
+        drawn[site] = free & (place < circuit.sum(axis=-1, keepdims=True))
+    flat = np.concatenate([d.reshape(len(d), -1) for d in drawn.values()], axis=1)
+    ranks = np.where(flat, np.cumsum(flat, axis=1) - 1, UNRANKED).astype(np.int32)
+    parts = np.split(ranks, np.cumsum([d[0].size for d in drawn.values()])[:-1], axis=1)
+    rank = {s: jnp.asarray(part.reshape(drawn[s].shape)) for s, part in zip(drawn, parts, strict=True)}
+    return Ranking(rank, ranking.latent, jnp.asarray(flat.sum(axis=1), jnp.int32))
+
+
+def restrict(ranking: Ranking, suite: Suite) -> Ranking:
+    """The ranking without the sites that `suite` lacks. Raises `ValueError` if a site of the suite was never ranked."""
+    if missing := [str(site) for site in suite if site not in ranking.rank]:
+        raise ValueError(f"the ranking has no nodes at {', '.join(missing)}: compute the effects for all layers that are ablated")
+    pick = lambda tables: {site: tables[site] for site in suite}
+    return Ranking(pick(ranking.rank), pick(ranking.latent), ranking.n, ranking.whole)

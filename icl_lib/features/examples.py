@@ -1,0 +1,133 @@
+"""Maximally activating examples: the windows of a text in which a latent fires most, and how to show them.
+
+Source: SPEC 5.5 (ICL-SFC, Fig. 4).
+"""
+
+import html
+from collections.abc import Callable, Iterable, Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from icl_lib.features.roles import check_latents
+from icl_lib.models import Site, Transformer, record
+from icl_lib.saes import SAE
+
+
+class Examples(eqx.Module):
+    """The k windows with the largest activation of each latent, strongest first.
+
+    `window` is the row in the corpus. Where fewer than k windows activate a latent the rest have activation 0.
+    """
+
+    latents: Int[np.ndarray, " n"]
+    window: Int[np.ndarray, "n k"]
+    tokens: Int[np.ndarray, "n k s"]
+    activation: Float[np.ndarray, "n k s"]
+
+    @property
+    def peak(self) -> Float[np.ndarray, "n k"]:
+        """Largest activation in each window."""
+        return self.activation.max(axis=-1)
+
+
+def token_windows(texts: Iterable[str], tokenizer, length: int, bos_id: int) -> Int[np.ndarray, "n length"]:
+    """Windows of `length` tokens, each begun with BOS, cut from the texts one after another; the rest is left out.
+
+    Raises `ValueError` if the texts do not fill one window.
+    """
+    ids = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    n = len(ids) // (length - 1)
+    if n == 0:
+        raise ValueError(f"the texts have {len(ids)} tokens, too few for one window of {length}: give more text or shorter windows")
+    body = np.asarray(ids[: n * (length - 1)], np.int32).reshape(n, length - 1)
+    return np.concatenate([np.full((n, 1), bos_id, np.int32), body], axis=1)
+
+
+@eqx.filter_jit
+def _scan(model, sae, latents, batches, valid, k: int):
+    """Running top k over batches (n_batches, b, s): window numbers (n, k) and activations (n, k, s)."""
+    n_batches, b, s = batches.shape
+
+    def step(carry, batch):
+        tokens, valid, start = batch
+        cache: dict[Site, Array] = {}
+        model(tokens, tap=record([sae.site_in], cache))
+        f = sae.encode(cache[sae.site_in].astype(sae.W_enc.dtype))[:, :, latents].astype(jnp.float32)
+        f = jnp.where(valid[:, :, None], f, 0.0).transpose(2, 0, 1)
+        number = jnp.broadcast_to((start + jnp.arange(b, dtype=jnp.int32))[None], (len(latents), b))
+        # A window that only fills the last batch up must lose against any real one.
+        peak = jnp.where(valid.any(axis=1)[None], f.max(axis=-1), -0.5)
+        peaks, numbers, rows = (jnp.concatenate(pair, axis=1) for pair in zip(carry, (peak, number, f), strict=True))
+        best, place = jax.lax.top_k(peaks, k)
+        return (best, jnp.take_along_axis(numbers, place, axis=1), jnp.take_along_axis(rows, place[:, :, None], axis=1)), None
+
+    n = len(latents)
+    empty = (jnp.full((n, k), -1.0), jnp.zeros((n, k), jnp.int32), jnp.zeros((n, k, s)))
+    starts = jnp.arange(n_batches, dtype=jnp.int32) * b
+    (_, number, activation), _ = jax.lax.scan(step, empty, (batches, valid, starts))
+    return number, activation
+
+
+def top_examples(
+    model: Transformer,
+    sae: SAE,
+    tokens: Int[np.ndarray, "n_windows s"],
+    latents: Sequence[int] | Int[np.ndarray, " n"],
+    *,
+    k: int = 10,
+    batch: int = 32,
+    valid: Bool[np.ndarray, "n_windows s"] | None = None,
+) -> Examples:
+    """The k windows that activate each latent most; all latents in one compiled pass over the corpus.
+
+    Tokens where `valid` is false count as inactive; by default those are BOS and padding, where activations mean little.
+    Raises `ValueError` if a latent does not exist or the corpus has fewer than k windows.
+    """
+    latents, tokens = np.asarray(latents, np.int32), np.asarray(tokens, np.int32)
+    check_latents(sae, latents)
+    if len(tokens) < k:
+        raise ValueError(f"the corpus has {len(tokens)} windows, fewer than the {k} examples asked for: give more text or a smaller k")
+    if valid is None:
+        valid = (tokens != model.config.bos_id) & (tokens != model.config.pad_id)
+    fill = -len(tokens) % batch
+    batches = np.pad(tokens, ((0, fill), (0, 0)), constant_values=model.config.pad_id).reshape(-1, batch, tokens.shape[1])
+    mask = np.pad(valid, ((0, fill), (0, 0))).reshape(batches.shape)
+    number, activation = _scan(model, sae, jnp.asarray(latents), jnp.asarray(batches), jnp.asarray(mask), k)
+    number = np.asarray(number)
+    return Examples(latents, number, tokens[number], np.asarray(activation))
+
+
+def window_text(words: Sequence[str], activation: Float[np.ndarray, " s"], radius: int = 8) -> str:
+    """The words around the peak as one line, the peak in brackets: `the opposite of hot is [cold] .`"""
+    peak = int(np.argmax(activation))
+    start, end = max(0, peak - radius), min(len(words), peak + radius + 1)
+    shown = [f"[{words[i].strip()}]" if i == peak else words[i].strip(" ") for i in range(start, end)]
+    return " ".join(shown).replace("\n", "\\n")
+
+
+def window_html(words: Sequence[str], activation: Float[np.ndarray, " s"], top: float | None = None) -> str:
+    """The window as one HTML paragraph, each token shaded by its activation relative to `top` (default: its own maximum).
+
+    The tooltip of a token is its activation. All text is escaped.
+    """
+    top = float(np.max(activation)) if top is None else top
+    spans = []
+    for word, value in zip(words, np.asarray(activation, float), strict=True):
+        alpha = min(max(value / top, 0.0), 1.0) if top > 0 else 0.0
+        text = html.escape(word).replace("\n", "&#8629;")
+        spans.append(f'<span title="{value:.2f}" style="background: rgba(230, 159, 0, {alpha:.2f})">{text}</span>')
+    return '<p style="font-family: monospace; white-space: pre-wrap">' + " ".join(spans) + "</p>"
+
+
+def examples_html(examples: Examples, decode: Callable[[int], str], k: int | None = None) -> str:
+    """A heading and the first k windows of every latent; `decode` gives the text of one token."""
+    parts = []
+    for latent, rows, values in zip(examples.latents, examples.tokens, examples.activation, strict=True):
+        top = float(values.max())
+        parts.append(f"<h4>latent {int(latent)}, largest activation {top:.2f}</h4>")
+        parts += [window_html([decode(int(t)) for t in row], value, top) for row, value in zip(rows[:k], values[:k], strict=True)]
+    return "\n".join(parts)

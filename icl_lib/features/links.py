@@ -1,0 +1,154 @@
+r"""Detector to executor: does taking a detector out of the output tokens silence an executor at the arrows?
+
+At layer l_d the residual is changed at the chosen positions, by one of
+
+- steer:  $x' = x - s\,\bar a_d\,W_{dec,d} / |W_{dec,d}|$, with $\bar a_d$ the mean activation of d over all tokens of the prompts
+- ablate: $x' = x - f_d(x)\,W_{dec,d}$, the latent's own contribution taken out, no more
+
+and the blocks up to the executors' layer run on it with their attention patterns frozen at the clean ones: values and MLPs
+respond, queries and keys do not. The effect on executor e is the mean over arrows at which it was active of
+
+$$p = 1 - \mathrm{clip}(f_e(x') / f_e(x), 0, 1) .$$
+
+Nothing is filtered: the paper drops pairs with max p < 0.1 and averages over positive tasks, `display_strength` does so.
+
+Source: SPEC 5.8 (ICL-SFC, Sec. 4.3, Fig. 8).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from icl_lib.features.roles import check_latents
+from icl_lib.models import Site, Transformer, compose, record, replace
+from icl_lib.saes import SAE
+from icl_lib.tasks import Prompts, Role
+
+
+class Links(eqx.Module):
+    """Effects of detectors on executors, 0 (none) to 1 (silenced), task by task.
+
+    `effect` has one slice per strength (one in all for ablation); it is NaN where the executor is active at no arrow of the
+    task and 0 where the detector is never active. `detector_mean` and `executor_mean` are the clean mean activations over all
+    tokens and over arrows.
+    """
+
+    effect: Float[np.ndarray, "n_strengths tasks n_detectors n_executors"]
+    detector_mean: Float[np.ndarray, "tasks n_detectors"]
+    executor_mean: Float[np.ndarray, "tasks n_executors"]
+
+
+def _some_latents(sae: SAE, latents: Int[Array, " n"]) -> SAE:
+    """The folded SAE with the named latents only."""
+    parts = lambda s: (s.W_enc, s.b_enc, s.threshold, s.W_dec)
+    return eqx.tree_at(parts, sae, (sae.W_enc[:, latents], sae.b_enc[latents], sae.threshold[latents], sae.W_dec[latents]))
+
+
+def _drop(f: Float[Array, "b s n"], clean: Float[Array, "b s n"], arrows: Bool[Array, "b s"]) -> Float[Array, " n"]:
+    """Mean of 1 - clip(f / clean, 0, 1) over the arrows with clean > 0; NaN without any."""
+    on = (clean > 0) & arrows[:, :, None]
+    ratio = jnp.clip(jnp.where(on, f, 0.0) / jnp.where(on, clean, 1.0), 0.0, 1.0)
+    return jnp.sum(jnp.where(on, 1.0 - ratio, 0.0), axis=(0, 1)) / jnp.sum(on, axis=(0, 1)).astype(jnp.float32)
+
+
+@eqx.filter_jit
+def _links(model, detectors: SAE, executors: SAE, tokens, roles, where, scales, ablate: bool):
+    first, last = detectors.site_in, executors.site_in
+    patterns = [Site("pattern", layer) for layer in range(first.layer, last.layer)]
+
+    def task(args):
+        tokens, roles, where = args
+        cache: dict[Site, Array] = {}
+        model(tokens, tap=record([first, last, *patterns], cache))
+        x, frozen = cache[first], {site: cache[site] for site in patterns}
+        f_d = detectors.encode(x.astype(detectors.W_enc.dtype)).astype(jnp.float32)
+        f_e = executors.encode(cache[last].astype(executors.W_enc.dtype)).astype(jnp.float32)
+        real, arrows = roles != Role.OTHER, roles == Role.ARROW
+        mean_d = jnp.sum(jnp.where(real[:, :, None], f_d, 0.0), axis=(0, 1)) / jnp.sum(real).astype(jnp.float32)
+        mean_e = jnp.sum(jnp.where(arrows[:, :, None], f_e, 0.0), axis=(0, 1)) / jnp.sum(arrows).astype(jnp.float32)
+
+        def one(node):
+            index, scale = node
+            row = detectors.W_dec[index].astype(jnp.float32)
+            unit = row / jnp.maximum(jnp.linalg.norm(row), 1e-9)
+            if ablate:
+                shift = f_d[:, :, index][:, :, None] * row[None, None, :]
+            else:
+                shift = jnp.broadcast_to((scale * mean_d[index] * unit)[None, None, :], x.shape)
+            changed = x - jnp.where(where[:, :, None], shift, 0.0).astype(x.dtype)
+            seen: dict[Site, Array] = {}
+            model.run_from(first.layer, changed, tap=compose(replace(frozen), record([last], seen)))
+            drop = _drop(executors.encode(seen[last].astype(executors.W_enc.dtype)).astype(jnp.float32), f_e, arrows)
+            return jnp.where((mean_d[index] < 1e-6) & ~jnp.isnan(drop), 0.0, drop)
+
+        grid = jnp.meshgrid(jnp.arange(mean_d.shape[0]), scales, indexing="ij")
+        effect = jax.lax.map(one, tuple(axis.ravel() for axis in grid))
+        return effect.reshape(*grid[0].shape, -1), mean_d, mean_e
+
+    return jax.lax.map(task, (tokens, roles, where))
+
+
+def detector_executor(
+    model: Transformer,
+    sae_detector: SAE,
+    sae_executor: SAE,
+    prompts: Prompts,
+    detectors: Sequence[int] | Int[np.ndarray, " n_detectors"],
+    executors: Sequence[int] | Int[np.ndarray, " n_executors"],
+    *,
+    positions: Literal["outputs", "all"] = "outputs",
+    mode: Literal["steer", "ablate"] = "steer",
+    strengths: Sequence[float] = (50.0,),
+) -> Links:
+    """The effect of every detector on every executor in every task of stacked prompts, in one compiled program.
+
+    Both SAEs are residual ones, the executors' later than the detectors'. `positions` are all tokens of outputs, or all tokens;
+    `strengths` are multiples of the detector's mean activation (the paper has 50) and are not used by "ablate". Raises
+    `ValueError` on other sites, an order that cannot act, unknown latents, or prompts that are not stacked.
+    """
+    first, last = sae_detector.site_in, sae_executor.site_in
+    for what, site in (("detectors", first), ("executors", last)):
+        if site.name != "resid_pre":
+            raise ValueError(f"{what} must be latents of a residual SAE (resid_pre), got one at {site}")
+        model.config.check_layer(site.layer, f"layer of the {what}")
+    if first.layer >= last.layer:
+        raise ValueError(f"detectors act on later layers, so their layer must be below that of the executors, got {first.layer} and {last.layer}")
+    if prompts.tokens.ndim != 3:
+        raise ValueError(f"detector_executor takes stacked prompts (task, batch, seq), got tokens of shape {prompts.tokens.shape}: use stack_prompts")
+    if mode not in ("steer", "ablate") or positions not in ("outputs", "all"):
+        raise ValueError(f"mode must be 'steer' or 'ablate' and positions 'outputs' or 'all', got {mode!r} and {positions!r}")
+    detectors, executors = np.asarray(detectors, np.int32), np.asarray(executors, np.int32)
+    check_latents(sae_detector, detectors)
+    check_latents(sae_executor, executors)
+    scales = jnp.asarray([1.0] if mode == "ablate" else list(strengths), jnp.float32)
+    roles = jnp.asarray(prompts.roles)
+    where = roles == Role.OUTPUT if positions == "outputs" else jnp.ones(roles.shape, bool)
+    d, e = (_some_latents(sae.fold(), jnp.asarray(i)) for sae, i in ((sae_detector, detectors), (sae_executor, executors)))
+    effect, mean_d, mean_e = _links(model, d, e, jnp.asarray(prompts.tokens), roles, where, scales, mode == "ablate")
+    return Links(np.asarray(effect.transpose(2, 0, 1, 3)), np.asarray(mean_d), np.asarray(mean_e))
+
+
+def display_strength(effect: Float[np.ndarray, "tasks n_detectors n_executors"]) -> Float[np.ndarray, "n_detectors n_executors"]:
+    """The paper's Fig. 8: each task divided by its maximum, then the mean over the tasks with a value above 0 (else 0)."""
+    effect = np.nan_to_num(effect)
+    top = effect.max(axis=(1, 2), keepdims=True)
+    scaled = effect / np.where(top > 0, top, 1)
+    return (scaled.sum(axis=0) / np.maximum((scaled > 0).sum(axis=0), 1)).astype(np.float32)
+
+
+def random_latents(
+    active: Bool[np.ndarray, " d_sae"], n: int, exclude: Sequence[int] = (), *, key: PRNGKeyArray
+) -> Int[np.ndarray, " n"]:
+    """A control: n different latents drawn from the active ones without those in `exclude`.
+
+    Raises `ValueError` if there are fewer.
+    """
+    pool = np.setdiff1d(np.flatnonzero(active), np.asarray(exclude, int))
+    if len(pool) < n:
+        raise ValueError(f"{n} random latents are wanted, but only {len(pool)} active ones are left: draw fewer, or count more as active")
+    return np.asarray(jax.random.choice(key, jnp.asarray(pool, jnp.int32), (n,), replace=False))
