@@ -56,7 +56,7 @@ def circuit(n: int) -> pd.DataFrame:
 
 def edges(n_nodes: int) -> pd.DataFrame:
     ends = rng.integers(0, n_nodes, (40, 2))
-    return pd.DataFrame({"source": ends[:, 0], "target": ends[:, 1], "weight": rng.normal(size=40)})
+    return pd.DataFrame({"source": ends[:, 0], "target": ends[:, 1], "effect": rng.normal(size=40)})
 
 
 K = np.array([5, 10, 50, 100, 500])

@@ -80,14 +80,14 @@ def task_latent_heatmap(
     label = "loss decrease / best of its row" if normalised else "relative loss decrease"
     names = [str(latents[j]) for j in columns]
     heatmap(ax, shown[rows][:, columns], [tasks[i] for i in rows], names, colour_label=label)
-    dots = {"active in the encoding": (encoded, OKABE_ITO["vermillion"], 16), "survives TVC": (survives, "#00D68F", 7)}
+    dots = {"active in the encoding": (encoded, OKABE_ITO["vermillion"], 16), "survives TVC": (survives, "#00D68F", 9)}
     for name, (mask, colour, size) in dots.items():
         if mask is not None:
             mask = checked(name, mask, task=len(tasks), latent=len(latents))[rows][:, columns] > 0
             y, x = np.nonzero(mask)
             ax.scatter(x, y, s=size, color=colour, edgecolors="white", linewidths=0.4, label=name, rasterized=True)
     if encoded is not None or survives is not None:
-        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)
+        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2, markerscale=1.6)
     ax.set(xlabel=what)
     return ax
 

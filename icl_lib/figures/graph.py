@@ -73,10 +73,10 @@ def place(nodes: pd.DataFrame) -> Layout:
 
 
 def circuit_graph(nodes: pd.DataFrame, edges: pd.DataFrame | None = None, *, title: str = "") -> Figure:
-    """Draw a circuit. Box colour: effect of the node on the metric; edges: width by size, colour by sign.
+    """Draw the tables of a `Circuit`. Box colour: effect of the node on the metric; edges: width by size, colour by sign.
 
-    `nodes` has the columns `layer`, `kind` (residual, attention, transcoder, or the site read), `latent` (below 0: the
-    error node), `role`, `effect`; `edges` has `source` and `target`, values of the index of `nodes`, and `weight`.
+    `nodes` has the columns `layer`, `kind` (residual, attn_out, transcoder, or the site read), `latent` (below 0: the
+    error node), `role`, `effect`; `edges` has `source` and `target`, values of the index of `nodes`, and `effect`.
     Nodes keep the order of the table inside a cell: sort it by effect. Raises `ValueError` for missing columns, unknown
     kinds, or an edge that ends at no node.
     """
@@ -141,12 +141,12 @@ def draw_boxes(ax: Axes, layout: Layout, nodes: pd.DataFrame, norm: CenteredNorm
 
 def draw_edges(ax: Axes, layout: Layout, nodes: pd.DataFrame, edges: pd.DataFrame) -> None:
     """Curves from the upper side of the source to the lower side of the target; weakest first, so strong ones show;
-    width and opacity follow the square root of the weight."""
-    need_columns("edges", edges, ("source", "target", "weight"))
+    width and opacity follow the square root of the effect."""
+    need_columns("edges", edges, ("source", "target", "effect"))
     ends = nodes.index.get_indexer(edges["source"]), nodes.index.get_indexer(edges["target"])
     if (ends[0] < 0).any() or (ends[1] < 0).any():
         raise ValueError("an edge starts or ends at a node that is not in nodes: source and target are values of its index")
-    weight = edges["weight"].to_numpy(dtype=float)
+    weight = edges["effect"].to_numpy(dtype=float)
     size = np.sqrt(np.abs(weight) / max(np.abs(weight).max(), 1e-12))
     for i in np.argsort(size):
         up = layout.y[ends[1][i]] >= layout.y[ends[0][i]]
