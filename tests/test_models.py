@@ -1,5 +1,6 @@
 """The Transformer against transformers' PyTorch Gemma, and against what a causal model with taps must satisfy."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +10,8 @@ from icl_lib.models import (
     Past,
     Site,
     Transformer,
-    compose,
     load_model,
     perturb,
-    record,
     replace,
     run_with_cache,
     save_model,
@@ -21,6 +20,8 @@ from icl_lib.models import (
 from icl_lib.models.sites import LAYER_SITES
 
 torch = pytest.importorskip("torch", reason="torch is the oracle of the model tests: install the extra icl-lib[test]")
+
+torch.set_num_threads(1)  # the tensors are tiny, and the tests may run side by side
 
 # (query heads, key-value heads): one shared key head, groups of two, one key head for each query head
 HEADS = [(4, 1), (4, 2), (2, 2)]
@@ -34,6 +35,9 @@ def random_model(getkey, **sizes):
     """A small model whose norm gains are not zero, so that a forgotten (1 + gain) shows."""
     model = Transformer.init(tiny_config(**{"n_layers": 3, "n_heads": 4, "n_kv_heads": 2} | sizes), key=getkey())
     return jax.tree.map(lambda w: w + 0.3 * jax.random.normal(getkey(), w.shape) if w.ndim == 1 else w, model)
+
+
+run = eqx.filter_jit(lambda model, tokens, tap=None: model(tokens, tap=tap))  # compiled once, not op by op
 
 
 def random_tokens(getkey, model, batch=3, seq=11):
@@ -113,8 +117,9 @@ def test_transformers_reads_what_we_save(tmp_path, getkey):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     tokens = random_tokens(getkey, model)
     logits, sites = torch_sites(theirs, tokens)
-    np.testing.assert_allclose(model(tokens), logits, rtol=0, atol=1e-4)
-    assert relative(model(tokens), logits) < 1e-5
+    ours = run(model, tokens)
+    np.testing.assert_allclose(ours, logits, rtol=0, atol=1e-4)
+    assert relative(ours, logits) < 1e-5
     assert set(sites) < set(all_sites(3))
 
 
@@ -124,26 +129,28 @@ def test_bfloat16_is_as_close_to_float32_as_torch_is(tmp_path, getkey):
     theirs.save_pretrained(tmp_path)
     half, full = load_model(tmp_path, dtype="bfloat16"), load_model(tmp_path)
     tokens = random_tokens(getkey, full)
-    exact = np.asarray(full(tokens))
+    exact = np.asarray(run(full, tokens))
+    logits, cache = run_with_cache(half, tokens, [Site("resid_post", 2)])
     with torch.no_grad():
         their_error = np.abs(theirs(torch.tensor(np.asarray(tokens))).logits.float().numpy() - exact).mean()
-    assert half(tokens).dtype == jnp.float32
-    assert run_with_cache(half, tokens, [Site("resid_post", 2)])[1][Site("resid_post", 2)].dtype == jnp.bfloat16
-    assert np.abs(np.asarray(half(tokens)) - exact).mean() < 1.5 * their_error
+    assert logits.dtype == jnp.float32
+    assert cache[Site("resid_post", 2)].dtype == jnp.bfloat16
+    assert np.abs(np.asarray(logits) - exact).mean() < 1.5 * their_error
 
 
 def test_right_padding_does_not_reach_the_prompt(getkey):
     model = random_model(getkey)
     tokens, length = random_tokens(getkey, model), jnp.array([11, 7, 2])
     real = jnp.arange(11)[None] < length[:, None]
-    run = lambda pad: run_with_cache(model, jnp.where(real, tokens, pad), all_sites(3))
-    (a, cache_a), (b, cache_b) = run(0), run(17)
+    padded = lambda pad: run_with_cache(model, jnp.where(real, tokens, pad), all_sites(3))
+    (a, cache_a), (b, cache_b) = padded(0), padded(17)
+    a, b, real = np.asarray(a), np.asarray(b), np.asarray(real)
     np.testing.assert_array_equal(a[real], b[real])
     assert not np.allclose(a[~real], b[~real])
     residuals = [Site(n, i) for i in range(3) for n in ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")]
     for site in residuals:
-        np.testing.assert_array_equal(cache_a[site][real], cache_b[site][real])
-    alone = model(tokens[1:2, :7])
+        np.testing.assert_array_equal(np.asarray(cache_a[site])[real], np.asarray(cache_b[site])[real])
+    alone = run(model, tokens[1:2, :7])
     np.testing.assert_allclose(a[1, :7], alone[0], rtol=0, atol=1e-5)
 
 
@@ -171,9 +178,9 @@ def test_replacing_resid_pre_equals_running_from_it(layer, getkey):
     model = random_model(getkey)
     tokens = random_tokens(getkey, model)
     x = jax.random.normal(getkey(), (*tokens.shape, model.config.d_model))
-    replaced = model(tokens, tap=replace({Site("resid_pre", layer): x}))
-    np.testing.assert_allclose(replaced, model.run_from(layer, x), rtol=0, atol=1e-6)
-    assert not np.allclose(replaced, model(tokens))
+    replaced = jax.jit(lambda x: model(tokens, tap=replace({Site("resid_pre", layer): x})))(x)
+    np.testing.assert_allclose(replaced, jax.jit(lambda x: model.run_from(layer, x))(x), rtol=0, atol=1e-5)
+    assert not np.allclose(replaced, run(model, tokens))
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -184,15 +191,15 @@ def test_past_equals_the_full_run(layer, getkey):
     vector = jax.random.normal(getkey(), (model.config.d_model,))
     site = Site("resid_pre", layer)
     at = jax.nn.one_hot(length, tokens.shape[1])
-    full = model(tokens, tap=perturb({site: at[:, :, None] * vector[None, None, :]}))
+    full = jax.jit(lambda delta: model(tokens, tap=perturb({site: delta})))(at[:, :, None] * vector[None, None, :])
 
-    _, cache = run_with_cache(model, tokens, [site])
+    clean, cache = run_with_cache(model, tokens, [site])
     where = length[:, None] + jnp.arange(n_suffix)[None, :]
     take = lambda x: jnp.take_along_axis(x, where[:, :, None], axis=1)
-    past = Past.record(model, tokens, length)
-    suffix = model.run_from(layer, take(cache[site]).at[:, 0].add(vector[None, :]), past=past)
+    steered = take(cache[site]).at[:, 0].add(vector[None, :])
+    suffix = jax.jit(lambda x: model.run_from(layer, x, past=Past.record(model, tokens, length)))(steered)
     np.testing.assert_allclose(suffix, take(full), rtol=0, atol=1e-5)
-    assert not np.allclose(suffix, take(model(tokens)), atol=1e-3)
+    assert not np.allclose(suffix, take(clean), atol=1e-3)
 
 
 def test_past_does_not_read_beyond_its_length(getkey):
@@ -200,9 +207,10 @@ def test_past_does_not_read_beyond_its_length(getkey):
     tokens, length = random_tokens(getkey, model), jnp.array([8, 3, 0])
     x = jax.random.normal(getkey(), (3, 2, model.config.d_model))
     other = jnp.where(jnp.arange(11)[None] < length[:, None], tokens, (tokens + 1) % model.config.d_vocab)
-    a, b = (model.run_from(1, x, past=Past.record(model, t, length)) for t in (tokens, other))
+    after = jax.jit(lambda t: model.run_from(1, x, past=Past.record(model, t, length)))
+    a, b = after(tokens), after(other)
     np.testing.assert_array_equal(a, b)
-    np.testing.assert_allclose(a[2], model.run_from(1, x)[2], rtol=0, atol=1e-5)  # an empty past is no past
+    np.testing.assert_allclose(a[2], jax.jit(lambda x: model.run_from(1, x))(x)[2], rtol=0, atol=1e-5)  # an empty past is no past
 
 
 def test_gradient_at_all_sites_is_the_finite_difference(getkey):
@@ -216,14 +224,15 @@ def test_gradient_at_all_sites_is_the_finite_difference(getkey):
     def loss(deltas):
         return -(jax.nn.log_softmax(model(tokens, tap=perturb(deltas))[:, -1]) * target).sum()
 
-    zeros = jax.tree.map(jnp.zeros_like, cache)
-    gradients = jax.jit(jax.grad(loss))(zeros)
+    zeros = {site: np.zeros(x.shape, x.dtype) for site, x in cache.items()}
+    gradients = jax.device_get(jax.jit(jax.grad(loss))(zeros))
+    random = np.random.default_rng(0)
     assert set(gradients) == set(all_sites(2))
     for site, gradient in gradients.items():
-        step = 1e-2 * gradient / (jnp.linalg.norm(gradient.ravel()) + 1e-12) + 1e-3 * jax.random.normal(getkey(), gradient.shape)
+        step = 1e-2 * gradient / np.linalg.norm(gradient) + 1e-3 * random.standard_normal(gradient.shape, np.float32)
         difference = (loss(zeros | {site: step}) - loss(zeros | {site: -step})) / 2
         np.testing.assert_allclose((gradient * step).sum(), difference, rtol=2e-2, atol=2e-6, err_msg=str(site))
-        assert jnp.abs(gradient).max() > 1e-5, f"no gradient at {site}"
+        assert np.abs(gradient).max() > 1e-5, f"no gradient at {site}"
 
 
 def test_model_refuses_tokens_without_a_batch_axis(getkey):
@@ -242,6 +251,6 @@ def test_vmap_over_the_value_of_a_tap(getkey):
     model = random_model(getkey)
     tokens = random_tokens(getkey, model)
     values = jax.random.normal(getkey(), (2, *tokens.shape, model.config.d_model))
-    run = lambda x: model(tokens, tap=compose(replace({Site("resid_mid", 1): x}), record([], {})))
-    for one, x in zip(jax.vmap(run)(values), values, strict=True):
-        np.testing.assert_allclose(one, run(x), rtol=0, atol=1e-5)
+    replaced = jax.jit(lambda x: model(tokens, tap=replace({Site("resid_mid", 1): x})))
+    for one, x in zip(jax.vmap(replaced)(values), values, strict=True):
+        np.testing.assert_allclose(one, replaced(x), rtol=0, atol=1e-5)

@@ -49,9 +49,7 @@ class ModelConfig:
     def check_layer(self, layer: int, what: str = "layer") -> int:
         """`layer` itself. Raises `ValueError` where the model has no such block."""
         if not 0 <= layer < self.n_layers:
-            raise ValueError(
-                f"{what} must be in 0..{self.n_layers - 1} for this model of {self.n_layers} layers, got {layer}"
-            )
+            raise ValueError(f"{what} must be in 0..{self.n_layers - 1} for this model of {self.n_layers} layers, got {layer}")
         return layer
 
     @classmethod
@@ -59,9 +57,7 @@ class ModelConfig:
         """Read the fields of a Hugging Face config. Raises `ValueError` on an unknown family or a missing field."""
         family = raw.get("model_type")
         if family not in FAMILIES:
-            raise ValueError(
-                f"{source}: model_type is {family!r}; supported families are {', '.join(FAMILIES)}"
-            )
+            raise ValueError(f"{source}: model_type is {family!r}; supported families are {', '.join(FAMILIES)}")
         # The first releases say hidden_act "gelu" and mean the tanh approximation.
         legacy = {"gelu": "gelu_pytorch_tanh"}
         act = raw.get("hidden_act", "gelu")

@@ -5,8 +5,6 @@ Linear weights keep Hugging Face's (out, in) orientation, so that a checkpoint i
 Einsum letters: b batch, s query position, t key position, g key-value head, r query heads per g, h head, d width.
 """
 
-from typing import Optional
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -61,7 +59,7 @@ def rotate(
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def causal_mask(seq: int, past: Optional[Past]) -> Array:
+def causal_mask(seq: int, past: Past | None) -> Array:
     """(1 or batch, seq, keys) booleans: token s sees the valid past and the tokens up to itself."""
     own = jnp.tril(jnp.ones((seq, seq), bool))[None]
     if past is None:
@@ -80,7 +78,7 @@ class Attention(eqx.Module):
     v: Float[Array, "n_kv_d_head d_model"]
     o: Float[Array, "d_model n_heads_d_head"]
 
-    def __call__(self, x, positions, mask, config: ModelConfig, layer: int, tap: Tap, past: Optional[Past]):
+    def __call__(self, x, positions, mask, config: ModelConfig, layer: int, tap: Tap, past: Past | None):
         heads = lambda w: (x @ w.T).reshape(*x.shape[:-1], -1, config.d_head)  # noqa: E731
         q = tap(Site("q", layer), heads(self.q))
         k = tap(Site("k", layer), heads(self.k))
@@ -121,7 +119,7 @@ class Block(eqx.Module):
     ln2: RMSNorm
     mlp: MLP
 
-    def __call__(self, x, positions, mask, config: ModelConfig, layer: int, tap: Tap, past: Optional[Past]):
+    def __call__(self, x, positions, mask, config: ModelConfig, layer: int, tap: Tap, past: Past | None):
         x = tap(Site("resid_pre", layer), x)
         attn_in = tap(Site("attn_in", layer), self.ln1(x))
         attn_out = self.attn(attn_in, positions, mask, config, layer, tap, past)
@@ -130,7 +128,7 @@ class Block(eqx.Module):
         return tap(Site("resid_post", layer), x + tap(Site("mlp_out", layer), self.mlp(mlp_in)))
 
 
-def _checked(tap: Optional[Tap]) -> Tap:
+def _checked(tap: Tap | None) -> Tap:
     """`tap`, held to the shape of each site: a vector that broadcasts would otherwise pass unseen."""
 
     def checked(site, x):
@@ -176,7 +174,7 @@ class Transformer(eqx.Module):
         blocks = tuple(block(k) for k in jax.random.split(key, config.n_layers))
         return cls(linear(embed_key, config.d_vocab, d), blocks, norm(), config)
 
-    def __call__(self, tokens: Int[Array, "batch seq"], tap: Optional[Tap] = None) -> Float[Array, "batch seq d_vocab"]:
+    def __call__(self, tokens: Int[Array, "batch seq"], tap: Tap | None = None) -> Float[Array, "batch seq d_vocab"]:
         if tokens.ndim != 2:
             raise ValueError(f"the model takes tokens of shape (batch, seq), got {tokens.shape}; is tokens[None] meant?")
         # Gemma rounds the factor to the activation dtype before it multiplies.
@@ -187,8 +185,8 @@ class Transformer(eqx.Module):
         self,
         layer: int,
         resid_pre: Float[Array, "batch seq d_model"],
-        tap: Optional[Tap] = None,
-        past: Optional[Past] = None,
+        tap: Tap | None = None,
+        past: Past | None = None,
     ) -> Float[Array, "batch seq d_vocab"]:
         """Logits from the input of block `layer` on; with `past`, token j of row b stands at `past.length[b] + j`."""
         self.config.check_layer(layer)
