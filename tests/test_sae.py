@@ -1,0 +1,90 @@
+"""The SAE module: every form against its equation written out, folding, errors."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from icl_lib.models import Site
+from icl_lib.saes import SAE
+
+SITE = Site("resid_pre", 2)
+
+
+def make(architecture, getkey, d_in=6, d_sae=20, d_out=6, site_out=SITE):
+    def normal(*shape):
+        return jax.random.normal(getkey(), shape)
+
+    extra = {"gated": {"r_mag": 0.5 * normal(d_sae), "b_mag": normal(d_sae)}, "jumprelu": {"threshold": jnp.abs(normal(d_sae))}}
+    return SAE(
+        W_enc=normal(d_in, d_sae), b_enc=normal(d_sae), W_dec=normal(d_sae, d_out), b_dec=normal(d_out),
+        site_in=SITE, site_out=site_out, architecture=architecture, **extra.get(architecture, {}),
+    )  # fmt: skip
+
+
+def by_hand(sae, x):
+    """Features in float64, token by token and latent by latent."""
+    w = {k: np.asarray(v, np.float64) for k, v in vars(sae).items() if eqx.is_array(v)}
+    f = np.zeros((len(x), sae.d_sae))
+    for t, row in enumerate(np.asarray(x, np.float64)):
+        for i in range(sae.d_sae):
+            h = row @ w["W_enc"][:, i]
+            if sae.architecture == "gated":
+                f[t, i] = max(h * np.exp(w["r_mag"][i]) + w["b_mag"][i], 0) if h + w["b_enc"][i] > 0 else 0
+            else:
+                p = h + w["b_enc"][i]
+                f[t, i] = p if p > w.get("threshold", np.zeros(sae.d_sae))[i] else 0
+    return f, f @ w["W_dec"] + w["b_dec"]
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
+def test_encode_decode(architecture, getkey):
+    sae = make(architecture, getkey)
+    x = jax.random.normal(getkey(), (50, 6))
+    f, x_hat = by_hand(sae, x)
+    assert 0.05 < (f > 0).mean() < 0.95
+    np.testing.assert_allclose(sae.encode(x), f, atol=1e-5)
+    np.testing.assert_allclose(sae(x), x_hat, atol=1e-4)
+    np.testing.assert_allclose(sae.activate(sae.pre(x)), f, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
+def test_fold_is_the_same_function(architecture, getkey):
+    sae = make(architecture, getkey, d_out=4, site_out=Site("mlp_out", 2))
+    folded = sae.fold()
+    x = jax.random.normal(getkey(), (3, 200, 6))
+    assert folded.architecture == "jumprelu" and folded.site_out == sae.site_out
+    np.testing.assert_allclose(folded.encode(x), sae.encode(x), atol=1e-5)
+    np.testing.assert_allclose(folded(x), sae(x), atol=1e-4)
+
+
+def test_gate_and_magnitude_disagree(getkey):
+    """The folded threshold is not zero: some latents have a positive magnitude behind a closed gate."""
+    sae = make("gated", getkey)
+    x = jax.random.normal(getkey(), (50, 6))
+    closed = (sae.pre(x) > 0) & (sae.encode(x) == 0)
+    assert closed.any() and (sae.fold().threshold > 0).any()
+
+
+def test_leading_axes_and_dtypes(getkey):
+    sae = make("jumprelu", getkey)
+    x = jax.random.normal(getkey(), (2, 3, 6))
+    np.testing.assert_allclose(sae.encode(x)[1, 2], sae.encode(x[1, 2]), atol=1e-6)
+    assert sae.encode(x.astype(jnp.bfloat16)).dtype == jnp.float32
+    assert jax.jit(lambda s, x: s(x))(sae, x).shape == x.shape
+
+
+def test_errors(getkey):
+    sae = make("gated", getkey)
+    with pytest.raises(ValueError, match="d_in = 6.*blocks.2.hook_resid_pre"):
+        eqx.filter_jit(lambda x: sae.encode(x))(jnp.zeros((2, 5)))
+    with pytest.raises(ValueError, match="d_sae = 20"):
+        sae.decode(jnp.zeros((2, 6)))
+    weights = {k: getattr(sae, k) for k in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    with pytest.raises(ValueError, match="needs threshold of shape"):
+        SAE(**weights, site_in=SITE, site_out=SITE, architecture="jumprelu")
+    with pytest.raises(ValueError, match="has no b_mag"):
+        SAE(**weights, b_mag=sae.b_mag, site_in=SITE, site_out=SITE, architecture="standard")
+    with pytest.raises(ValueError, match="architecture must be one of"):
+        SAE(**weights, site_in=SITE, site_out=SITE, architecture="topk")
