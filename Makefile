@@ -11,7 +11,7 @@ unexport MPLBACKEND
 .PHONY: demo test lab retrain bench report clean
 
 demo: $(VENV)/.installed
-	$(BIN)/snakemake --configfile $(CARD) --cores $(CORES) --rerun-incomplete --quiet rules progress
+	$(BIN)/snakemake --configfile $(CARD) --cores $(CORES) --rerun-incomplete --keep-going --quiet all
 	@$(BIN)/python -m icl_lib.runs.report $(CARD)
 
 test: $(VENV)/.installed-test

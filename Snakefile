@@ -66,14 +66,14 @@ for name, notebook in NOTEBOOKS.items():
         log:
             RUN / "logs" / f"{name}.log",
         params:
+            title=name,
             part=RUN / "notebooks" / f".{name}.part.ipynb",
             python=sys.executable,
             library=code_version()["library"],
         priority: 10 if any(name in needed for needed in NEEDS.values()) else 0  # start the longest chain first
-        message:
-            f"{name}"
         shell:
             # papermill writes as it goes; the rename makes the result appear whole or not at all
-            "{params.python} -m papermill {input.notebook:q} {params.part:q} -f {input.params:q} --cwd notebooks --no-progress-bar"
-            " > {log:q} 2>&1 && mv {params.part:q} {output:q}"
-            " || (tail -n 40 {log:q}; echo 'The notebook as far as it came: {params.part}'; exit 1)"
+            "echo '{params.title}: running'; start=$(date +%s);"
+            " {params.python:q} -m papermill {input.notebook:q} {params.part:q} -f {input.params:q} --cwd notebooks --no-progress-bar"
+            " > {log:q} 2>&1 && mv {params.part:q} {output:q} && echo \"{params.title}: done in $(($(date +%s) - start)) s\""
+            " || (tail -n 20 {log:q}; echo '{params.title}: FAILED; as far as it came: {params.part}'; exit 1)"
