@@ -210,19 +210,14 @@ def _halve(setting: Setting, ranking: Ranking, target: float, n_max: Int[Array, 
             value = _pass(setting, sub, means, prompts, roles, resid, rank, zero, n)
             return (value - empty) / (full - empty) < target
 
-        def grow(state):
-            _, n, _ = state
-            more = jnp.minimum(2 * n, n_max)
-            return n, more, below(more)
+        def step(state):
+            low, high, reached = state  # the metric is not below at low, and is at high once reached
+            n = jnp.where(reached, (low + high) // 2, jnp.clip(2 * low, 1, n_max))
+            hit = below(n)
+            return jnp.where(hit, low, n), jnp.where(hit, n, high), reached | hit
 
-        def bisect(state):
-            low, high = state
-            middle = (low + high) // 2
-            return jax.lax.cond(below(middle), lambda: (low, middle), lambda: (middle, high))
-
-        start = (zero, jnp.minimum(jnp.int32(1), n_max), below(jnp.minimum(jnp.int32(1), n_max)))
-        low, high, reached = jax.lax.while_loop(lambda s: ~s[2] & (s[1] < n_max), grow, start)
-        low, high = jax.lax.while_loop(lambda s: s[1] - s[0] > 1, bisect, (jnp.where(reached, low, high), high))
+        going = lambda state: jnp.where(state[2], state[1] - state[0] > 1, state[0] < n_max)
+        _, high, reached = jax.lax.while_loop(going, step, (zero, n_max, jnp.array(False)))
         return high, reached
 
     s = setting

@@ -88,6 +88,7 @@ class CleanPass(eqx.Module):
     metric: Float[Array, ""]  # mean over prompts
 
 
+@eqx.filter_jit
 def clean_pass(model: Transformer, suite: Suite, prompts: Prompts, metric: Metric) -> CleanPass:
     """One forward and one backward pass; `prompts` of one task."""
     outs = [sae.site_out for sae in suite.values()]

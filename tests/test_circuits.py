@@ -1,0 +1,359 @@
+"""Circuits against independent answers: finite differences, masks made by hand, an exactly linear model."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+
+from icl_lib.circuits import (
+    Circuit,
+    brute_force_effects,
+    edge_effects,
+    faithfulness,
+    node_effects,
+    node_roles,
+    nodes_to_halve,
+    prepare,
+    random_ranking,
+    rank_nodes,
+    task_matrix,
+)
+from icl_lib.circuits.effects import clean_pass, suite_in_layers
+from icl_lib.circuits.ranking import UNRANKED, compact
+from icl_lib.models import Site, Transformer, tiny_config
+from icl_lib.saes import SAE
+from icl_lib.tasks import Prompts, Role, Template, stack_prompts
+from icl_lib.tasks.metrics import pair_logprob
+from icl_lib.tasks.prompts import _Label
+
+P, X, A, Y, N = Role.PROMPT, Role.INPUT, Role.ARROW, Role.OUTPUT, Role.NEWLINE
+LAYERS = (1, 2)
+
+
+def make(seed: int, batch: int = 3) -> Prompts:
+    """Random tokens in the layout of two shots, with inputs of two tokens, then padding."""
+    pair = [X, X, A, Y, N]
+    roles = np.array([Role.OTHER, P, P, *pair, *pair, *pair[:-1], Role.OTHER])
+    index = np.array([-1, -1, -1, *[0] * 5, *[1] * 5, *[2] * 4, -1])
+    tokens = np.random.default_rng(seed).integers(3, 40, (batch, len(roles)))
+    rows = lambda a: jnp.asarray(np.tile(a, (batch, 1)), jnp.int32)
+    answer = jnp.asarray(np.tile((index == 2) & (roles == Y), (batch, 1)))
+    return Prompts(jnp.asarray(tokens, jnp.int32), rows(roles), rows(index), answer, 2, Template(), 0, _Label((), f"task {seed}"))
+
+
+def make_sae(key, site, out, d=16, d_sae=24) -> SAE:
+    k = jax.random.split(key, 4)
+    normal = lambda key, *shape: jax.random.normal(key, shape) * 0.3
+    return SAE(
+        normal(k[0], d, d_sae), normal(k[1], d_sae), normal(k[2], d_sae, d), normal(k[3], d), site, out, "jumprelu",
+        threshold=jnp.full(d_sae, 0.2),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A random model of three layers with all three kinds of SAE in layers 1 and 2, and prompts of three tasks."""
+    keys = iter(jax.random.split(jax.random.key(11), 9))
+    model = Transformer.init(tiny_config(n_layers=3), key=next(keys))
+    # A random model is nearly indifferent to its residual; larger weights make effects that can be measured.
+    model = jax.tree.map(lambda w: w * 1.5, model)
+    suite = {}
+    for layer in LAYERS:
+        for name, out in (("resid_pre", "resid_pre"), ("attn_out", "attn_out"), ("mlp_in", "mlp_out")):
+            suite[Site(name, layer)] = make_sae(next(keys), Site(name, layer), Site(out, layer))
+    return model, suite, stack_prompts([make(i) for i in range(3)])
+
+
+@pytest.fixture(scope="module")
+def effects(world):
+    return node_effects(*world, LAYERS)
+
+
+@pytest.fixture(scope="module")
+def setting(world):
+    model, suite, prompts = world
+    return prepare(model, suite, prompts, layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def clean(world):
+    """The clean pass of the first task."""
+    model, suite, prompts = world
+    return clean_pass(model, suite_in_layers(model, suite, LAYERS), first_task(prompts), pair_logprob)
+
+
+def first_task(prompts: Prompts) -> Prompts:
+    return jax.tree.map(lambda a: a[0], prompts)
+
+
+@eqx.filter_jit
+def spliced_by_hand(model, suite, prompts, masks, scale):
+    """Mean metric with `scale` times the latents masks[site] (b, s, d_sae) taken out of the output of every SAE."""
+    taken = {}
+
+    def tap(site, x):
+        if site in suite:
+            sae = suite[site]
+            taken[sae.site_out] = scale * jnp.where(masks[site], sae.encode(x), 0.0) @ sae.W_dec
+        return x - taken.pop(site) if site in taken else x
+
+    return pair_logprob(model(prompts.tokens, tap=tap), prompts).mean()
+
+
+def empty_masks(suite, prompts):
+    return {site: np.zeros((*prompts.tokens.shape, sae.d_sae), bool) for site, sae in suite.items()}
+
+
+def test_node_roles_take_the_last_token_of_words_and_leave_the_answer_out():
+    roles = np.asarray(node_roles(make(0)))[0]
+    assert roles.tolist() == [0, P, P, 0, X, A, Y, N, 0, X, A, Y, N, 0, X, A, 0, 0]
+
+
+def test_effects_agree_with_finite_differences(world, effects):
+    model, suite, prompts = world
+    prompts = first_task(prompts)
+    effects = effects.task(0)
+    roles, eps = np.asarray(node_roles(prompts)), 0.02
+    for site in suite:
+        table = np.asarray(effects.latents[site])
+        for role, latent in np.argwhere(np.abs(table) >= np.sort(np.abs(table).ravel())[-2]):
+            masks = empty_masks(suite, prompts)
+            masks[site][..., latent] = roles == role
+            more, less = (spliced_by_hand(model, suite, prompts, masks, jnp.float32(s)) for s in (-eps, eps))
+            np.testing.assert_allclose((more - less) / (2 * eps), table[role, latent], rtol=0.03, atol=2e-4)
+
+
+def test_effects_are_complete(world, effects, clean):
+    """Latents, error and decoder bias together are gradient times output, for every kind and role."""
+    model, suite, prompts = world
+    prompts = first_task(prompts)
+    effects = effects.task(0)
+    roles = np.asarray(node_roles(prompts))
+    for site, sae in suite.items():
+        y, grad = np.asarray(clean.writes[site]), np.asarray(clean.grads[site])
+        for role in (P, X, A, Y, N):
+            here = (roles == role)[..., None]
+            bias = (grad * here * np.asarray(sae.b_dec)).sum()
+            total = effects.latents[site][role].sum() + effects.errors[site][role] + bias
+            np.testing.assert_allclose(total, (grad * y * here).sum(), rtol=1e-3, atol=1e-5)
+
+
+def test_mean_patch_compares_with_the_mean_over_the_role(world, effects, clean):
+    model, suite, prompts = world
+    mean = node_effects(model, suite, prompts, LAYERS, patch="mean")
+    one = first_task(prompts)
+    site, here = Site("mlp_in", 2), np.asarray(node_roles(one)) == A
+    f, g = np.asarray(suite[site].encode(clean.reads[site])), np.asarray(clean.grads[site]) @ np.asarray(suite[site].W_dec).T
+    expected = (g[here] * (f[here] - f[here].mean(axis=0))).sum(axis=0)
+    np.testing.assert_allclose(mean.latents[site][0, A], expected, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(effects.means[site][0, A], f[here].mean(axis=0), rtol=1e-5, atol=1e-6)
+
+
+def linear_logits(logits, prompts):
+    """A metric without softmax: the logit of token 5 at the last arrow."""
+    return logits[:, 15, 5]
+
+
+def test_brute_force_equals_the_estimate_where_the_model_is_linear(world, getkey):
+    """With a huge epsilon RMSNorm is a constant, without queries attention averages, without `down` there is no MLP."""
+    _, suite, prompts = world
+    model = Transformer.init(tiny_config(n_layers=3, norm_eps=1e12), key=getkey())
+    silent = lambda m: [w for block in m.blocks for w in (block.attn.q, block.mlp.down)]
+    model = eqx.tree_at(silent, model, [jnp.zeros_like(w) for w in silent(model)])
+    gains = lambda m: [m.norm.weight, *[w for b in m.blocks for w in (b.ln1.weight, b.ln2.weight)]]
+    model = eqx.tree_at(gains, model, [w + 1e6 for w in gains(model)])
+    one = stack_prompts([first_task(prompts)])
+    circuit = Circuit.from_effects(node_effects(model, suite, one, LAYERS, linear_logits).task(0))
+    circuit = Circuit(circuit.nodes.iloc[:: max(1, len(circuit.nodes) // 25)])
+    setting = prepare(model, suite, one, layers=LAYERS, metric=linear_logits)
+    exact = brute_force_effects(setting, circuit.nodes)
+    assert np.abs(exact).max() > 0.01
+    np.testing.assert_allclose(exact, circuit.nodes.effect, rtol=2e-3, atol=2e-5)
+
+
+def test_faithfulness_ends_at_one_and_zero(world, effects, setting):
+    model, suite, prompts = world
+    ranking = rank_nodes(effects)
+    positive = prepare(model, suite, prompts, layers=LAYERS, empty="positive", effects=effects)
+    plain = pair_logprob(model(prompts.tokens[0]), first_task(prompts)).mean()
+    np.testing.assert_allclose(setting.full[0], plain, rtol=1e-5)
+    n = int(ranking.n.max())
+    np.testing.assert_allclose(faithfulness(setting, ranking, [0])[:, 0], 0, atol=1e-4)
+    np.testing.assert_allclose(faithfulness(setting, ranking, [0], "inverse")[:, 0], 1, atol=1e-4)
+    np.testing.assert_allclose(faithfulness(positive, ranking, [n], "inverse")[:, 0], 0, atol=1e-4)
+
+
+def test_spliced_pass_equals_masks_made_by_hand(world, effects, setting):
+    model, suite, prompts = world
+    ranking = rank_nodes(effects)
+    one, roles = first_task(prompts), np.asarray(node_roles(first_task(prompts)))
+    for mode in ("keep", "inverse"):
+        masks = {}
+        for site in suite:
+            chosen = np.asarray(ranking.rank[site][0] < 20)
+            masks[site] = (chosen if mode == "inverse" else ~chosen)[roles] & (roles != 0)[..., None]
+        expected = spliced_by_hand(model, suite, one, masks, jnp.float32(1))
+        expected = (expected - setting.empty[0]) / (setting.full[0] - setting.empty[0])
+        np.testing.assert_allclose(faithfulness(setting, ranking, [20], mode)[0, 0], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_ranking_orders_positive_effects_and_compact_keeps_the_first(effects):
+    ranking = rank_nodes(effects)
+    values, ranks = (np.concatenate([np.asarray(t[1]).ravel() for t in d.values()]) for d in (effects.latents, ranking.rank))
+    assert (ranks < UNRANKED).sum() == (values > 0).sum() == int(ranking.n[1])
+    ordered = values[np.argsort(ranks)][: int(ranking.n[1])]
+    assert (np.diff(ordered) <= 0).all()
+    small = compact(ranking, 5)
+    assert sum(int((t[1] < 5).sum()) for t in small.rank.values()) == 5
+    assert max(t.shape[-1] for t in small.rank.values()) < 24
+
+
+def test_random_ranking_matches_counts_and_avoids_the_circuit(effects, getkey):
+    ranking, n = rank_nodes(effects), jnp.array([10, 4, 0], jnp.int32)
+    control = random_ranking(ranking, effects, n, key=getkey())
+    for site in effects.latents:
+        circuit = np.asarray(ranking.rank[site]) < np.asarray(n)[:, None, None]
+        drawn = np.asarray(control.rank[site]) < UNRANKED
+        spare = (np.asarray(effects.means[site]) > 0) & ~circuit
+        assert (drawn <= spare).all()
+        np.testing.assert_array_equal(drawn.sum(-1), np.minimum(circuit.sum(-1), spare.sum(-1)))
+    assert control.n[2] == 0 and control.n[0] <= 10
+
+
+def test_matrix_has_the_own_curve_on_its_diagonal(world):
+    """Under mean ablation, where the means are those of the tested task."""
+    model, suite, prompts = world
+    effects = node_effects(model, suite, prompts, LAYERS, patch="mean")
+    ranking = rank_nodes(effects)
+    setting = prepare(model, suite, prompts, layers=LAYERS, patch="mean", effects=effects)
+    matrix = task_matrix(setting, ranking, jnp.array([3, 15, 40], jnp.int32))
+    own = faithfulness(setting, ranking, [3, 15, 40], "inverse")
+    np.testing.assert_allclose(jnp.diagonal(matrix), jnp.diagonal(own), rtol=1e-3, atol=1e-4)
+    assert np.abs(matrix - jnp.diagonal(matrix)[:, None]).max() > 0.01
+
+
+def test_nodes_to_halve_is_a_crossing(world, effects):
+    model, suite, prompts = world
+    ranking = rank_nodes(effects)
+    setting = prepare(model, suite, prompts, layers=LAYERS, empty="positive", effects=effects)
+    count, reached = nodes_to_halve(setting, ranking, target=0.5)
+    assert reached.all()
+    curve = faithfulness(setting, ranking, range(int(count.max()) + 1), "inverse")
+    for task, n in enumerate(np.asarray(count)):
+        assert curve[task, n] < 0.5 <= curve[task, n - 1]
+    limited, reached = nodes_to_halve(setting, ranking, target=-100.0, max_nodes=7)
+    assert not reached.any() and (limited == 7).all()
+
+
+SITES = {"residual": "resid_pre", "attn_out": "attn_out", "transcoder": "mlp_in"}
+FEEDS = {"residual": "resid_pre", "attn_out": "resid_pre", "transcoder": "resid_mid"}
+
+
+@pytest.fixture(scope="module")
+def drawn(world, effects):
+    """The two strongest nodes of each kind and layer, and the error nodes, with all edges between them."""
+    model, suite, prompts = world
+    nodes = Circuit.from_effects(effects.task(0), errors=True).nodes
+    latents = nodes[nodes.latent >= 0].groupby(["layer", "kind"]).head(2)
+    circuit = Circuit(pd.concat([latents, nodes[nodes.latent < 0]]))
+    return circuit.with_edges(edge_effects(model, suite, first_task(prompts), circuit), per_node=100)
+
+
+def test_edges_agree_with_a_change_along_the_residual_stream(world, clean, drawn):
+    """Move the residual by eps times what the source writes, and watch the target's activation through its own module."""
+    model, suite, prompts = world
+    prompts = first_task(prompts)
+    edges = drawn.edges.set_index(["source", "target"]).effect
+    roles, eps = np.asarray(node_roles(prompts)), np.float32(1e-2)
+    f = {site: np.asarray(sae.encode(clean.reads[site])) for site, sae in suite.items()}
+
+    @eqx.filter_jit
+    def seen(shift, feed, wanted):
+        cache = {}
+
+        def tap(site, x):
+            x = x + shift if site == feed else x
+            if site == wanted:
+                cache[site] = x
+            return x
+
+        model(prompts.tokens, tap=tap)
+        return suite[wanted].pre(cache[wanted])
+
+    def written(node):
+        site, here = Site(SITES[node.kind], node.layer), (roles == int(Role[node.role]))[..., None]
+        if node.latent >= 0:
+            return here * f[site][..., node.latent, None] * np.asarray(suite[site].W_dec)[node.latent]
+        return here * (np.asarray(clean.writes[site]) - np.asarray(suite[site].decode(jnp.asarray(f[site]))))
+
+    def place(node):
+        return node.layer, list(SITES).index(node.kind)
+
+    checked = 0
+    for source in drawn.nodes.iloc[::2].itertuples():
+        step = eps * written(source).astype(np.float32)
+        for target in drawn.nodes[drawn.nodes.latent >= 0].itertuples():
+            if place(source) >= place(target):
+                assert (source.Index, target.Index) not in edges.index
+                continue
+            site, feed = Site(SITES[target.kind], target.layer), Site(FEEDS[target.kind], target.layer)
+            weight = np.asarray(clean.grads[site]) @ np.asarray(suite[site].W_dec)[target.latent]
+            weight = weight * (f[site][..., target.latent] > 0) * (roles == int(Role[target.role]))
+            change = np.asarray(seen(step, feed, site) - seen(-step, feed, site))[..., target.latent] / (2 * eps)
+            slope = (change * weight).sum()
+            np.testing.assert_allclose(edges.get((source.Index, target.Index), 0.0), slope, rtol=0.03, atol=2e-4)
+            checked += abs(slope) > 1e-3
+    assert checked > 20
+
+
+def test_circuit_tables_and_graph(world, effects, drawn):
+    _, suite, _ = world
+    effects = effects.task(0)
+    circuit = Circuit.from_effects(effects, n=12)
+    assert len(circuit.nodes) == 12 and (circuit.nodes.effect.diff().dropna() <= 0).all()
+    row = circuit.nodes.iloc[0]
+    site = Site({"residual": "resid_pre", "attn_out": "attn_out", "transcoder": "mlp_in"}[row.kind], int(row.layer))
+    assert row.effect == max(float(t.max()) for t in effects.latents.values())
+    assert np.isclose(effects.latents[site][Role[row.role], row.latent], row.effect)
+    few = drawn.with_edges(drawn.edges, per_node=1)
+    assert len(few.edges) == len(drawn.nodes) and drawn.edges.effect.abs().is_monotonic_decreasing
+    assert set(drawn.to_networkx().edges) == set(zip(drawn.edges.source, drawn.edges.target, strict=True))
+    again = Circuit.from_json(drawn.to_json())
+    assert again.nodes.drop(columns="effect").equals(drawn.nodes.drop(columns="effect"))
+    np.testing.assert_allclose(again.edges.effect, drawn.edges.effect, rtol=1e-6)
+    errors = Circuit.from_effects(effects, errors=True).nodes.query("latent == -1")
+    assert len(errors) == sum(int((t != 0).sum()) for t in effects.errors.values()) > len(suite)
+    with pytest.raises(ValueError, match="keys nodes and edges"):
+        Circuit.from_json("{}")
+
+
+def test_bad_requests_end_with_one_message(world, effects, setting):
+    model, suite, prompts = world
+    one = first_task(prompts)
+    with pytest.raises(ValueError, match="must be in 0..2"):
+        node_effects(model, suite, one, [7])
+    with pytest.raises(ValueError, match=r"no SAE in layers \[0\]"):
+        node_effects(model, suite, one, [0, 1])
+    with pytest.raises(ValueError, match="n_shots >= 1"):
+        node_effects(model, suite, dataclasses.replace(one, n_shots=0), LAYERS)
+    with pytest.raises(ValueError, match="stack_prompts"):
+        prepare(model, suite, one, layers=LAYERS)
+    with pytest.raises(ValueError, match="pass effects"):
+        prepare(model, suite, prompts, layers=LAYERS, patch="mean")
+    with pytest.raises(ValueError, match="another model"):
+        wide = {Site("resid_pre", 1): make_sae(jax.random.key(0), Site("resid_pre", 1), Site("resid_pre", 1), d=8)}
+        node_effects(model, wide, one, [1])
+    ranking = rank_nodes(effects)
+    upper = dataclasses.replace(setting, suite={site: sae for site, sae in setting.suite.items() if site.layer == 2})
+    with pytest.raises(ValueError, match="same layers"):
+        faithfulness(upper, ranking, [3])
+    with pytest.raises(ValueError, match="stack the same tasks"):
+        task_matrix(setting, jax.tree.map(lambda a: a[:1], ranking), jnp.array([1], jnp.int32))
+    with pytest.raises(ValueError, match="one task"):
+        brute_force_effects(setting, Circuit.from_effects(effects.task(0), 3).nodes)
+    with pytest.raises(ValueError, match="belongs to one task"):
+        Circuit.from_effects(effects)

@@ -1,0 +1,210 @@
+"""Features against plain NumPy sums, a corpus scored by hand, and a detector that drives an executor by construction."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from icl_lib.features import (
+    activation_mass,
+    detector_executor,
+    display_strength,
+    examples_html,
+    random_latents,
+    token_windows,
+    top_examples,
+    window_html,
+    window_text,
+)
+from icl_lib.models import Site, Transformer, run_with_cache, tiny_config
+from icl_lib.saes import SAE
+from icl_lib.tasks import Prompts, Role, Template, stack_prompts
+from icl_lib.tasks.prompts import _Label
+
+P, X, A, Y, N = Role.PROMPT, Role.INPUT, Role.ARROW, Role.OUTPUT, Role.NEWLINE
+
+
+def make(seed: int) -> Prompts:
+    """Two prompts of random tokens: BOS, one word of instruction, two pairs with outputs of two tokens, padding."""
+    roles = np.array([Role.OTHER, P, X, A, Y, Y, N, X, A, Y, Y, Role.OTHER])
+    pair = np.array([-1, -1, 0, 0, 0, 0, 0, 1, 1, 1, 1, -1])
+    tokens = np.random.default_rng(seed).integers(3, 40, (2, len(roles)))
+    rows = lambda a: jnp.asarray(np.tile(a, (2, 1)), jnp.int32)
+    answer = jnp.asarray(np.tile((pair == 1) & (roles == Y), (2, 1)))
+    return Prompts(jnp.asarray(tokens, jnp.int32), rows(roles), rows(pair), answer, 1, Template(), 0, _Label((), f"task {seed}"))
+
+
+def make_sae(key, layer: int, d_sae: int = 12) -> SAE:
+    k = jax.random.split(key, 2)
+    site, normal = Site("resid_pre", layer), lambda key, *shape: jax.random.normal(key, shape)
+    return SAE(
+        normal(k[0], 16, d_sae), jnp.zeros(d_sae), normal(k[1], d_sae, 16), jnp.zeros(16), site, site, "jumprelu",
+        threshold=jnp.full(d_sae, 0.5),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def model(getkey):
+    return Transformer.init(tiny_config(n_layers=3), key=getkey())
+
+
+def test_mass_adds_tasks_that_share_a_latent_and_sums_to_one(model, getkey):
+    sae, prompts = make_sae(getkey(), 1), stack_prompts([make(i) for i in range(3)])
+    found = activation_mass(model, sae, prompts, [4, 7, 4])
+    sums = np.zeros((3, len(Role)))
+    for task, latent in enumerate([4, 7, 4]):
+        _, cache = run_with_cache(model, prompts.tokens[task], [sae.site_in])
+        f = np.asarray(sae.encode(cache[sae.site_in]))[..., latent]
+        for role in (P, X, A, Y, N):
+            sums[task, role] = f[np.asarray(prompts.roles[task]) == role].sum()
+    expected = np.stack([sums[0] + sums[2], sums[1]])
+    assert found.latents.tolist() == [4, 7]
+    np.testing.assert_allclose(found.mass, expected / expected.sum(axis=1, keepdims=True), rtol=1e-4)
+    np.testing.assert_allclose(found.mass.sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(found.mean, found.mass.mean(axis=0), rtol=1e-5)
+    assert found.mean[Role.OTHER] == 0
+
+
+def test_a_silent_latent_has_no_shares_and_does_not_enter_the_mean(model, getkey):
+    sae, prompts = make_sae(getkey(), 1), stack_prompts([make(0), make(1)])
+    sae = eqx.tree_at(lambda s: s.threshold, sae, sae.threshold.at[3].set(1e6))
+    found = activation_mass(model, sae, prompts, [3, 5])
+    assert np.isnan(found.mass[0]).all() and np.isclose(found.mean.sum(), 1)
+
+
+def test_top_examples_are_those_of_the_whole_corpus(model, getkey):
+    sae, corpus = make_sae(getkey(), 1), np.random.default_rng(0).integers(3, 40, (21, 9)).astype(np.int32)
+    corpus[:, 0], corpus[3, 5:] = model.config.bos_id, model.config.pad_id
+    found = top_examples(model, sae, corpus, [2, 9], k=4, batch=8)
+    _, cache = run_with_cache(model, jnp.asarray(corpus), [sae.site_in])
+    f = np.asarray(sae.encode(cache[sae.site_in]))[..., [2, 9]]
+    f[(corpus == model.config.bos_id) | (corpus == model.config.pad_id)] = 0
+    for i in range(2):
+        order = np.argsort(-f[..., i].max(axis=1), kind="stable")[:4]
+        assert found.window[i].tolist() == order.tolist()
+        np.testing.assert_allclose(found.activation[i], f[order][..., i], rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(found.tokens[i], corpus[order])
+    assert (np.diff(found.peak, axis=1) <= 0).all()
+    page = examples_html(found, lambda t: f"<{t}>", k=2)
+    assert page.count("<h4>") == 2 and page.count("<p ") == 4 and f"&lt;{found.tokens[0, 0, 1]}&gt;" in page
+
+
+def test_windows_are_shown_with_their_peak_and_escaped():
+    words, values = ["hot", "and", "<b>", "\n"], np.array([0.0, 1.0, 4.0, 0.0])
+    assert window_text(words, values) == "hot and [<b>] \\n"
+    shown = window_html(words, values)
+    assert "<b>" not in shown and "&lt;b&gt;" in shown and "0.25)" in shown and 'title="4.00"' in shown
+
+
+def test_token_windows_begin_with_bos_and_cover_the_text():
+    tokenizer = lambda text, add_special_tokens: {"input_ids": [int(w) for w in text.split()]}
+    windows = token_windows(["5 6 7", "8 9 10 11"], tokenizer, length=4, bos_id=2)
+    assert windows.tolist() == [[2, 5, 6, 7], [2, 8, 9, 10]]
+    with pytest.raises(ValueError, match="too few"):
+        token_windows(["5"], tokenizer, length=4, bos_id=2)
+
+
+@pytest.fixture
+def planted(getkey):
+    """Direction 15 marks outputs; block 1 copies what it attends to from direction 15 to direction 14.
+
+    Detector 0 reads direction 15 at layer 1, executor 1 reads direction 14 at layer 2. Detector 2 and executor 3 read
+    directions that the block leaves alone; with queries at zero every token attends evenly to all before it.
+    """
+    model = Transformer.init(tiny_config(n_layers=3, n_heads=1, norm_eps=1e8), key=getkey())
+    block = model.blocks[1]
+    v = jnp.zeros_like(block.attn.v).at[0, 15].set(1.0)
+    o = jnp.zeros_like(block.attn.o).at[14, 0].set(1.0)
+    parts = lambda m: (m.blocks[1].attn.q, m.blocks[1].attn.v, m.blocks[1].attn.o, m.blocks[1].mlp.down, m.blocks[1].ln1.weight)
+    new = (jnp.zeros_like(block.attn.q), v, o, jnp.zeros_like(block.mlp.down), block.ln1.weight + 1e4 - 1)
+    model = eqx.tree_at(parts, model, new)
+    silent = lambda m: (m.blocks[0].attn.o, m.blocks[0].mlp.down)
+    model = eqx.tree_at(silent, model, tuple(jnp.zeros_like(w) for w in silent(model)))
+    prompts = stack_prompts([make(0), make(1)])
+    # Tokens 30 and above are outputs and carry direction 15; no token has anything in direction 14; all have some in 13.
+    tokens = jnp.where(prompts.roles == Y, 30 + prompts.tokens % 10, prompts.tokens % 27 + 3)
+    prompts = eqx.tree_at(lambda p: p.tokens, prompts, tokens)
+    embed = (model.embed * 0.01).at[:, 13:].set(0.0).at[30:, 15].set(0.5).at[:, 13].set(0.25)
+    model = eqx.tree_at(lambda m: m.embed, model, embed)
+    reads = jnp.zeros((16, 4)).at[15, 0].set(1.0).at[14, 1].set(1.0).at[12, 2].set(1.0).at[13, 3].set(1.0)
+    make_at = lambda layer: SAE(
+        reads, jnp.zeros(4), reads.T, jnp.zeros(16), Site("resid_pre", layer), Site("resid_pre", layer), "jumprelu",
+        threshold=jnp.full(4, 1e-3),
+    )  # fmt: skip
+    return model, make_at(1), make_at(2), prompts
+
+
+def test_a_planted_detector_silences_its_executor_and_no_other(planted):
+    model, sae_d, sae_e, prompts = planted
+    links = detector_executor(model, sae_d, sae_e, prompts, [0, 2], [1, 3], mode="ablate")
+    assert links.effect.shape == (1, 2, 2, 2) and (links.detector_mean[:, 0] > 0.1).all()
+    # At the first arrow no output has been seen, so only the query's arrow counts, where the executor was on.
+    np.testing.assert_allclose(links.effect[0, :, 0], [[1, 0], [1, 0]], atol=1e-3)
+    np.testing.assert_allclose(links.effect[0, :, 1], 0, atol=1e-2)
+    np.testing.assert_allclose(display_strength(links.effect[0]), [[1, 0], [0, 0]], atol=1e-2)
+
+
+def test_steering_takes_its_strength_times_the_mean_activation(planted):
+    model, sae_d, sae_e, prompts = planted
+    mean = detector_executor(model, sae_d, sae_e, prompts, [0], [1], mode="ablate").detector_mean[0, 0]
+    # Outputs carry 0.5 x sqrt(16) = 2; in this linear block the executor falls by the share that is taken away.
+    strengths = [0.0, 0.5, 1.0, 50.0]
+    links = detector_executor(model, sae_d, sae_e, prompts, [0], [1], strengths=strengths)
+    np.testing.assert_allclose(links.effect[:, 0, 0, 0], np.clip(np.array(strengths) * mean / 2, 0, 1), rtol=2e-2, atol=1e-3)
+
+
+def test_an_executor_without_any_active_arrow_is_undefined(planted):
+    model, sae_d, sae_e, prompts = planted
+    deaf = eqx.tree_at(lambda s: s.threshold, sae_e, sae_e.threshold.at[1].set(1e6))
+    links = detector_executor(model, sae_d, deaf, prompts, [0], [1, 3])
+    assert np.isnan(links.effect[..., 0]).all() and not np.isnan(links.effect[..., 1]).any()
+
+
+def test_links_cross_several_layers_with_frozen_patterns(model, getkey):
+    """Against a run in which every pattern in between is put back by hand."""
+    sae_d, sae_e, prompts = make_sae(getkey(), 0), make_sae(getkey(), 2), stack_prompts([make(0)])
+    tokens, roles = prompts.tokens[0], np.asarray(prompts.roles[0])
+    sites = [Site("resid_pre", 0), Site("resid_pre", 2), Site("pattern", 0), Site("pattern", 1)]
+    _, cache = run_with_cache(model, tokens, sites)
+    f, clean = (np.asarray(sae.encode(cache[sae.site_in])) for sae in (sae_d, sae_e))
+    latent = int(f[roles == Y].sum(axis=0).argmax())
+    shift = f[..., latent, None] * np.asarray(sae_d.W_dec)[latent]
+    seen = {}
+
+    def tap(site, x):
+        seen[site] = x
+        return cache[site] if site.name == "pattern" and site.layer < 2 else x
+
+    model.run_from(0, cache[sites[0]] - jnp.asarray(np.where((roles == Y)[..., None], shift, 0), jnp.float32), tap=tap)
+    after = np.asarray(sae_e.encode(seen[sites[1]]))
+    links = detector_executor(model, sae_d, sae_e, prompts, [latent], list(range(12)), mode="ablate")
+    for e in range(12):
+        on = (roles == A) & (clean[..., e] > 0)
+        expected = (1 - np.clip(after[on][:, e] / clean[on][:, e], 0, 1)).mean() if on.any() else np.nan
+        np.testing.assert_allclose(links.effect[0, 0, 0, e], expected, rtol=1e-3, atol=1e-4)
+    assert np.nanmax(links.effect) > 0.01
+
+
+def test_random_latents_are_active_and_new(getkey):
+    active = np.zeros(20, bool)
+    active[[1, 4, 6, 9]] = True
+    assert sorted(random_latents(active, 3, [4], key=getkey())) == [1, 6, 9]
+    with pytest.raises(ValueError, match="only 3"):
+        random_latents(active, 4, [4], key=getkey())
+
+
+def test_bad_requests_end_with_one_message(model, getkey):
+    low, high, prompts = make_sae(getkey(), 1), make_sae(getkey(), 2), stack_prompts([make(0)])
+    with pytest.raises(ValueError, match="below that of the executors"):
+        detector_executor(model, high, low, prompts, [0], [0])
+    with pytest.raises(ValueError, match=r"latents \[12\] do not exist"):
+        detector_executor(model, low, high, prompts, [12], [0])
+    with pytest.raises(ValueError, match="stack_prompts"):
+        activation_mass(model, low, make(0), [0])
+    with pytest.raises(ValueError, match="one latent per task"):
+        activation_mass(model, low, prompts, [0, 1])
+    with pytest.raises(ValueError, match="must be in 0..2"):
+        detector_executor(model, low, make_sae(getkey(), 5), prompts, [0], [0])
+    with pytest.raises(ValueError, match="fewer than the 10"):
+        top_examples(model, low, np.zeros((3, 5), np.int32), [0])
