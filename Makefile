@@ -4,7 +4,7 @@ VENV ?= .venv
 CARD ?= params/tiny.yaml
 CORES ?= 2
 BIN := $(VENV)/bin
-# nbval in one sequence (03 reads what 02 wrote) beside the unit tests: the groups are set in conftest.py
+# nbval in one sequence (03 reads what 02 wrote) beside the unit tests: conftest.py schedules it so
 NBVAL := --nbval-lax --nbval-current-env --nbval-sanitize-with=tests/nbval.cfg --nbval-cell-timeout=300
 unexport MPLBACKEND
 
@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/python -m icl_lib.runs.report $(CARD)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(NBVAL) tests notebooks
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(NBVAL) tests notebooks
 
 lab: $(VENV)/.installed
 	$(BIN)/jupyter lab notebooks

@@ -9,13 +9,21 @@ def pytest_collectstart(collector):
         collector.skip_compare += ("stderr",)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """With `-n 2 --dist loadgroup`: one worker runs all notebooks in order, since later ones read what earlier ones wrote.
-
-    Tests stay together by module, where they share fixtures. Notebooks go first: they are the longest sequence.
-    """
-    for item in items:
-        in_notebook = item.path.suffix == ".ipynb"
-        item.add_marker(pytest.mark.xdist_group("notebooks" if in_notebook else item.path.stem))
+    """Notebooks first: they are the longest sequence, and must not start last."""
     items.sort(key=lambda item: item.path.suffix != ".ipynb")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n 2`: one worker runs all notebooks in order, since later ones read what earlier ones wrote.
+
+    Tests stay together by module, where they share fixtures. (Groups by mark, `--dist loadgroup`, are lost under pytest 9.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "notebooks" if ".ipynb::" in nodeid else nodeid.split("::", 1)[0]
+
+    return Scheduler(config, log)

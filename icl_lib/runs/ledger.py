@@ -50,10 +50,9 @@ class Ledger:
         """The entries as a table, one row a number."""
         return pd.DataFrame(list(self.entries.values()), columns=COLUMNS)
 
-    def write(self) -> Path:
-        """Write the notebook's file, replacing the one of an earlier run; returns its path."""
+    def write(self) -> None:
+        """Write the notebook's file, replacing the one of an earlier run."""
         write_atomic(self.path, _dump(list(self.entries.values())))
-        return self.path
 
 
 def merge(run_dir: Path) -> pd.DataFrame:

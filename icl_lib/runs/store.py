@@ -47,10 +47,10 @@ class Store:
         self.params = dict(params or {})
         self.inputs: dict[str, str] = {}  # name -> hash of every artefact read so far: the inputs of what is saved next
 
-    def save(self, name: str, arrays: Mapping[str, Any], meta: Mapping[str, Any] | None = None) -> Path:
+    def save(self, name: str, arrays: Mapping[str, Any], meta: Mapping[str, Any] | None = None) -> None:
         """Save named arrays (NumPy or JAX) and JSON-like `meta`. bfloat16 is kept as float32, which loses nothing."""
         data = safetensors.numpy.save({key: _array(name, key, x) for key, x in arrays.items()})
-        return self._write(name, data, "safetensors", meta)
+        self._write(name, data, "safetensors", meta)
 
     def load(self, name: str, expect: Mapping[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Arrays and meta data. `expect` names meta values this reader relies on, such as the model.
@@ -60,11 +60,11 @@ class Store:
         data, manifest = self._read(name, "safetensors", expect)
         return safetensors.numpy.load(data), manifest["meta"]
 
-    def save_table(self, name: str, table: pd.DataFrame, meta: Mapping[str, Any] | None = None) -> Path:
+    def save_table(self, name: str, table: pd.DataFrame, meta: Mapping[str, Any] | None = None) -> None:
         """Save a table; its index is not kept."""
         buffer = io.BytesIO()
         table.to_parquet(buffer, index=False)
-        return self._write(name, buffer.getvalue(), "parquet", meta)
+        self._write(name, buffer.getvalue(), "parquet", meta)
 
     def load_table(self, name: str, expect: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """A table. Raises `StoreError` as `load` does."""
@@ -82,7 +82,7 @@ class Store:
         """How an artefact was made: parameters, code version, inputs by hash, device and time."""
         return self._manifest(name)["provenance"]
 
-    def _write(self, name: str, data: bytes, kind: str, meta: Mapping[str, Any] | None) -> Path:
+    def _write(self, name: str, data: bytes, kind: str, meta: Mapping[str, Any] | None) -> None:
         if not _NAME.fullmatch(name):
             raise StoreError(f"{name!r} cannot name an artefact; use letters, digits, _ . and -")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,6 @@ class Store:
         if before and before != path.name:
             (self.folder / before).unlink(missing_ok=True)
         self.inputs.pop(name, None)
-        return path
 
     def _read(self, name: str, kind: str, expect: Mapping[str, Any] | None) -> tuple[bytes, dict[str, Any]]:
         manifest = self._manifest(name)
