@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Optional
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,11 +31,20 @@ def token_mask(tokens: np.ndarray | Array, config) -> np.ndarray:
     return (tokens != config.bos_id) & (tokens != config.pad_id)
 
 
+def check_tokens(tokens: np.ndarray | Array, config) -> None:
+    """Raises `ValueError` on a token id that the model does not have; under `jit` it would silently give NaN."""
+    low, high = int(np.min(tokens)), int(np.max(tokens))
+    if low < 0 or high >= config.d_vocab:
+        raise ValueError(
+            f"token ids must be in 0..{config.d_vocab - 1}, got {low}..{high}: were they made with another model's tokenizer?"
+        )
+
+
 def harvest(
     model: Transformer,
     tokens: Int[np.ndarray, "n seq"] | Int[Array, "n seq"],
     sites: Iterable[Site],
-    mask: Optional[Bool[np.ndarray, "n seq"]] = None,
+    mask: Bool[np.ndarray, "n seq"] | None = None,
     *,
     batch_size: int = 64,
     dtype: str = "float32",
@@ -44,13 +52,14 @@ def harvest(
     """Activations in host memory, `acts[site]` (n_tokens, d_model) in `dtype`, for the tokens where `mask` is true.
 
     `mask` defaults to `token_mask`. Row i is the same token at every site. float16 halves the memory (n_tokens x d_model x
-    2 bytes a site). Raises `ValueError` if nothing is left, if a layer does not exist, or if a value overflows `dtype`.
+    2 bytes a site). Raises `ValueError` if nothing is left, if a layer or token id does not exist, or if a value overflows `dtype`.
     """
     sites = list(dict.fromkeys(sites))
     tokens = np.asarray(tokens, dtype=np.int32)
     mask = token_mask(tokens, model.config) if mask is None else np.asarray(mask)
     if mask.shape != tokens.shape:
         raise ValueError(f"mask must have the shape of tokens, {tokens.shape}, got {mask.shape}")
+    check_tokens(tokens, model.config)
     n = int(mask.sum())
     if n == 0:
         raise ValueError("the mask drops every token: it must be true where an activation is wanted (neither BOS nor padding)")

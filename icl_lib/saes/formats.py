@@ -9,7 +9,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -57,7 +57,7 @@ def save_sae(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
     return folder
 
 
-def load_sae(name: str | Path, revision: Optional[str] = None) -> SAE:
+def load_sae(name: str | Path, revision: str | None = None) -> SAE:
     """The SAE in a folder, or in `owner/repository/path` on the hub; its weights become float32.
 
     What SAELens does to the input is folded into the biases (`apply_b_dec_to_input`). Raises `FileNotFoundError` if
@@ -88,7 +88,7 @@ def save_suite(suite: Mapping[Site, SAE], folder: str | Path, dtype: str = "floa
     return Path(folder)
 
 
-def load_suite(folder: str | Path, config: Optional[ModelConfig] = None) -> dict[Site, SAE]:
+def load_suite(folder: str | Path, config: ModelConfig | None = None) -> dict[Site, SAE]:
     """All SAEs in the sub-folders of `folder`, keyed by the site they encode, in the order of sites.
 
     With `config`, layers and widths are held to that model. Raises `FileNotFoundError` if there is no SAE, and `ValueError`
@@ -142,7 +142,7 @@ def _replace(path: Path, write) -> None:
     os.replace(partial, path)
 
 
-def _fetch(name: str, revision: Optional[str]) -> Path:
+def _fetch(name: str, revision: str | None) -> Path:
     if Path(name).is_dir():
         return Path(name)
     parts = name.strip("/").split("/")

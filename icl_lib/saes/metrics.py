@@ -7,7 +7,6 @@ nats per token; the ablation behind "CE recovered" is named.
 import functools
 import math
 from collections.abc import Mapping
-from typing import Optional
 
 import equinox as eqx
 import jax
@@ -17,7 +16,7 @@ import pandas as pd
 from jaxtyping import Array, Bool, Float, Int
 
 from icl_lib.models import Site, Transformer, record
-from icl_lib.saes.activations import token_mask
+from icl_lib.saes.activations import check_tokens, token_mask
 from icl_lib.saes.formats import check_fit
 from icl_lib.saes.sae import SAE
 
@@ -25,25 +24,25 @@ DENSE = 0.1  # a latent is dense if it fires on more than this part of the token
 _ABLATIONS = ("zero", "mean")
 
 
-def _weights(x: Array, mask: Optional[Array]) -> Array:
+def _weights(x: Array, mask: Array | None) -> Array:
     """(*batch) float32: 1 where a token counts."""
     return jnp.ones(x.shape[:-1], jnp.float32) if mask is None else mask.astype(jnp.float32)
 
 
-def masked_mean(x: Float[Array, "*batch d"], mask: Optional[Bool[Array, "*batch"]] = None) -> Float[Array, " d"]:
+def masked_mean(x: Float[Array, "*batch d"], mask: Bool[Array, "*batch"] | None = None) -> Float[Array, " d"]:
     """Mean over the tokens that count, in float32."""
     w = _weights(x, mask)
     return jnp.einsum("n,nd->d", w.ravel(), x.reshape(-1, x.shape[-1]).astype(jnp.float32)) / jnp.sum(w)
 
 
-def l0(f: Float[Array, "*batch d_sae"], mask: Optional[Bool[Array, "*batch"]] = None) -> Float[Array, ""]:
+def l0(f: Float[Array, "*batch d_sae"], mask: Bool[Array, "*batch"] | None = None) -> Float[Array, ""]:
     """Features above 0, mean per token."""
     w = _weights(f, mask)
     return jnp.sum(w * jnp.sum(f > 0, axis=-1, dtype=jnp.float32)) / jnp.sum(w)
 
 
 def fvu(
-    x: Float[Array, "*batch d"], x_hat: Float[Array, "*batch d"], mask: Optional[Bool[Array, "*batch"]] = None
+    x: Float[Array, "*batch d"], x_hat: Float[Array, "*batch d"], mask: Bool[Array, "*batch"] | None = None
 ) -> Float[Array, ""]:
     r"""Fraction of variance unexplained, $\sum\|x - \hat x\|^2 / \sum\|x - \bar x\|^2$: 0 is perfect, 1 is the mean."""
     w = _weights(x, mask)
@@ -52,7 +51,7 @@ def fvu(
     return jnp.sum(w * jnp.sum((x - x_hat) ** 2, axis=-1)) / jnp.sum(w * jnp.sum((x - mean) ** 2, axis=-1))
 
 
-def frequency(f: Float[Array, "*batch d_sae"], mask: Optional[Bool[Array, "*batch"]] = None) -> Float[Array, " d_sae"]:
+def frequency(f: Float[Array, "*batch d_sae"], mask: Bool[Array, "*batch"] | None = None) -> Float[Array, " d_sae"]:
     """Part of the tokens on which each latent fires."""
     return masked_mean((f > 0).astype(jnp.float32), mask)
 
@@ -106,7 +105,7 @@ def ce_recovered(
     model: Transformer,
     sae: SAE,
     tokens: Int[Array, "n seq"] | Int[np.ndarray, "n seq"],
-    mask: Optional[Bool[Array, "n seq"] | Bool[np.ndarray, "n seq"]] = None,
+    mask: Bool[Array, "n seq"] | Bool[np.ndarray, "n seq"] | None = None,
     ablation: str = "zero",
     *,
     batch_size: int = 32,
@@ -126,7 +125,7 @@ def quality_table(
     model: Transformer,
     suite: Mapping[Site, SAE],
     tokens: Int[Array, "n seq"] | Int[np.ndarray, "n seq"],
-    mask: Optional[Bool[Array, "n seq"] | Bool[np.ndarray, "n seq"]] = None,
+    mask: Bool[Array, "n seq"] | Bool[np.ndarray, "n seq"] | None = None,
     *,
     batch_size: int = 32,
 ) -> pd.DataFrame:
@@ -134,10 +133,11 @@ def quality_table(
 
     Columns: site, kind (residual, attention, transcoder), layer, d_sae, l0, fvu, ce_recovered_zero, ce_recovered_mean, dead
     (fires on none of these tokens), dense (fires on more than a tenth), ce_clean, ce_sae, ce_zero, ce_mean (nats per token).
-    Raises `ValueError` before anything is computed if an SAE does not fit the model.
+    Raises `ValueError` before anything is computed if an SAE or a token id does not fit the model.
     """
     for site, sae in suite.items():
         check_fit(sae, model.config, str(site))
+    check_tokens(tokens, model.config)
     batches = _batched(tokens, token_mask(tokens, model.config) if mask is None else mask, batch_size)
     saes = tuple(suite.values())
     means = _target_means(model, saes, *batches)

@@ -15,7 +15,7 @@ SAEs, Eq. 7; theirs softplus) and that ghost gradients see a part of the batch a
 """
 
 import math
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,9 +78,9 @@ def gated_loss(
     x: Float[Array, "tokens d_in"],
     y: Float[Array, "tokens d_out"],
     sparsity: Float[Array, ""],
-    dead: Optional[Array] = None,
+    dead: Array | None = None,
     *,
-    key: Optional[PRNGKeyArray] = None,
+    key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, ""], Stats]:
     r"""The loss $L$ above and the batch's statistics. `sparsity` is $\lambda$; `dead` (d_sae,) bool turns ghost gradients on
     and needs a `key`, which draws the dead latents that get them.

@@ -1,6 +1,6 @@
 """One sparse autoencoder (or transcoder) at one site of a model, in the three forms that the experiments meet."""
 
-from typing import Any, Optional
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -48,9 +48,9 @@ class SAE(eqx.Module):
     site_in: Site = eqx.field(static=True)
     site_out: Site = eqx.field(static=True)
     architecture: str = eqx.field(static=True)
-    threshold: Optional[Float[Array, " d_sae"]] = None
-    r_mag: Optional[Float[Array, " d_sae"]] = None
-    b_mag: Optional[Float[Array, " d_sae"]] = None
+    threshold: Float[Array, " d_sae"] | None = None
+    r_mag: Float[Array, " d_sae"] | None = None
+    b_mag: Float[Array, " d_sae"] | None = None
     metadata: tuple[tuple[str, Any], ...] = eqx.field(static=True, default=())
 
     def __check_init__(self):

@@ -9,7 +9,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,12 +105,12 @@ def train_suite(
     batch_size: int = 1024,
     learning_rate: float = 1e-3,
     warmup: int = 128,
-    sparsity_warmup: Optional[int] = None,
+    sparsity_warmup: int | None = None,
     dead_after: int = 100,
     clip: float = 1.0,
     chunk: int = 100,
-    metadata: Optional[Mapping[str, str | int | float | bool]] = None,
-    progress: Optional[Callable[[Progress], None]] = print,
+    metadata: Mapping[str, str | int | float | bool] | None = None,
+    progress: Callable[[Progress], None] | None = print,
 ) -> dict[Site, SAE]:
     r"""Train one gated SAE for each site in `sites`, all of width `d_sae`, by the objective of objectives.py.
 

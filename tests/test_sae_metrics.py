@@ -1,0 +1,136 @@
+"""Quality numbers against plain numpy, and splicing against known cases: a perfect SAE, an SAE that is the ablation."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from icl_lib.models import Site, Transformer, run_with_cache, tiny_config
+from icl_lib.saes import SAE, metrics
+
+CONFIG = tiny_config()
+
+
+def perfect(site, site_out=None):
+    """Positive and negative part of every coordinate: reconstructs anything."""
+    eye = jnp.eye(CONFIG.d_model)
+    W = jnp.concatenate([eye, -eye], axis=1)
+    zero = jnp.zeros
+    return SAE(
+        W_enc=W, b_enc=zero(2 * CONFIG.d_model), W_dec=W.T, b_dec=zero(CONFIG.d_model),
+        site_in=site, site_out=site_out or site, architecture="standard",
+    )  # fmt: skip
+
+
+def constant(site, value, site_out=None):
+    """Writes `value` whatever it reads."""
+    d = CONFIG.d_model
+    return SAE(
+        W_enc=jnp.zeros((d, 3)), b_enc=-jnp.ones(3), W_dec=jnp.zeros((3, d)), b_dec=value,
+        site_in=site, site_out=site_out or site, architecture="standard",
+    )  # fmt: skip
+
+
+@eqx.filter_jit
+def run(model, tokens, tap=None):
+    return model(tokens, tap=tap)
+
+
+@pytest.fixture
+def setting(getkey):
+    model = Transformer.init(CONFIG, key=getkey())
+    tokens = np.array(jax.random.randint(getkey(), (5, 9), 3, CONFIG.d_vocab), np.int32)
+    tokens[:, 0], tokens[3, 6:] = CONFIG.bos_id, CONFIG.pad_id
+    return model, tokens, (tokens != CONFIG.bos_id) & (tokens != CONFIG.pad_id)
+
+
+def test_numbers_by_hand(getkey):
+    x, x_hat = jax.random.normal(getkey(), (4, 6, 5)) + 3, jax.random.normal(getkey(), (4, 6, 5)) + 3
+    f = jax.nn.relu(jax.random.normal(getkey(), (4, 6, 10)) - 0.8).at[..., 0].set(0).at[..., 1].set(1)
+    mask = jax.random.bernoulli(getkey(), 0.6, (4, 6))
+    X, H, F = (np.asarray(a)[np.asarray(mask)] for a in (x, x_hat, f))
+    assert float(metrics.l0(f, mask)) == pytest.approx((F > 0).sum(1).mean())
+    assert float(metrics.fvu(x, x_hat, mask)) == pytest.approx(((X - H) ** 2).sum() / ((X - X.mean(0)) ** 2).sum(), rel=1e-5)
+    mean = jnp.broadcast_to(metrics.masked_mean(x, mask), x.shape)
+    assert float(metrics.fvu(x, mean, mask)) == pytest.approx(1)
+    freq = metrics.frequency(f, mask)
+    np.testing.assert_allclose(freq, (F > 0).mean(0), atol=1e-6)
+    assert float(metrics.dead_fraction(freq)) == pytest.approx(np.mean((F > 0).sum(0) == 0))
+    assert float(metrics.dense_fraction(freq)) == pytest.approx(np.mean((F > 0).mean(0) > 0.1))
+
+
+def test_cross_entropy_by_hand(setting):
+    model, tokens, mask = setting
+    logits = np.asarray(run(model, jnp.asarray(tokens)), np.float64)
+    total = 0.0
+    for b in range(5):
+        for s in range(8):
+            if mask[b, s] and mask[b, s + 1]:
+                total -= logits[b, s, tokens[b, s + 1]] - np.log(np.exp(logits[b, s]).sum())
+    ce = metrics.cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(tokens), jnp.asarray(mask))
+    assert float(ce) == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("site", [Site("resid_pre", 1), Site("attn_out", 0)])
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_extremes_of_ce_recovered(site, ablation, setting):
+    """Perfect reconstruction recovers 1; an SAE that writes what the ablation writes recovers 0."""
+    model, tokens, mask = setting
+    value = jnp.zeros(CONFIG.d_model)
+    if ablation == "mean":
+        _, cache = run_with_cache(model, jnp.asarray(tokens), [site])
+        value = jnp.asarray(np.asarray(cache[site])[mask].mean(0))
+    assert metrics.ce_recovered(model, perfect(site), tokens, mask, ablation) == pytest.approx(1, abs=1e-3)
+    assert metrics.ce_recovered(model, constant(site, value), tokens, mask, ablation) == pytest.approx(0, abs=1e-3)
+
+
+def test_table_equals_splicing_one_by_one(setting, getkey):
+    """The switched program against a plain tap for each SAE, over batches with a filled-up last one."""
+    model, tokens, mask = setting
+    noisy = perfect(Site("resid_pre", 1))
+    noisy = SAE(**(vars(noisy) | {"W_dec": noisy.W_dec + 0.2 * jax.random.normal(getkey(), noisy.W_dec.shape)}))
+    coder = perfect(Site("mlp_in", 0), Site("mlp_out", 0))
+    suite = {s.site_in: s for s in (noisy, coder, constant(Site("attn_out", 1), jnp.ones(CONFIG.d_model)))}
+    table = metrics.quality_table(model, suite, tokens, batch_size=2).set_index("site")
+    pairs = float((mask[:, 1:] & mask[:, :-1]).sum())
+    for sae in suite.values():
+        spliced = run(model, jnp.asarray(tokens), tap=metrics.splice(sae, jnp.asarray(mask)))
+        ce = metrics.cross_entropy(spliced, jnp.asarray(tokens), jnp.asarray(mask)) / pairs
+        row = table.loc[str(sae.site_in)]
+        assert row.ce_sae == pytest.approx(float(ce), rel=1e-4)
+        zero = run(model, jnp.asarray(tokens), tap=metrics.ablate(sae.site_out, jnp.zeros(CONFIG.d_model), jnp.asarray(mask)))
+        assert row.ce_zero == pytest.approx(float(metrics.cross_entropy(zero, jnp.asarray(tokens), jnp.asarray(mask)) / pairs), rel=1e-4)
+        _, cache = run_with_cache(model, jnp.asarray(tokens), [sae.site_in, sae.site_out])
+        x, y = (np.asarray(cache[s])[mask] for s in (sae.site_in, sae.site_out))
+        f = np.asarray(sae.encode(jnp.asarray(x)))
+        err = y - np.asarray(sae.decode(jnp.asarray(f)))
+        assert row.l0 == pytest.approx((f > 0).sum(1).mean(), rel=1e-5)
+        assert row.fvu == pytest.approx((err**2).sum() / ((y - y.mean(0)) ** 2).sum(), rel=1e-4)
+        assert row.dead == pytest.approx(np.mean((f > 0).sum(0) == 0))
+    assert list(table.kind) == ["residual", "transcoder", "attention"]
+
+
+def test_bos_stays_clean(setting):
+    """Splicing nonsense changes no prediction before the first token that counts."""
+    model, tokens, mask = setting
+    clean = run(model, jnp.asarray(tokens))
+    broken = run(model, jnp.asarray(tokens), tap=metrics.splice(constant(Site("resid_pre", 1), jnp.ones(CONFIG.d_model)), jnp.asarray(mask)))
+    np.testing.assert_allclose(broken[:, 0], clean[:, 0], atol=1e-5)
+    assert float(jnp.abs(broken[:, 1] - clean[:, 1]).max()) > 1e-2
+
+
+def test_errors(setting):
+    model, tokens, mask = setting
+    with pytest.raises(ValueError, match="ablation must be one of zero, mean"):
+        metrics.ce_recovered(model, perfect(Site("resid_pre", 1)), tokens, mask, "resample")
+    wide = SAE(
+        W_enc=jnp.zeros((7, 3)), b_enc=jnp.zeros(3), W_dec=jnp.zeros((3, 7)), b_dec=jnp.zeros(7),
+        site_in=Site("resid_pre", 1), site_out=Site("resid_pre", 1), architecture="standard",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="blocks.1.hook_resid_pre.*d_in = 7.*d_model = 16"):
+        metrics.quality_table(model, {wide.site_in: wide}, tokens)
+    with pytest.raises(ValueError, match="token ids must be in 0..39, got 40..40"):
+        metrics.quality_table(model, {}, np.full((2, 3), 40))
+    with pytest.raises(ValueError, match="neighbouring true positions"):
+        metrics.quality_table(model, {}, tokens, np.zeros_like(mask))
