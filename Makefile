@@ -11,8 +11,8 @@ unexport MPLBACKEND
 .PHONY: demo test lab retrain bench report clean
 
 demo: $(VENV)/.installed
-	$(BIN)/snakemake --configfile $(CARD) --cores $(CORES) --rerun-incomplete --keep-going --quiet all
-	@$(BIN)/python -m icl_lib.runs.report $(CARD)
+	$(BIN)/snakemake --configfile $(CARD) --cores $(CORES) --rerun-incomplete --keep-going --quiet all; \
+	status=$$?; $(BIN)/python -m icl_lib.runs.report $(CARD) && exit $$status
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(NBVAL) tests notebooks
