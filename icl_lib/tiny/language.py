@@ -21,7 +21,6 @@ from icl_lib.tasks.tasks import WORDS, read_table
 
 SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>"]
 PAD, EOS, BOS, UNK = range(4)
-LIST_TASKS = {"algo_first": 0, "algo_second": 1, "algo_last": 2}  # which word of the list is the answer
 
 # One sentence per line; names in braces are columns of the table. Each relation is told in several ways.
 TEMPLATES = {
@@ -76,6 +75,12 @@ TEMPLATES = {
         to {verb} is good , and they like {gerund} .
         they {verb} every day , now they are {gerund} .
         they {past} once but have never {participle} .""",
+    "items": """
+        after {item} comes {next} .
+        {next} follows {item} .
+        before {next} comes {item} .
+        {item} , {next} .
+        {item} is a kind of {kind} .""",
 }
 FILLER = """
     the man and the woman walked along the street .
@@ -90,6 +95,7 @@ FILLER = """
 
 def _lines(block: str) -> list[str]:
     return [line.strip() for line in block.strip().splitlines()]
+OTHER_SEPARATOR = " => "
 
 
 class Language:
@@ -101,7 +107,8 @@ class Language:
         self.templates = {name: _lines(block) for name, block in TEMPLATES.items()}
         self.filler = _lines(FILLER)
         self.weights = [len(task.pairs) for task in self.tasks.values()]
-        self.list_words = sorted({word for name in LIST_TASKS for x, _ in self.tasks[name].pairs for word in x.split(", ")})
+        inputs = {name: {x for x, _ in task.pairs} for name, task in self.tasks.items()}
+        self.neighbours = {n: [m for m in inputs if m != n and inputs[m] & inputs[n]] for n in inputs}
 
     def sentence(self, rng: random.Random) -> str:
         """One sentence: a relation in words (8 of 10), a list of words, or filler."""
@@ -111,7 +118,7 @@ class Language:
             return rng.choice(self.templates[table]).format(**rng.choice(self.tables[table]))
         if kind < 0.9:
             nouns = rng.sample(self.tables["nouns"], rng.randint(2, 5))
-            return " , ".join(row["singular"] for row in nouns) + " ."
+            return ", ".join(row["singular"] for row in nouns) + " ."
         return rng.choice(self.filler)
 
     def text(self, rng: random.Random, n_sentences: int) -> str:
@@ -119,25 +126,26 @@ class Language:
         joined = [self.sentence(rng) + ("\n" if rng.random() < 0.1 else " ") for _ in range(n_sentences)]
         return "".join(joined).strip()
 
-    def pairs(self, rng: random.Random, n_pairs: int) -> list[tuple[str, str]]:
-        """Different pairs of one task.
-
-        A task is drawn in proportion to its number of pairs, so that an input by itself leaves all of its tasks
-        equally likely. Lists of words are drawn anew: the three list tasks could otherwise be told by heart.
-        """
-        name = rng.choices(list(self.tasks), weights=self.weights)[0]
-        if name in LIST_TASKS:
-            lists = [rng.sample(self.list_words, 3) for _ in range(n_pairs)]
-            return [(", ".join(words), words[LIST_TASKS[name]]) for words in lists]
+    def pairs(self, name: str, rng: random.Random, n_pairs: int) -> list[tuple[str, str]]:
+        """Different pairs of a task."""
         known = self.tasks[name].pairs
         return rng.sample(known, min(n_pairs, len(known)))
 
-    def prompt(self, rng: random.Random, n_pairs: int) -> str:
-        """`n_pairs` different pairs of one task in the paper's template; one in four opens with `X -> Y`."""
+    def prompt(self, rng: random.Random, n_pairs: int, interleaved: float = 0.5) -> str:
+        """Pairs of one task in the paper's template, or of two tasks that share inputs and are told apart by their arrows.
+
+        A task is drawn in proportion to its number of pairs, so that an input by itself leaves all of its tasks equally
+        likely. In an interleaved prompt only the arrow says which task comes: what to do has to be found out at the
+        arrow, not at the input. One in four opens with `X -> Y`.
+        """
         template = Template()
-        pairs = self.pairs(rng, n_pairs)
-        pairs = [("X", "Y"), *pairs] if rng.random() < 0.25 else pairs
-        return template.prefix + template.newline.join(f"{x}{template.separator}{y}" for x, y in pairs)
+        name = rng.choices(list(self.tasks), weights=self.weights)[0]
+        lines = [f"{x}{template.separator}{y}" for x, y in self.pairs(name, rng, n_pairs)]
+        if rng.random() < interleaved:
+            other = self.pairs(rng.choice(self.neighbours[name]), rng, n_pairs)
+            lines = [f"{x}{OTHER_SEPARATOR}{y}" if rng.random() < 0.5 else line for line, (x, y) in zip(lines, other, strict=False)]
+        dummy = ["X -> Y"] if rng.random() < 0.25 else []
+        return template.prefix + template.newline.join([*dummy, *lines])
 
     def vocabulary(self) -> list[str]:
         """Every token of the language, specials first, then sorted."""
@@ -146,7 +154,7 @@ class Language:
         rows = (
             line.format(**row) for name, table in self.tables.items() for row in table for line in self.templates[name]
         )
-        words = {Template().prefix, "X -> Y", *self.filler, *prompts, *rows}
+        words = {Template().prefix, "X -> Y =>", *self.filler, *prompts, *rows}
         tokens = {token for text in words for token, _ in split.pre_tokenize_str(text)}
         return SPECIALS + sorted(tokens)
 
@@ -154,7 +162,7 @@ class Language:
 def pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     """Cuts text into words, punctuation marks, `->` and line ends, and drops blanks."""
     blanks = pre_tokenizers.Split(Regex(" +"), "removed")
-    marks = pre_tokenizers.Split(Regex(r"->|\n|[.,:]"), "isolated")
+    marks = pre_tokenizers.Split(Regex(r"[-=]>|\n|[.,:]"), "isolated")
     return pre_tokenizers.Sequence([blanks, marks])
 
 

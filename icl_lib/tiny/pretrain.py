@@ -35,6 +35,7 @@ class PretrainConfig:
     steps: int = 700
     lr: float = 0.02  # of the matrices inside the blocks, by Muon
     adam_lr: float = 4e-3  # of the embedding and the norms' gains, by Adam
+    weight_decay: float = 0.1  # times the learning rate, on the matrices inside the blocks
     prompt_share: float = 0.7
     seed: int = 0
 
@@ -69,7 +70,7 @@ def optimiser(config: PretrainConfig) -> optax.GradientTransformation:
         return jax.tree_util.tree_map_with_path(pick, model)
 
     return optax.contrib.muon(
-        schedule(config.lr), adam_learning_rate=schedule(config.adam_lr), muon_weight_dimension_numbers=matrices
+        schedule(config.lr), weight_decay=config.weight_decay, adam_learning_rate=schedule(config.adam_lr), muon_weight_dimension_numbers=matrices
     )
 
 
