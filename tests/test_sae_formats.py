@@ -11,8 +11,10 @@ from safetensors.numpy import load_file, save_file
 from icl_lib.models import Site, tiny_config
 from icl_lib.saes import SAE, load_sae, load_suite, save_sae, save_suite
 
+RESIDUAL = Site("resid_pre", 1)
 
-def make(getkey, architecture="gated", site_in=Site("resid_pre", 1), site_out=None, d=16, d_sae=24):
+
+def make(getkey, architecture="gated", site_in=RESIDUAL, site_out=None, d=16, d_sae=24):
     def normal(*shape):
         return jax.random.normal(getkey(), shape)
 
