@@ -24,7 +24,9 @@ from icl_lib.tasks import (
     token_logprobs,
 )
 
-TASKS = load_tasks("embedded")
+WORDS = [x for x, _ in load_tasks("embedded")["en_es"].pairs]
+LISTS = tuple((", ".join(words), words[-1]) for words in zip(WORDS, WORDS[10:], WORDS[20:], strict=False))  # inputs of five tokens
+TASKS = load_tasks("embedded") | {"algo_last": Task("algo_last", LISTS, "algorithmic", "test")}
 CORPUS = ["Follow the pattern:\nX -> Y\n"] + [f"{x} -> {y}\n" for task in TASKS.values() for x, y in task.pairs]
 
 

@@ -142,9 +142,9 @@ def test_download_is_checked_against_its_hash(tmp_path, monkeypatch):
 
 def test_embedded_suite():
     suite = load_tasks("embedded")
-    assert len(suite) == 25
+    assert len(suite) == 28
     groups = collections.Counter(task.group for task in suite.values())
-    assert groups["linguistic"] == 6 and groups["translation"] == 6 and groups["algorithmic"] == 3
+    assert groups == {"knowledge": 10, "linguistic": 6, "translation": 9, "algorithmic": 3}
     for task in suite.values():
         inputs = [x for x, _ in task.pairs]
         assert len(set(inputs)) == len(inputs) >= 40, task.name
@@ -153,14 +153,29 @@ def test_embedded_suite():
     assert dict(suite["location_country"].pairs)["Buenos Aires"] == "Argentina"
     assert dict(suite["present_past"].pairs)["sing"] == "sang"
     assert dict(suite["en_fr"].pairs)["dog"] == "chien" and dict(suite["fr_en"].pairs)["chien"] == "dog"
+    assert dict(suite["fr_it"].pairs)["chien"] == "cane" and dict(suite["it_es"].pairs)["cane"] == "perro"
     assert dict(suite["word_language"].pairs)["chien"] == "French"
     assert dict(suite["noun_category"].pairs)["dogs"] == "animal"
-    for position, name in enumerate(["algo_first", "algo_second", "algo_last"]):
-        assert len(suite[name].pairs) == 90
-        assert all(x.split(", ")[position] == y for x, y in suite[name].pairs)
-    # The same inputs in several tasks: a zero-shot prompt must not give the task away.
+    assert dict(suite["next_item"].pairs)["Sunday"] == "Monday" and dict(suite["item_kind"].pairs)["Sunday"] == "day"
+    assert {(y, x) for x, y in suite["next_item"].pairs} == set(suite["previous_item"].pairs)
+
+
+def test_almost_every_input_belongs_to_several_tasks():
+    """A zero-shot prompt must not give the task away: only the ends of four runs of items have one task alone."""
+    suite = load_tasks("embedded")
+    owners = collections.Counter(x for task in suite.values() for x, _ in task.pairs)
+    assert {x for x, n in owners.items() if n == 1} == {"twenty", "twentieth", "Neptune", "omega"}
     assert {x for x, _ in suite["country_capital"].pairs} <= {x for x, _ in suite["location_language"].pairs}
-    assert {x for x, _ in suite["algo_first"].pairs} == {x for x, _ in suite["algo_last"].pairs}
+    assert {x for x, _ in suite["es_fr"].pairs} == {x for x, _ in suite["es_en"].pairs}
+
+
+def test_items_are_runs_without_branches():
+    """Each item has one successor and one predecessor of its own kind, so next and previous are functions."""
+    rows = read_table("items")
+    items, following = [row["item"] for row in rows], [row["next"] for row in rows]
+    assert len(set(items)) == len(items) == 99 and len(set(following)) == len(following)
+    kind = {row["item"]: row["kind"] for row in rows}
+    assert all(kind.get(row["next"], row["kind"]) == row["kind"] for row in rows)
 
 
 def test_word_tables_have_no_homographs():
@@ -173,13 +188,19 @@ def test_word_tables_have_no_homographs():
         "adjectives": ["word", "spanish", "french", "italian"],
         "verbs": ["verb", "gerund", "past", "participle"],
     }
-    outputs = {"countries": ["currency"], "people": ["profession"], "nouns": ["category"]}
+    outputs = {"countries": ["currency"], "people": ["profession"], "nouns": ["category"], "items": ["kind"]}
+
+    def note(word, place):
+        plain = unicodedata.normalize("NFD", word.lower())
+        places["".join(c for c in plain if not unicodedata.combining(c))].add(place)
+
     for table, columns in inputs.items():
         for number, row in enumerate(read_table(table)):
             for column in columns:
-                plain = unicodedata.normalize("NFD", row[column].lower())
-                plain = "".join(c for c in plain if not unicodedata.combining(c))
-                places[plain].add((table, column, number))
+                note(row[column], (table, column, number))
+    for row in read_table("items"):  # an item stands twice, as the next of another
+        for word in (row["item"], row["next"]):
+            note(word, ("items", word))
     assert {word: found for word, found in places.items() if len(found) > 1} == {}
     for table, columns in outputs.items():
         for row in read_table(table):
@@ -193,8 +214,8 @@ def test_word_tables_agree_with_each_other():
     assert {row["continent"] for row in countries} == {"Europe", "Asia", "Africa", "America", "Oceania"}
     antonyms = {row["word"]: row["antonym"] for row in adjectives}
     assert all(antonyms[antonyms[word]] == word != antonyms[word] for word in antonyms)
-    sizes = {table: len(read_table(table)) for table in ("countries", "people", "nouns", "adjectives", "verbs")}
-    assert sizes == {"countries": 64, "people": 56, "nouns": 84, "adjectives": 46, "verbs": 53}
+    sizes = {table: len(read_table(table)) for table in ("countries", "people", "nouns", "adjectives", "verbs", "items")}
+    assert sizes == {"countries": 64, "people": 56, "nouns": 84, "adjectives": 46, "verbs": 53, "items": 99}
 
 
 def test_pools_are_disjoint_exhaustive_and_seeded():

@@ -52,6 +52,12 @@ _TABLES = {
     "es_en": ("translation", [("nouns", "spanish", "singular"), ("adjectives", "spanish", "word")]),
     "fr_en": ("translation", [("nouns", "french", "singular"), ("adjectives", "french", "word")]),
     "it_en": ("translation", [("nouns", "italian", "singular"), ("adjectives", "italian", "word")]),
+    "es_fr": ("translation", [("nouns", "spanish", "french"), ("adjectives", "spanish", "french")]),
+    "fr_it": ("translation", [("nouns", "french", "italian"), ("adjectives", "french", "italian")]),
+    "it_es": ("translation", [("nouns", "italian", "spanish"), ("adjectives", "italian", "spanish")]),
+    "next_item": ("algorithmic", [("items", "item", "next")]),
+    "previous_item": ("algorithmic", [("items", "next", "item")]),
+    "item_kind": ("algorithmic", [("items", "item", "kind")]),
     "noun_category": ("knowledge", [("nouns", "singular", "category"), ("nouns", "plural", "category")]),
 }
 
@@ -173,8 +179,8 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> list[d
 
 
 def _embedded() -> dict[str, Task]:
-    """The 25 tasks over our word tables. Input domains are shared, so that a zero-shot prompt does not tell the task."""
-    tables = {table: read_table(table) for table in ("countries", "people", "nouns", "adjectives", "verbs")}
+    """The 28 tasks over our word tables. Input domains are shared, so that a zero-shot prompt does not tell the task."""
+    tables = {table: read_table(table) for table in ("countries", "people", "nouns", "adjectives", "verbs", "items")}
     tasks = {
         name: Task(name, tuple((row[x], row[y]) for table, x, y in parts for row in tables[table]), group, "embedded")
         for name, (group, parts) in _TABLES.items()
@@ -182,15 +188,7 @@ def _embedded() -> dict[str, Task]:
     foreign = tuple(
         (row[language.lower()], language) for language in ("Spanish", "French", "Italian") for row in tables["nouns"] + tables["adjectives"]
     )
-    tasks["word_language"] = Task("word_language", foreign, "knowledge", "embedded")
-    english = [row["singular"] for row in tables["nouns"]] + [row["word"] for row in tables["adjectives"]]
-    rng = Random(0)
-    # One set of lists for the three tasks: only the examples tell which word is wanted.
-    lists = [rng.sample(english, 3) for _ in range(90)]
-    for name, position in (("algo_first", 0), ("algo_second", 1), ("algo_last", -1)):
-        pairs = tuple((", ".join(words), words[position]) for words in lists)
-        tasks[name] = Task(name, pairs, "algorithmic", "embedded")
-    return tasks
+    return tasks | {"word_language": Task("word_language", foreign, "knowledge", "embedded")}
 
 
 def _word_list_tasks(words: list[str], n_pairs: int = 300) -> dict[str, Task]:
