@@ -19,6 +19,7 @@ from icl_lib.tasks import (
     answer_nll,
     load_tasks,
     make_prompts,
+    pair_logit,
     pair_logprob,
     stack_prompts,
     token_logprobs,
@@ -329,6 +330,20 @@ def test_metrics_against_a_loop(metaspace, getkey):
     for ours, mapped, expected in zip(measured(both, stack), jax.vmap(measured)(both, stack), (nll, hit, pairs), strict=True):
         np.testing.assert_allclose(ours[1], expected, rtol=1e-5)
         np.testing.assert_allclose(mapped[0], expected, rtol=1e-5)
+
+
+def test_pair_logit_ignores_what_a_softmax_ignores_and_does_not_saturate(words, getkey):
+    prompts = make_prompts(TASKS["en_es"], words, n_prompts=3, n_shots=3, seed=0)
+    logits = jax.random.normal(getkey(), (*prompts.tokens.shape, len(words)))
+    at = np.asarray(prompts.mask(Role.OUTPUT, "first") & (prompts.pair > 0))
+    rows = [(b, s) for b, s in zip(*np.nonzero(at), strict=True)]
+    expected = [np.mean([logits[b, s - 1, prompts.tokens[b, s]] - logits[b, s - 1].mean() for b, s in rows if b == i]) for i in range(3)]
+    np.testing.assert_allclose(pair_logit(logits, prompts), expected, rtol=1e-5)
+    shift = jax.random.normal(getkey(), (*prompts.tokens.shape, 1))
+    np.testing.assert_allclose(pair_logit(logits + jnp.broadcast_to(shift, logits.shape), prompts), expected, rtol=1e-4)
+    sure = 100 * jax.nn.one_hot(jnp.roll(prompts.tokens, -1, axis=1), len(words))
+    slope = lambda metric: float(jnp.abs(jax.grad(lambda x: metric(x, prompts).sum())(sure)).max())
+    assert slope(pair_logprob) < 1e-6 and slope(pair_logit) > 0.1
 
 
 def test_token_logprobs_are_float32_and_normalised(getkey):

@@ -1,6 +1,6 @@
 """Tasks as input-output pairs, prompts made of them with the role of every token, and the metrics read from logits."""
 
-from icl_lib.tasks.metrics import answer_accuracy, answer_nll, pair_logprob, token_logprobs
+from icl_lib.tasks.metrics import answer_accuracy, answer_nll, pair_logit, pair_logprob, token_logprobs
 from icl_lib.tasks.prompts import Prompts, Role, Template, make_prompts, stack_prompts
 from icl_lib.tasks.tasks import Task, UnknownTask, load_tasks, read_table, select_tasks
 
@@ -14,6 +14,7 @@ __all__ = [
     "answer_nll",
     "load_tasks",
     "make_prompts",
+    "pair_logit",
     "pair_logprob",
     "read_table",
     "select_tasks",

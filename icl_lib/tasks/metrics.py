@@ -35,14 +35,29 @@ def answer_accuracy(logits: Float[Array, "*axes seq d_vocab"], prompts: Prompts)
     return (first & hit).any(axis=-1).astype(jnp.float32)
 
 
+def _over_pairs(values: Float[Array, "*axes s"], prompts: Prompts, name: str) -> Float[Array, "*axes"]:
+    """Mean of `values` (entry j is of token j + 1) at the first output token after every arrow but the first pair's."""
+    if 0 in jax.tree.leaves(prompts.n_shots):
+        raise ValueError(f"{name} needs prompts with n_shots >= 1: with none, the first pair is the only one")
+    counted = (prompts.mask(Role.OUTPUT, "first") & (prompts.pair > 0))[..., 1:]
+    return jnp.where(counted, values, 0.0).sum(axis=-1) / counted.sum(axis=-1).astype(jnp.float32)
+
+
 def pair_logprob(logits: Float[Array, "*axes seq d_vocab"], prompts: Prompts) -> Float[Array, "*axes"]:
     """Mean log-probability in nats of the first output token after every arrow but the first pair's.
 
     Of the first pair nothing can be known about the task; a dummy line is left out. The query counts as a pair.
     The metric of the sparse feature circuits. Raises `ValueError` for prompts without examples.
     """
-    if 0 in jax.tree.leaves(prompts.n_shots):
-        raise ValueError("pair_logprob needs prompts with n_shots >= 1: with none, the first pair is the only one")
-    counted = (prompts.mask(Role.OUTPUT, "first") & (prompts.pair > 0))[..., 1:]
-    total = jnp.where(counted, token_logprobs(logits, prompts.tokens), 0.0).sum(axis=-1)
-    return total / counted.sum(axis=-1).astype(jnp.float32)
+    return _over_pairs(token_logprobs(logits, prompts.tokens), prompts, "pair_logprob")
+
+
+def pair_logit(logits: Float[Array, "*axes seq d_vocab"], prompts: Prompts) -> Float[Array, "*axes"]:
+    """As `pair_logprob`, with the logit of the token, less the mean logit over the vocabulary, in place of its log-probability.
+
+    The gradient of a log-probability carries the factor 1 - p and vanishes where the model is sure; that of a logit does
+    not. Source: ICL-SFC, the runs of its first version; SFC, Sec. 3.1 (logit differences).
+    """
+    at = logits[..., :-1, :].astype(jnp.float32)
+    chosen = jnp.take_along_axis(at, prompts.tokens[..., 1:, None], axis=-1)[..., 0]
+    return _over_pairs(chosen - at.mean(axis=-1), prompts, "pair_logit")
