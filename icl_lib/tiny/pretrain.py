@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from icl_lib.models import ModelConfig, Transformer
+from icl_lib.models import ModelConfig, Site, Tap, Transformer
 from icl_lib.tiny.language import BOS, EOS, PAD
 
 
@@ -32,10 +32,11 @@ class PretrainConfig:
     d_mlp: int = 512
     seq: int = 80
     batch: int = 40
-    steps: int = 700
+    steps: int = 600
     lr: float = 0.02  # of the matrices inside the blocks, by Muon
     adam_lr: float = 4e-3  # of the embedding and the norms' gains, by Adam
     weight_decay: float = 0.1  # times the learning rate, on the matrices inside the blocks
+    noise: float = 0.7  # strength of the branch noise
     prompt_share: float = 0.7
     seed: int = 0
 
@@ -47,10 +48,26 @@ class PretrainConfig:
         )  # fmt: skip
 
 
-def loss_fn(model: Transformer, tokens: Int[Array, "batch seq"]) -> Float[Array, ""]:
+def branch_noise(strength: float, key: PRNGKeyArray) -> Tap:
+    """A tap that multiplies what each branch adds to the residual, token by token, by a factor uniform in 1 +- strength.
+
+    Like dropout it keeps the model from resting on finely balanced sums: an activation that is doubled or halved, as by
+    adding a task vector to a residual that holds half of it already, should still be read in the same way.
+    """
+
+    def tap(site: Site, x: Array) -> Array:
+        if site.name not in ("attn_out", "mlp_out"):
+            return x
+        place = jax.random.fold_in(key, 2 * site.layer + (site.name == "mlp_out"))
+        return x * jax.random.uniform(place, (*x.shape[:-1], 1), x.dtype, 1 - strength, 1 + strength)
+
+    return tap
+
+
+def loss_fn(model: Transformer, tokens: Int[Array, "batch seq"], tap: Tap | None = None) -> Float[Array, ""]:
     """Mean next-token cross-entropy in nats, padding left out."""
     targets = tokens[:, 1:]
-    losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens)[:, :-1], targets)
+    losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens, tap=tap)[:, :-1], targets)
     mask = (targets != PAD).astype(jnp.float32)
     return jnp.sum(losses * mask) / jnp.sum(mask)
 
@@ -75,16 +92,18 @@ def optimiser(config: PretrainConfig) -> optax.GradientTransformation:
 
 
 @partial(eqx.filter_jit, donate="all-except-first")
-def _chunk(optim, model, state, batches):
+def _chunk(static, model, state, batches, keys):
     """Steps over `batches` (steps, batch, seq) inside one program; gives the loss of each."""
+    optim, noise = static
 
-    def step(carry, tokens):
+    def step(carry, step_input):
         model, state = carry
-        loss, grads = jax.value_and_grad(loss_fn)(model, tokens)
+        tokens, key = step_input
+        loss, grads = jax.value_and_grad(loss_fn)(model, tokens, branch_noise(noise, key))
         updates, state = optim.update(grads, state, model)
         return (optax.apply_updates(model, updates), state), loss
 
-    (model, state), losses = jax.lax.scan(step, (model, state), batches)
+    (model, state), losses = jax.lax.scan(step, (model, state), (batches, keys))
     return model, state, losses
 
 
@@ -103,13 +122,16 @@ def pretrain(
     wanted = config.steps * config.batch
     if len(tokens) < wanted:
         raise ValueError(f"{config.steps} steps of {config.batch} rows need {wanted} rows, got {len(tokens)}")
-    model = Transformer.init(config.model(d_vocab), key=jax.random.key(config.seed))
+    init_key, noise_key = jax.random.split(jax.random.key(config.seed))
+    model = Transformer.init(config.model(d_vocab), key=init_key)
+    keys = jax.random.split(noise_key, config.steps)
     optim = optimiser(config)
     state = optim.init(model)
     batches = tokens[:wanted].reshape(config.steps, config.batch, -1)
     losses, start = [], time.perf_counter()
     for first in range(0, config.steps, chunk):
-        model, state, chunk_losses = _chunk(optim, model, state, jnp.asarray(batches[first : first + chunk]))
+        part = slice(first, first + chunk)
+        model, state, chunk_losses = _chunk((optim, config.noise), model, state, jnp.asarray(batches[part]), keys[part])
         losses.append(np.asarray(chunk_losses))
         if not np.isfinite(losses[-1]).all():
             bad = first + int(np.flatnonzero(~np.isfinite(losses[-1]))[0])
