@@ -100,7 +100,8 @@ def _chunk(static, model, state, batches, keys):
         model, state = carry
         tokens, key = step_input
         loss, grads = jax.value_and_grad(loss_fn)(model, tokens, branch_noise(noise, key))
-        updates, state = optim.update(grads, state, model)
+        with jax.numpy_dtype_promotion("standard"):  # optax counts its steps in int32
+            updates, state = optim.update(grads, state, model)
         return (optax.apply_updates(model, updates), state), loss
 
     (model, state), losses = jax.lax.scan(step, (model, state), (batches, keys))

@@ -40,7 +40,7 @@ class SuiteConfig:
     steps: int = 1000
     batch: int = 1024
     lr: float = 3e-3
-    resid_pre: tuple[float, ...] = (0.2, 0.05, 0.05, 0.05, 0.055, 0.1)
+    resid_pre: float | tuple[float, ...] = (0.2, 0.05, 0.05, 0.05, 0.055, 0.1)
     attn_out: float = 0.12
     mlp_in: float = 0.08
     seed: int = 1
