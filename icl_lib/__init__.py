@@ -3,4 +3,9 @@
 The rooms, from the ground up: `models` and `tasks`; `saes`; `vectors`, `features`, `circuits`; `figures` and `runs`; `tiny`.
 """
 
+import warnings
+
+# tqdm, which transformers imports, asks for widgets that nobody needs here; its warning would put a path of the machine into notebooks
+warnings.filterwarnings("ignore", message="IProgress not found")
+
 __version__ = "0.1.0"
