@@ -23,7 +23,8 @@ lab: $(VENV)/.installed
 retrain: $(VENV)/.installed
 	$(BIN)/python -m icl_lib.tiny.retrain
 
-bench: $(VENV)/.installed-bench
+bench: $(if $(wildcard benchmarks/*.py),$(VENV)/.installed-bench)
+	@test -n "$(wildcard benchmarks/*.py)" || { echo "There is no script in benchmarks/ to run."; exit 1; }
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 report: $(VENV)/.installed

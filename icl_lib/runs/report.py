@@ -44,13 +44,11 @@ def build(run_dir: Path) -> tuple[Path, pd.DataFrame]:
 
 def write_page(notebook: Path, folder: Path) -> Path:
     """One executed notebook as a page; a page newer than its notebook is left as it is."""
-    from nbconvert import HTMLExporter  # slow to import, and only needed here
+    from icl_lib.runs.pages import page_of  # imports nbconvert, which is slow and only needed here
 
     page = folder / f"{notebook.stem}.html"
     if not (page.is_file() and page.stat().st_mtime > notebook.stat().st_mtime):
-        exporter = HTMLExporter(embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True)
-        body, _ = exporter.from_filename(str(notebook))
-        write_atomic(page, body.encode())
+        write_atomic(page, page_of(notebook).encode())
     return page
 
 
