@@ -1,0 +1,435 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+r"""
+# A handful of latents does the work of a task vector
+
+**Claim.** Task vector cleaning (TVC) finds, among the latents of an encoded task vector, the few that make the model do the task.
+They do it at least as well as the vector. Where about half of the latents may stay, they do better than as many latents chosen for
+reconstruction; the last latents saved cost that lead.
+
+- You will see Algorithm 1 at work, its sweep over the sparsity penalty, its Pareto front against inference-time optimisation (ITO), the
+  comparison at equal L0 task by task, all layers beside the methods of the last notebook, and how stable the surviving latents are.
+- You need a CPU, a minute, and the vectors that `02_task_vectors` saved. Source: "Scaling Sparse Feature Circuits For Studying
+  In-Context Learning" (ICL-SFC), Sec. 3.1, Algorithm 1, Figs. 3a and 3b, App. D.
+
+All numbers below are about the embedded model, a transformer of six layers and 1.6 M parameters. They show the method at work; they
+are not the paper's results.
+"""
+
+# %%
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from icl_lib import figures
+from icl_lib.models import Site, load_model, load_tokenizer
+from icl_lib.runs import Ledger, Store, compute_dtype, resolve, setup
+from icl_lib.saes import load_suite
+from icl_lib.tasks import load_tasks, make_prompts, stack_prompts
+from icl_lib.vectors import base_nll, clean, cut, inserted_nll, pursuit_path, select_l1
+
+# %% tags=["parameters"]
+card: str = "tiny"  # name of the experiment
+model: str = "assets/icl-tiny"  # model folder or hub id
+saes: str = "assets/icl-tiny/saes"  # folder of the SAE suite
+tasks: str = "embedded"  # task source
+run_dir: str = "runs/tiny"  # where results go, counted from the repository root
+seed: int = 0  # seed of all prompts
+n_prompts: int = 16  # prompts per task
+layer_executor: int = 4  # layer whose cleaned latents the next notebook reads
+tvc_l1: list[float] = [3.0e-4, 1.0e-3, 3.0e-3, 1.0e-2, 3.0e-2]  # L1 penalties swept, in nats per unit of activation
+tvc_lr: float = 0.5  # learning rate of Adam, in units of activation per step
+tvc_patience: int = 50  # steps without a smaller L0 before it stops
+tvc_steps: int = 150  # most steps
+
+# %%
+figures.use_style()
+setup(run_dir)
+store, ledger = Store(run_dir), Ledger(Store(run_dir), notebook="03_task_vector_cleaning")
+lm = load_model(resolve(model), dtype=compute_dtype())
+tokenizer = load_tokenizer(resolve(model))
+suite = {site: sae.fold() for site, sae in load_suite(resolve(saes), lm.config).items() if site.name == "resid_pre"}
+task_set = load_tasks(tasks)
+names = list(task_set)
+saved, meta = store.load("task_vectors", expect={"model": model, "saes": saes, "tasks": names})
+vectors, best = jnp.asarray(saved["vectors"]), meta["best_layer"]
+
+# %% [markdown]
+r"""
+## The algorithm
+
+The pre-activations $\theta$ of the SAE at the task vector are optimised by Adam, so that the decoded vector, added at the arrow of
+zero-shot prompts, makes the model answer, with as little activation as possible:
+
+$$\min_\theta\; \mathrm{NLL}(v_\theta) + \lambda \sum_i f_i, \qquad f = \mathrm{act}(\theta), \qquad v_\theta = f W_{dec} + b_{dec}.$$
+
+Three things to know. A latent that is off gets no gradient, so the support only shrinks: TVC selects and re-weights. It stops when L0
+has not fallen for `tvc_patience` steps, and returns the last iterate. And $b_{dec}$ is always inserted.
+
+The optimisation sees two thirds of the pairs of the optimisation pool. The last third is for choices ($\lambda$, learning rate), and the
+evaluation pool for what we report.
+"""
+
+
+# %%
+def prompts(pool, offset, n=n_prompts):
+    """Zero-shot prompts of every task, stacked; `pool(task)` gives the pairs."""
+    make = lambda task: make_prompts(task, tokenizer, n_prompts=n, n_shots=0, seed=seed + offset, pool=pool(task))
+    return stack_prompts([make(task) for task in task_set.values()])
+
+
+fitting = prompts(lambda task: [pair for i, pair in enumerate(task.pool("optimisation")) if i % 3], offset=3, n=min(n_prompts, 12))
+choosing = prompts(lambda task: task.pool("optimisation")[::3], offset=4)
+held_out = prompts(lambda task: task.pool("evaluation"), offset=5)
+
+# %% [markdown]
+r"""
+## The scale of things
+
+The paper's learning rate 0.15 and penalties around $10^{-3}$ were for Gemma's activations. What they mean depends on the size of a
+latent: with $\bar f$ the mean activation of the active latents, $\lambda \bar f$ is the price of one latent in nats, and
+$\bar f / \mathrm{lr}$ is how many steps it takes Adam, whose steps are about lr long, to switch one off. The price should be
+small beside the loss of about 1.7 nats and the stop should come later than the last switch.
+"""
+
+# %% tags=["nbval-check-output"]
+sae, vector = suite[Site("resid_pre", best)], vectors[:, best]
+f_start = np.asarray(sae.encode(vector))
+encoded_l0 = (f_start > 0).sum(axis=-1)
+typical = f_start.sum() / encoded_l0.sum()
+print(f"layer {best}: {encoded_l0.mean():.1f} latents encode a task vector, with a mean activation of {typical:.1f}")
+print("price of one latent: " + ", ".join(f"{value * typical:.2g}" for value in tvc_l1) + " nats")
+print(f"steps to switch one off: {typical / tvc_lr:.0f}, patience {tvc_patience}")
+
+# %% [markdown]
+r"""
+## Cleaning at the best layer
+
+All tasks and all $\lambda$ are optimised in one compiled call. We expect the loss to fall and L0 with it: first because what only
+served the reconstruction goes, later because the penalty pays for less loss.
+"""
+
+# %%
+fit_cut, choose_cut, test_cut = (cut(lm, p, best) for p in (fitting, choosing, held_out))
+options = dict(lr=tvc_lr, patience=tvc_patience, max_steps=tvc_steps)
+cleaned = clean(lm, sae, vector, fit_cut, l1=tvc_l1, **options)
+loss = lambda where, v: np.asarray(inserted_nll(lm, where, v).mean(axis=-1))
+tv_choose, tv_test = loss(choose_cut, vector), loss(test_cut, vector)
+tvc_choose, tvc_test = loss(choose_cut, cleaned.vector), loss(test_cut, cleaned.vector)
+
+# %%
+fig, panels = plt.subplots(1, 2, figsize=(7.2, 2.8))
+for ax, curve, label in (
+    (panels[0], cleaned.nll_curve, "NLL of fitting prompts (nats)"),
+    (panels[1], cleaned.l0_curve, "active latents (L0)"),
+):
+    kept = pd.DataFrame(np.asarray(curve).reshape(-1, curve.shape[-1])).ffill(axis=1).to_numpy().reshape(curve.shape)
+    for i, value in enumerate(tvc_l1):
+        ax.plot(kept[:, i].mean(axis=0), label=f"λ = {value:g}", linewidth=1.2)
+    ax.set(xlabel="step", ylabel=label, ylim=(0, None))
+panels[0].set_title("mean over tasks; a stopped task keeps its value")
+panels[1].legend()
+plt.show()
+
+# %% [markdown]
+"""
+About half of the latents go in the first 40 steps, and the loss falls at the same time, from 0.9 to below 0.5 nats for the small penalties:
+what went was not needed. The largest penalty buys its last latents with loss.
+"""
+
+# %% [markdown]
+r"""
+## The sweep over the penalty
+
+On the pairs kept for choices, against $\lambda$: the relative decrease of the loss, and L0 as a fraction of the encoding's. The paper
+finds a plateau, then a collapse where the penalty outweighs the loss.
+"""
+
+# %%
+zero_choose, zero_test = (np.asarray(base_nll(lm, where).mean(axis=-1)) for where in (choose_cut, test_cut))
+relative = lambda loss, zero: (loss.T / zero - 1).T  # losses (task, ...), and with nothing inserted (task,)
+fraction = np.asarray(cleaned.l0) / encoded_l0[:, None]
+figures.sweep_panels(tvc_l1, -relative(tvc_choose, zero_choose), fraction, reference=-relative(tv_choose, zero_choose).mean())
+plt.show()
+
+# %% [markdown]
+r"""
+Up to $\lambda = 0.01$ there is a plateau well above the task vector's dashed line while L0 falls from 0.55 to 0.3 of the encoding's; at 0.03 the
+lead over the task vector is gone. Prices are relative to activations (0.035 nats a latent at $\lambda = 0.01$), so a good $\lambda$ need not
+carry over to another SAE.
+
+## The choice of the penalty
+
+There are two sensible rules, both read on the pairs kept for choices. **Sparsest**: the fewest latents among the $\lambda$ whose loss is at
+most 1.02 times the task vector's. **Lowest loss**: whatever its L0. From here on "TVC" is the sparsest, the other is reported beside it,
+and all losses are on the evaluation pool.
+"""
+
+# %% tags=["nbval-check-output"]
+picks = {"TVC": select_l1(cleaned.l0, jnp.asarray(tvc_choose), jnp.asarray(tv_choose))}
+picks["TVC, lowest loss"] = jnp.argmin(jnp.asarray(tvc_choose), axis=-1)
+of = lambda table, index: np.take_along_axis(np.asarray(table), np.asarray(index)[:, None], axis=1)[:, 0]
+l0s = {"SAE encoding": encoded_l0} | {name: of(cleaned.l0, index) for name, index in picks.items()}
+change = {"task vector": relative(tv_test, zero_test)} | {name: relative(of(tvc_test, index), zero_test) for name, index in picks.items()}
+final, l0 = cleaned.take(picks["TVC"]), l0s["TVC"]
+for name in picks:
+    print(f"{name:16s} L0 {l0s[name].mean():4.1f} of {encoded_l0.mean():.1f}; relative loss change {change[name].mean():+.2f}")
+print(f"task vector: relative loss change {change['task vector'].mean():+.2f}")
+
+# %%
+figures.l0_bars(l0s, published={"SAE encoding": 10.87, "TVC": 3.78})
+plt.show()
+
+# %% [markdown]
+"""
+The dashed levels are for Gemma-1 2B at layer 12; the shape is the same. Of 9.5 encoded latents the sparsest choice leaves 2.1, with a
+loss change of -67 % against the task vector's -59 %. The lowest loss, -74 %, takes 4.4.
+"""
+
+# %% [markdown]
+"""
+## Against inference-time optimisation
+
+ITO spends its latents on the vector's direction, TVC on its effect. One run of gradient pursuit gives its codes with 1, 2, 3, ... latents.
+Below is every task at every setting: to the left is sparser, above 0 is better than the task vector. A point of ITO has the number of
+latents it really uses, which may be fewer than its number of steps.
+"""
+
+# %%
+n_steps = 24
+codes = pursuit_path(vector, sae.W_dec, n_steps)
+ito_l0 = np.asarray((codes > 0).sum(axis=-1)).T
+ito_test = loss(test_cut, jnp.moveaxis(codes @ sae.W_dec, 0, 1))
+gain = lambda values: (tv_test[:, None] - values) / zero_test[:, None]
+ito_points = ((ito_l0 / encoded_l0[:, None]).ravel(), gain(ito_test).ravel())
+figures.sweep_scatter({"ITO": ito_points, "TVC": (fraction.ravel(), gain(tvc_test).ravel())})
+plt.show()
+
+# %%
+settings = {
+    "ITO": (ito_l0.mean(axis=0), relative(ito_test, zero_test).mean(axis=0)),
+    "TVC": (np.asarray(cleaned.l0).mean(axis=0), relative(tvc_test, zero_test).mean(axis=0)),
+}
+ax = figures.pareto_front(settings, ylabel="relative change of loss, mean over tasks")
+ax.axhline(change["task vector"].mean(), color="black", linestyle="--", linewidth=1)
+plt.show()
+
+# %% [markdown]
+"""
+TVC reaches losses that ITO reaches with no number of latents, from about three latents on. With fewer, ITO is ahead: its first latent alone
+gives -67 %, and more of them bring it back towards the task vector, whose direction it approximates.
+"""
+
+# %% [markdown]
+r"""
+## At equal L0, task by task
+
+For each task, ITO gets exactly as many steps as TVC left latents (a task with none left has only the bias, and ITO one latent). One
+difference is not about latents: TVC inserts $b_{dec}$, ITO as published does not. So we also give ITO the bias: its pursuit then explains
+$v - b_{dec}$, and the bias is added back.
+"""
+
+
+# %%
+def ito_change(table):
+    """Relative loss change (task,) of ITO with as many steps as TVC has latents, from losses (task, step)."""
+    return relative(of(table, np.clip(l0, 1, n_steps) - 1), zero_test)
+
+
+with_bias = pursuit_path(vector - sae.b_dec[None], sae.W_dec, n_steps) @ sae.W_dec + sae.b_dec[None, None]
+ito_equal, ito_bias_equal = ito_change(ito_test), ito_change(loss(test_cut, jnp.moveaxis(with_bias, 0, 1)))
+figures.equal_l0(ito_equal, change["TVC"], names, l0)
+plt.show()
+
+# %% tags=["nbval-check-output"]
+wins, wins_bias = change["TVC"] < ito_equal, change["TVC"] < ito_bias_equal
+lowest = "TVC, lowest loss"
+wins_lowest = change[lowest] < relative(of(ito_test, np.clip(l0s[lowest], 1, n_steps) - 1), zero_test)
+print(f"at equal L0 TVC beats ITO on {wins.sum()} of {len(names)} tasks, and ITO with the bias on {wins_bias.sum()}")
+print(f"with the penalty of the lowest loss TVC beats ITO at equal L0 on {wins_lowest.sum()}")
+print(f"mean change: TVC {change['TVC'].mean():+.2f}, ITO {ito_equal.mean():+.2f}, ITO with the bias {ito_bias_equal.mean():+.2f}")
+print(f"not better than ITO on: {', '.join(np.array(names)[~wins]) or 'none'}")
+
+# %% [markdown]
+"""
+At the sparsest choice TVC is ahead on 13 of 28 tasks (16 with the bias), so **the claim that it beats ITO at equal L0 fails there**; the means
+are equal. With the penalty of the lowest loss it is ahead on 25. The sparsest rule stops as soon as the task vector's loss is reached,
+and ITO with one or two latents is already below that loss. next_item loses all its latents under this rule, and with them the effect.
+"""
+
+# %% [markdown]
+r"""
+## All layers
+
+Fig. 3a of the paper has five methods; the last notebook drew four. At the other layers TVC runs with the middle $\lambda$ of the sweep.
+Layers 0 and 1 are left out: no vector works there.
+"""
+
+# %%
+middle = tvc_l1[len(tvc_l1) // 2]
+
+
+def cleaned_at(layer, l1=middle):
+    """Cleaned vectors of one layer, and their relative loss change (task,) on the evaluation pool."""
+    fit, test = (cut(lm, p, layer) for p in (fitting, held_out))
+    result = clean(lm, suite[Site("resid_pre", layer)], vectors[:, layer], fit, l1=l1, **options)
+    return result, relative(loss(test, result.vector), zero_test)
+
+
+layers = [i for i in range(2, lm.config.n_layers) if Site("resid_pre", i) in suite]
+by_layer = {i: (final, change["TVC"]) if i == best else cleaned_at(i) for i in layers}
+
+# %%
+curves = {"TVC": np.stack([by_layer[i][1] for i in layers], axis=1)}
+curves |= {method: saved["change"][j][:, layers] for j, method in enumerate(meta["methods"])}
+figures.layer_curves(layers, curves, mark=best)
+plt.show()
+
+# %% tags=["nbval-check-output"]
+for i in layers:
+    before, after = saved["encoded_l0"][:, i].mean(), np.asarray(by_layer[i][0].l0).mean()
+    print(f"layer {i}: L0 {before:5.1f} to {after:4.1f}; relative loss change {by_layer[i][1].mean():+.2f}")
+
+# %% [markdown]
+"""
+From layer 2 on cleaning is better than the vector it started from, except at the last layer where they are equal. At layer 3 it gains most: -74 % from a
+vector of -38 %, so the latents are there a layer earlier than the vector works. Layer 4 is the sparsest choice, the other layers have
+one penalty for all tasks and a few more latents, so layer 3 is not shown to be the better place.
+"""
+
+# %% [markdown]
+"""
+## How stable is the result?
+
+The paper's supports differ between runs. Here the cleaning is repeated with other prompts, and with learning rates three times smaller
+and larger. The overlap is the mean over tasks of the shared share of surviving latents (intersection over union; two empty sets overlap fully).
+"""
+
+
+# %%
+def overlap(f, g):
+    """Mean intersection over union of the supports of two sets of codes (task, d_sae)."""
+    f, g = np.asarray(f) > 0, np.asarray(g) > 0
+    union = (f | g).sum(axis=-1)
+    return float(np.where(union > 0, (f & g).sum(axis=-1) / np.maximum(union, 1), 1.0).mean())
+
+
+again = cut(lm, prompts(lambda task: [pair for i, pair in enumerate(task.pool("optimisation")) if i % 3], offset=6), best)
+runs = {"other prompts": (again, tvc_lr), "lr / 3": (fit_cut, tvc_lr / 3), "lr x 3": (fit_cut, tvc_lr * 3)}
+as_above = cleaned.take(jnp.full(len(names), len(tvc_l1) // 2))
+results = {"as above": as_above} | {
+    name: clean(lm, sae, vector, where, l1=middle, **(options | {"lr": lr})) for name, (where, lr) in runs.items()
+}
+rows = [
+    {"run": name, "L0": float(r.l0.mean()), "loss change": relative(loss(test_cut, r.vector), zero_test).mean(),
+     "steps": float(r.steps.mean()), "overlap": overlap(r.f, as_above.f)}
+    for name, r in results.items()
+]  # fmt: skip
+stability = pd.DataFrame(rows)
+figures.style_table(stability, caption=f"λ = {middle:g} at layer {best}", digits={"L0": 1, "steps": 0})
+
+# %% [markdown]
+"""
+The effect does not depend on prompts or learning rate (-73 to -74 %). Of the supports four fifths or more are shared (overlap 0.81 to
+0.87): as in the paper, the surviving set is one of several that do. The largest rate leaves fewest latents, 2.9 against 3.5, at the same loss.
+"""
+
+# %% [markdown]
+"""
+## Which latents remain?
+
+If many encoded latents only said "arrow", they would be shared by most tasks, and cleaning would remove them. We count, for every latent,
+in how many tasks it is encoded and in how many it survives.
+"""
+
+# %%
+encoded_in, survives_in = (f_start > 0).sum(axis=0), np.asarray(final.f > 0).sum(axis=0)
+fig, ax = plt.subplots(figsize=(4.6, 3.0))
+bins = np.arange(1, len(names) + 2) - 0.5
+ax.hist([encoded_in[encoded_in > 0], survives_in[survives_in > 0]], bins=bins, label=["SAE encoding", "TVC"])
+ax.set(xlabel="tasks that have the latent", ylabel="latents", title=f"layer {best}, {len(names)} tasks")
+ax.legend()
+plt.show()
+
+# %%
+show = [name for name in ("country_capital", "antonyms", "en_fr", "present_gerund", "person_language") if name in names] or names[:5]
+before = lambda t: f"{encoded_l0[t]} latents"
+after = lambda t: ", ".join(f"{i} ({f_start[t, i]:.0f} → {final.f[t, i]:.0f})" for i in np.argsort(-np.asarray(final.f[t]))[: l0[t]])
+rows = [(name, before(names.index(name)), after(names.index(name))) for name in show]
+columns = ["task", "encoding", "left: latent (activation before → after)"]
+figures.style_table(pd.DataFrame(rows, columns=columns), caption="What cleaning leaves of five task vectors")
+
+# %% tags=["nbval-check-output"]
+common = encoded_in >= len(names) / 2
+left = (survives_in[common] >= len(names) / 2).sum()
+print(f"latents encoded in half of the tasks or more: {common.sum()}, of these left in as many: {left}")
+print(f"{(survives_in > 0).sum()} latents survive in some task, {(survives_in == 1).sum()} of them in one only")
+
+# %% [markdown]
+"""
+No latent is encoded in half of the tasks: what all arrows share seems to sit in the bias. Of the 42 survivors 29 belong to one task, the
+others to a few. What remains has grown, to two or three times its activation (antonyms: one latent, from 9 to 20). These are the candidates for
+task executors, which the next notebook tries one by one.
+"""
+
+# %% [markdown]
+"""
+## What goes on from here
+
+The next notebook tries the surviving latents one by one. It reads them at `layer_executor`.
+"""
+
+# %%
+keep, keep_change = by_layer[layer_executor] if layer_executor in by_layer else cleaned_at(layer_executor)
+start = suite[Site("resid_pre", layer_executor)].encode(vectors[:, layer_executor])
+arrays = {"f": keep.f, "vector": keep.vector, "l0": keep.l0, "change": keep_change, "encoded": start}
+store.save("cleaned", arrays, meta={"model": model, "saes": saes, "tasks": names, "layer": layer_executor})
+
+# %% tags=["nbval-check-output"]
+ratio, margin = float(l0.mean() / encoded_l0.mean()), float(change["TVC"].mean() - change["task vector"].mean())
+nll_tvc, nll_tv = float(of(tvc_test, picks["TVC"]).mean()), float(tv_test.mean())
+share, share_bias = float(wins.mean()), float(wins_bias.mean())
+numbers = [
+    ("tvc_l0", "Fig 3b", 3.78, float(l0.mean()), "at most 0.3 x encoded L0", ratio <= 0.3),
+    ("encoded_l0", "Fig 3b", 10.87, float(encoded_l0.mean()), "more than TVC leaves", ratio < 1),
+    ("tvc_minus_tv", "Fig 3a", -0.003, margin, "relative loss change at most 0.05 above the task vector's", margin <= 0.05),
+    ("tvc_nll", "Fig 3a", None, nll_tvc, f"no worse than the task vector's {nll_tv:.2f}", nll_tvc <= nll_tv),
+    ("beats_ito_at_equal_l0", "App D.1", None, share, "on at least 80 % of the tasks", share >= 0.8),
+    ("beats_ito_with_bias_at_equal_l0", "App D.1", None, share_bias, "on at least 80 % of the tasks", share_bias >= 0.8),
+]
+for name, item, published, ours, criterion, holds in numbers:
+    ledger.record(name, item=item, published=published, ours=ours, criterion=criterion, holds=holds)
+ledger.write()
+verdicts = ledger.table().set_index("key")["holds"]
+print(verdicts.to_string())
+# claims about the embedded model; the count against ITO is in the ledger whatever it is. Other models only record their verdicts.
+required = ["tvc_l0", "tvc_nll"]
+assert card != "tiny" or verdicts[required].all(), verdicts[required]
+
+# %% [markdown]
+"""
+## What we saw
+
+- Cleaning leaves 2.1 of 9.5 latents with a lower loss than the task vector's, on words that it has not seen.
+- Against ITO at equal L0 it depends on the penalty: ahead on 25 of 28 tasks with 4.4 latents, on 13 with 2.1. No single rule that we tried
+  is both below 0.3 of the encoded L0 and ahead of ITO on 80 % of the tasks.
+- Which latents survive depends a little on prompts and learning rate; what they do does not.
+
+## Limits
+
+The support can only shrink, so a latent that the encoder misses is lost for good. Adam's rate and the penalty are in units of the
+activations; the rate was raised from 0.15 to 0.5 on an earlier model and SAE, where 0.15 left more latents and more loss. The pairs for fitting are few for the smallest tasks, and both cleaning and the choice of the
+penalty use losses, which ITO does not see at all.
+
+## Next
+
+`04_executors_and_detectors` steers with the surviving latents alone, and looks for what switches them on.
+"""
