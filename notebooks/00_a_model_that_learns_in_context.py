@@ -49,6 +49,11 @@ seed: int = 0  # seed of every prompt sampler
 n_prompts: int = 16  # prompts per task
 max_shots: int = 12  # examples in the longest prompts
 
+# %% [markdown]
+"""
+Model, tokenizer and tasks, and the run's store and ledger.
+"""
+
 # %%
 figures.use_style()
 devices.setup(run_dir)
@@ -84,7 +89,10 @@ figures.style_table(pd.DataFrame(rows), caption=f"{len(suite)} tasks")
 # %% [markdown]
 """
 No task has inputs of its own: all but 4 of the 944 inputs ("twenty", the end of a list, is one) belong to at least two tasks.
+"""
 
+# %% [markdown]
+"""
 ## The prompt
 
 One instruction, then pairs in the form `x -> y`. Every token has a role, found from its place in the text and not from its id; later
@@ -100,7 +108,10 @@ plt.show()
 # %% [markdown]
 """
 The query is the last pair; the model predicts its output at the last arrow. All measurements below are made there.
+"""
 
+# %% [markdown]
+"""
 ## What the model was trained on
 
 Seven in ten training rows are such prompts; the others are sentences that say the same facts in other words. Half of the prompts mix
@@ -115,6 +126,11 @@ if card == "tiny":
     print("text:  ", language.text(rng, 3).replace("\n", "\\n"))
     print("prompt:", language.prompt(rng, 3, interleaved=0.0).replace("\n", "\\n"))
     print("mixed: ", mixed.replace("\n", "\\n"))
+
+# %% [markdown]
+"""
+A sentence, a prompt of one task, and one of two tasks. The loss of training:
+"""
 
 # %%
 record = Path(resolve(model)) / "losses.csv"
@@ -134,7 +150,10 @@ if card == "tiny":
 """
 The loss falls from 10 to about 1.4 nats in 600 steps and then stays; on rows that the model has never seen it is 1.39, so the language is
 learned and not the rows. Much of what is left is chance: which input a prompt or which noun a list goes on with.
+"""
 
+# %% [markdown]
+"""
 ## Accuracy by number of examples
 
 A causal model reads a prompt from the left, so one prompt with 12 examples holds all shorter ones: the output of its $i$-th pair is
@@ -159,6 +178,11 @@ def by_shots(lm, prompts):
     return jnp.moveaxis(jax.lax.map(one, prompts), 1, 0)
 
 
+# %% [markdown]
+"""
+Pairs of the evaluation pool only; the queries of later notebooks are drawn from the same pool.
+"""
+
 # %%
 options = dict(n_prompts=n_prompts, seed=seed, pool="evaluation")
 prompts = stack_prompts([make_prompts(t, tokenizer, n_shots=max_shots, **options) for t in suite.values()])
@@ -182,6 +206,11 @@ Accuracy goes from 0.30 without an example to 0.96 with one, and stays there. 26
 mean says little about them; what keeps it below 1 are two algorithmic tasks, to which we come.
 """
 
+# %% [markdown]
+"""
+Before the first example, group by group:
+"""
+
 # %%
 at = min(5, max_shots)
 table = pd.DataFrame({"task": names, "group": groups, **{f"{k} shots": accuracy[:, k] for k in wanted}})
@@ -192,7 +221,10 @@ plt.show()
 # %% [markdown]
 """
 Without examples every group lies between 0.22 (translation) and 0.38 (algorithmic): about what a guess among three tasks would give.
+"""
 
+# %% [markdown]
+"""
 The tasks that are still hardest after five examples:
 """
 
@@ -205,7 +237,10 @@ figures.style_table(hardest.reset_index(drop=True), caption=f"lowest accuracy wi
 `next_item` and `previous_item` stay at 0.25 and 0.69. They have the same inputs *and* the same kind of outputs ("two" follows "one", "one"
 comes before "two"): to tell them apart one has to look at how an example's output relates to its own input. Everywhere else the kind of
 the outputs is enough, and that is what this model seems to look at. The controls below test it.
+"""
 
+# %% [markdown]
+"""
 ## What the model believes before the first example
 
 If the zero-shot prompt is ambiguous to the model, and not just unknown, then the probability is *on the answers of the competing tasks*.
@@ -220,6 +255,11 @@ for x, found in owners.items():
         domains[tuple(found)].append(x)
 domains = {k: v for k, v in sorted(domains.items(), key=lambda item: -len(item[1])) if len(v) >= 10}
 cells = [(i, name, set(xs)) for i, (found, xs) in enumerate(domains.items()) for name in found]
+
+# %% [markdown]
+"""
+For each kind of input and each task that knows it: zero-shot prompts, and the probability of that task's answer.
+"""
 
 
 # %%
@@ -264,7 +304,10 @@ print(f"on the favourite task {best.mean():.2f}; an even division would give it 
 The favourite task gets 0.30 on average, an even division would give it 0.32: the model does not know which task is meant, and says so.
 The known answers together have 0.77 of the probability; the rest is on other words of the same kinds. It is lowest for English
 words, which have four or five tasks each; for plurals, which have two, the category is the favourite with almost one half.
+"""
 
+# %% [markdown]
+"""
 ## Controls: examples with the wrong outputs
 
 Do the examples help because they show the task, or because more text of this form helps? Two controls, with the inputs and the query as
@@ -289,6 +332,11 @@ def examples(kind, task, n_shots):
         return make_prompts(task, tokenizer, n_shots=n_shots, **options | {"pool": any_task(task), "query_pool": "evaluation"})
     return make_prompts(task, tokenizer, n_shots=n_shots, corrupt=kind == "shuffled", **options)
 
+
+# %% [markdown]
+"""
+The three kinds of prompt go through the model together, at several numbers of examples.
+"""
 
 # %%
 kinds, control_shots = ["right", "shuffled", "any task"], [k for k in (0, 1, 2, 5, 12) if k <= max_shots]
@@ -321,7 +369,10 @@ Outputs of any task are worse than nothing: the loss rises from 1.7 to over 4 na
 better than without. Shuffled outputs, however, do *as well* as right ones (0.97 against 0.97), on all tasks. So the examples work by showing
 the kind of output, and the fact itself comes from the weights. The same was found for large models that classify (Min et al., 2022,
 "Rethinking the Role of Demonstrations"); and it fits what follows, where a single vector can stand for all examples.
+"""
 
+# %% [markdown]
+"""
 ## What we saw
 
 - 28 tasks, none with inputs of its own; without examples accuracy is 0.30, and the probability is divided among the tasks that know the input.
@@ -334,6 +385,11 @@ tasks that differ by direction alone are not solved. 16 prompts per task: single
 
 **Next.** [01_sparse_autoencoders](01_sparse_autoencoders.ipynb) takes this model's activations apart into latents;
 [02_task_vectors](02_task_vectors.ipynb) finds where in the model the task is kept.
+"""
+
+# %% [markdown]
+"""
+The claims of this notebook, for the ledger of the run.
 """
 
 # %%

@@ -45,10 +45,15 @@ saes: str = "assets/icl-tiny/saes"  # folder of the SAE suite
 tasks: str = "embedded"  # embedded, paper, function_vectors, or a folder of task files
 run_dir: str = "runs/tiny"  # where results go, from the repository root
 seed: int = 0  # seed of corpora, training and choices
-layer_executor: int = 5  # layer whose residual SAE is looked at closely
+layer_executor: int = 4  # layer whose residual SAE is looked at closely
 live_steps: int = 300  # steps of the SAE trained in this notebook
 quality_rows: int = 48  # rows of fresh text on which the model runs with each SAE in place
 rate_rows: int = 400  # rows on which firing rates are counted
+
+# %% [markdown]
+"""
+Model, suite and the run's store. A suite that does not fit the model is refused here, before anything is computed.
+"""
 
 # %%
 figures.use_style()
@@ -58,6 +63,11 @@ ledger = Ledger(store, "01_sparse_autoencoders")
 lm = load_model(resolve(model), dtype=compute_dtype())
 tokenizer = load_tokenizer(resolve(model))
 suite = load_suite(resolve(saes), lm.config)
+
+# %% [markdown]
+"""
+What SAEs are judged on: rows of the language drawn from a seed of their own, which neither the model nor the SAEs were trained on.
+"""
 
 
 # %%
@@ -87,7 +97,10 @@ $$ L = R(\hat x) + 2\lambda \sum_i \mathrm{ReLU}(\pi_i)\,\lVert W_{dec,i}\rVert
 
 The penalty weighs each latent by the length of what it writes, so the decoder cannot cheat by growing. A *transcoder* is the same thing
 with another target: it reads what the MLP reads and predicts what the MLP writes.
+"""
 
+# %% [markdown]
+"""
 ## One SAE, trained here
 
 On the residual stream before one layer, a smaller dictionary and few steps. We expect L0 (active latents per token) to fall fast once
@@ -112,9 +125,12 @@ plt.show()
 
 # %% [markdown]
 """
-From about 250 active latents L0 falls to some 25 within 300 steps. FVU rises for a moment while the penalty comes on, then falls to about
-0.10: the dictionary learns to say the same with fewer words. Longer training, with twice the latents, makes the suite below.
+From about 250 active latents L0 falls below 40 within 300 steps. FVU rises for a moment while the penalty comes on, then falls to about
+0.11: the dictionary learns to say the same with fewer words. Longer training, with twice the latents, makes the suite below.
+"""
 
+# %% [markdown]
+"""
 ## Gated and folded are one function
 
 Gate and magnitude see the same projection, so the gate is a threshold on the magnitude: `fold()` writes the SAE as a JumpReLU one,
@@ -145,6 +161,12 @@ trained them is `make retrain`. We judge them on rows that neither model nor SAE
 # %%
 table = quality_table(lm, suite, rows(quality_rows), batch_size=16)
 
+# %% [markdown]
+"""
+A latent rarer than one token in the sample looks dead in it. Firing rates are therefore counted on many more rows than the model is run on
+with each SAE in place.
+"""
+
 # %%
 held_out = harvest(lm, rows(rate_rows), list(suite), dtype="float16", batch_size=16)
 rate_of = eqx.filter_jit(lambda sae, x: frequency(sae.encode(x)))
@@ -157,6 +179,11 @@ store.save_table("sae_quality", table)
 columns = ["kind", "layer", "d_sae", "l0", "fvu", "ce_recovered_zero", "ce_recovered_mean", "dead", "dense"]
 digits = {"l0": 1, "ce_recovered_zero": 3, "ce_recovered_mean": 3}
 figures.style_table(table[columns], caption=f"{len(suite)} SAEs on fresh rows", digits=digits, shade=["l0", "fvu"])
+
+# %% [markdown]
+"""
+The same as a figure: to the left the price in latents and the error, to the right what the model keeps.
+"""
 
 # %%
 figures.sae_quality(table, recovered="ce_recovered_zero", bar=0.95)
@@ -174,7 +201,10 @@ With any residual SAE in place the model keeps at least 0.996 of what it would l
 The falling curves of the other two kinds say little about them. A late attention or MLP layer does so little on an average token that removing it costs
 0.001 to 0.15 nats, and of so small a loss any error is a large part: the worst of them, the transcoder of layer 3 (0.67), adds 0.004 nats,
 less than the residual SAEs, which add up to 0.02. Above 1 (attention of layer 0) the reconstruction does better than the original, by 0.001 nats.
+"""
 
+# %% [markdown]
+"""
 ## How often latents fire
 
 A dictionary is in good health if few latents never fire and few fire all the time. We expect rates spread over two or three decades,
@@ -195,9 +225,11 @@ plt.show()
 # %% [markdown]
 """
 One hump per layer, between one token in a thousand and one in ten, and almost nothing to the right of the dotted line: few latents are
-dense. The first layer sees words alone and has the rarest latents; in the middle, where a latent stands for a part of a word's
-meaning or of the task, they are most frequent.
+dense. The first layer sees words alone and has the rarest latents; those of layers 2 to 4 fire most often.
+"""
 
+# %% [markdown]
+"""
 ## Two ways to look better than one is
 
 **FVU about zero.** Dividing the error by $\\sum\\lVert x\\rVert^2$ instead of the variance counts the constant part of the activation as
@@ -238,7 +270,10 @@ print(f"FVU about the mean is {ratio:.1f} times the one about zero; mean ablatio
 FVU about zero is lower at every layer, but by a tenth only: this model's residual stream has a small mean (that of large models does not). The
 second expectation was wrong here. Points lie *above* the line: putting in the mean hurts more than putting in nothing, most of all for MLPs,
 whose average over prompts and sentences fits neither. So neither number is the strict one by nature, and the table has both.
+"""
 
+# %% [markdown]
+"""
 ## What latents mean
 
 For a few latents of one residual SAE, the windows of text in which they fire most. We choose them by rank of their mean activation on
@@ -269,29 +304,48 @@ def show(i):
 
 show(0)
 
+# %% [markdown]
+"""
+The median latent fires on "is" where a sentence has asked for the translation of an adjective ("the Italian word for near is"): just before the
+answer, as at the arrow of a prompt.
+"""
+
 # %%
 show(1)
+
+# %% [markdown]
+"""
+One in five is stronger than this one. It fires on "was" after "it", where the opposite of a word may follow ("it was not black but") or mere filler.
+"""
 
 # %%
 show(2)
 
 # %% [markdown]
 """
-The median latent fires on one painter's name and faintly elsewhere; the next on "she" at the start of a sentence; the frequent one on the
-words of a list. The first two are about words, the third about what is going on in the text. Only the last is of a kind that could say "this is the task".
+One in fifty is stronger than this one, which fires on the commas of a list of nouns, and a little on some of the nouns. All three are about what is going
+on in the sentence rather than about single words.
+"""
 
+# %% [markdown]
+"""
 ## What we saw
 
 - 18 SAEs, three kinds at every layer. Every residual SAE: CE recovered at least 0.996 at L0 of at most 29, at most 0.2 % dead.
 - Gated SAEs and their folded JumpReLU form are the same function.
 - FVU about zero flatters a little; zero ablation does not flatter here, and CE recovered means little where the ablation costs nothing.
-- Latents read as words or as situations.
+- Three latents of layer 4, chosen by rank, read as situations: an answer is due, an opposite may follow, a list goes on.
 
 **Limits.** The text is a small generated language with 1,316 words, of which 1,024 latents can hold most: that SAEs do this well here says nothing about their
 quality on real text. Three latents are an illustration, not a sample. Nothing here shows that the model *uses* these directions; that takes
 interventions, in the next notebooks.
 
 **Next.** [02_task_vectors](02_task_vectors.ipynb) looks for the place where the task is kept, and asks what these SAEs see of it.
+"""
+
+# %% [markdown]
+"""
+The claims of this notebook, for the ledger of the run.
 """
 
 # %%
