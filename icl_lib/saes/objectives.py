@@ -49,7 +49,7 @@ class Stats(NamedTuple):
 def init(x: Float[Array, "tokens d_in"], y: Float[Array, "tokens d_out"], d_sae: int, *, key: PRNGKeyArray) -> Params:
     r"""Start of training from a sample of (scaled) activations.
 
-    The encoder is orthogonal and the decoder its transpose with unit rows, as in the paper. We add what keeps latents from
+    The encoder is orthogonal and the decoder its transpose, as in the paper. We add what keeps latents from
     being born dead in a short run: encoder columns of unit norm too, $b_{dec}$ the mean target, and gate and magnitude biases
     $-\bar x W_{enc}$, so that every latent fires on about half of the tokens at first.
     A transcoder whose input and output widths differ gets an independent orthogonal decoder.
