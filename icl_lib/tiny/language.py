@@ -1,7 +1,7 @@
 r"""The small language of the embedded model: prompts and sentences that state the same facts.
 
-Half of the corpus are prompts in the paper's template, filled with pairs of one task until the context is full, so
-that every number of shots is trained at once. The other half is plain text: sentences that put the relations of the
+Seven rows in ten are prompts in the paper's template, filled with pairs until the context is full, so that every
+number of shots is trained at once. The others are plain text: sentences that put the relations of the
 word tables into ordinary words, lists of words, and filler. A latent that fires on a task inside a prompt can
 therefore also be looked at outside of one.
 
