@@ -10,7 +10,7 @@
 r"""
 # A few hundred latents carry a task, and other tasks can do without them
 
-**Claim.** Of the tens of thousands of nodes (latent, token role) in the upper layers, a few hundred have to be ablated to break one
+**Claim.** Of the tens of thousands of nodes (latent, token role) in the upper two thirds of the layers, a few hundred have to be ablated to break one
 task. The same nodes hardly matter to unrelated tasks, and as many random nodes hardly matter to anyone.
 
 - You will see the effect of every node from one backward pass, how good that estimate is, what is left of a task when its nodes are kept
@@ -128,7 +128,10 @@ figures.style_table(table, caption="Size of the summed effect (nats, mean over t
 """
 On the residual stream the errors carry a quarter of the latents' effect at layer 2 and two thirds at layer 5; elsewhere a fifth to a third.
 The circuits below are therefore circuits of what the SAEs explain, with the rest left in place.
+"""
 
+# %% [markdown]
+"""
 ## Is the estimate right?
 
 The gradient sees small changes; ablation is a large one. We ablate nodes of one task one at a time, the 100 strongest and 100 random
@@ -158,7 +161,10 @@ r"""
 The logit's gradient predicts single ablations well, and errs to the low side. The log-probability's gradient has even the sign wrong for
 many nodes: at a near certain answer its slope is a small difference of small numbers, and what a real ablation does comes
 from the curvature. The paper's model was less sure of its answers than this one, so there the log-probability could serve.
+"""
 
+# %% [markdown]
+r"""
 ## Keep a circuit, or ablate it
 
 *Faithfulness* of a set of nodes $C$ is $(m(C) - m(\emptyset)) / (m(M) - m(\emptyset))$: 1 for the whole model, 0 with every latent of these
@@ -191,7 +197,10 @@ print(f"ablating 100 nodes leaves {inverse[:, counts.index(100)].mean():.2f}")
 Here, as everywhere below, the measure is log-probability. With 200 nodes kept two fifths of the behaviour are there, with 500 three fifths;
 random nodes bring nothing. Ablating 100 leaves 0.72, and the curve falls on to 0.3 at 1,000. Faint lines spread widely, so the mean is no
 portrait of a single task.
+"""
 
+# %% [markdown]
+"""
 ## How many nodes break a task?
 
 For each task: the number of its top nodes that have to be ablated until its own faithfulness is below one half.
@@ -214,7 +223,10 @@ print(f"ranked by the log-probability: {fell.sum()} of {len(names)} tasks fall")
 Most tasks need one to three hundred nodes, some a few dozen. Five do not fall within 1,024: translations into English and what shares their words
 (antonyms, plurals). Their answers are ordinary English words, which the model finds by other ways that the nodes with a positive
 effect do not cover. The second count shows what the choice of gradient is worth: ranked by the log-probability, few tasks fall at all.
+"""
 
+# %% [markdown]
+"""
 ## Whose nodes are they? (Fig. 6)
 
 We ablate the nodes of one task (row, as many as halved it) in the prompts of every task (column). A circuit of this task alone would
@@ -244,7 +256,10 @@ print(summary.round(2).to_string())
 The matrix is close to its diagonal: the own task loses half, tasks of other groups next to nothing, as many random nodes nothing. Spill-over
 follows meaning. Tasks that answer with a language break each other, as do the verb forms, the two directions through a sequence, and
 translations with the same target language. "antonyms" suffers from translations, whose adjectives are its inputs.
+"""
 
+# %% [markdown]
+"""
 ## Mean ablation beside zero ablation
 
 Zero is a strange value for a latent that always fires. SFC replaces a latent by its mean instead, here the mean over the role in the
@@ -273,7 +288,10 @@ print("lost by ablating 200 nodes (nats): " + ", ".join(f"{name} {values[:, at].
 So it is: replaced by its mean in the task, a node is hardly missed, which says that these nodes do carry what is common to a task's prompts.
 The mean over all tasks takes away the task and keeps the rest, and costs 1.6 nats, most of it with the first 100 nodes. Zero costs more
 than twice that: beyond the task it pushes the stream to places where it never is. The paper's faithfulness is of this harsher kind.
+"""
 
+# %% [markdown]
+"""
 ## One circuit, drawn
 
 The 40 strongest nodes of one task with the edges between them: how much of a node's effect comes straight from another node, at most
@@ -292,7 +310,10 @@ plt.show()
 """
 It reads from the lower right to the top: latents on the outputs in layers 2 and 3, attention that carries them to the arrow, one strong residual
 latent at the arrow of layer 4, and the latents of layer 5 that it writes. Notebook 04 calls the first detectors, the latter executors.
+"""
 
+# %% [markdown]
+"""
 ## What we saw
 
 - About 290 of 61,440 nodes are enough to break the median task; as many random ones do nothing.
@@ -300,8 +321,8 @@ latent at the arrow of layer 4, and the latents of layer 5 that it writes. Noteb
 - 500 kept nodes hold three fifths of the behaviour, with everything else in these layers set to zero.
 
 **Limits.** One small model, one seed of prompts. Error nodes are never ablated and carry much. Positive effects only, one at a time:
-redundant nodes hide behind each other, which is where the floor of the right curve comes from. Five tasks were not halved within 1,024 nodes. The median of 288 is close to its bar of 300:
-the range of layers and the number of prompts that nodes are found on were chosen with it in view (layers 3 to 5 gave 340 from 8 prompts). Few active nodes are
+redundant nodes hide behind each other, which is where the floor of the right curve comes from. Five tasks were not
+halved within 1,024 nodes. The median of 288 is close to its bar of 300: the range of layers and the number of prompts that nodes are found on were chosen with it in view (layers 3 to 5 gave 340 from 8 prompts). Few active nodes are
 left for the control of large circuits. Nodes were ranked by logits because log-probabilities saturate here.
 
 **Next.** [04_executors_and_detectors](04_executors_and_detectors.ipynb) looks at two kinds of nodes one by one. Any SAE suite and task set

@@ -246,7 +246,7 @@ def test_examples_html_escapes_and_parses():
 
 def test_style_table_is_reproducible_and_escaped():
     table = pd.DataFrame({"task": ["<b>x</b>", "y"], "l0": [1.234, 5.0], "n": [3, 4]})
-    first, second = (figures.style_table(table, caption="a & b", digits={"l0": 1}, shade=["l0"]).to_html() for _ in range(2))
+    first, second = (figures.style_table(table, caption="a & b", digits={"l0": 1}, shade=["l0"]).data for _ in range(2))
     assert first == second and "<b>x" not in first and "a &amp; b" in first
     assert ">1.2<" in first and ">3<" in first
     with pytest.raises(ValueError, match="no column"):

@@ -5,7 +5,7 @@ from html import escape
 
 import numpy as np
 import pandas as pd
-from pandas.io.formats.style import Styler
+from IPython.display import HTML
 
 from icl_lib.figures.prompts import checked_examples, visible
 from icl_lib.figures.style import Number, Values
@@ -56,7 +56,7 @@ def style_table(
     caption: str = "",
     digits: int | Mapping[str, int] = 2,
     shade: Sequence[str] = (),
-) -> Styler:
+) -> HTML:
     """`table` with a caption, rounded numbers, and the columns in `shade` coloured by size (`cividis`, column by column).
 
     `digits` is one number of decimals or one per column (others get 2); whole-number columns stay whole. The CSS id
@@ -80,4 +80,5 @@ def style_table(
     )
     if shade:
         styler = styler.background_gradient(cmap="cividis", subset=list(shade), axis=0)
-    return styler.set_caption(escape(caption)) if caption else styler
+    styler = styler.set_caption(escape(caption)) if caption else styler
+    return HTML(styler.to_html())  # a Styler's own text form is its address in memory, new at every run
