@@ -9,7 +9,7 @@ from icl_lib.vectors import gradient_pursuit, pursuit_path
 
 
 def slow_pursuit(v, dictionary, k):
-    """The algorithm of SPEC 3.4, one vector, one step at a time, in float64."""
+    """Gradient pursuit (Smith 2024), one vector, one step at a time, in float64."""
     w = np.zeros(len(dictionary))
     for _ in range(k):
         residual = v - w @ dictionary

@@ -12,7 +12,7 @@ Which nodes are ablated is never stored as a mask: nodes carry a rank (0 = most 
 lo <= rank < hi. A latent of a folded SAE does not depend on its neighbours, so a pass that ablates few nodes computes
 only the latents of those (`compact`), which is the same function at a fraction of the cost.
 
-Source: SPEC 6.2 (ICL-SFC, Sec. 4.1, Eq. (4)); SFC, Sec. 3.2.
+Source: ICL-SFC, Sec. 4.1, Eq. (4); SFC, Sec. 3.2.
 """
 
 from collections.abc import Iterable

@@ -13,7 +13,7 @@ $$e_{u \to n} = \sum_{b,\, t \in j} f_u(x_{b,t})\; W_{dec,u} \cdot r_{b,t},$$
 and an error node the same with its err. The path is the straight one along the residual stream; what passes through other
 modules is not counted. Sources are at most `window` layers before the target. In units of the metric.
 
-Source: SPEC 6.2 (ICL-SFC, App. E); SFC, Sec. 3.1 and App. A.1.
+Source: ICL-SFC, App. E; SFC, Sec. 3.1 and App. A.1.
 """
 
 import equinox as eqx

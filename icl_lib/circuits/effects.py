@@ -65,7 +65,7 @@ def node_roles(prompts: Prompts) -> Int[Array, "*tasks b s"]:
     """The role under which each token is part of nodes, `Role.OTHER` where it is part of none.
 
     Of a word or an arrow only the last token counts; BOS, padding and the answer of the query never do.
-    Source: SPEC 6.2, item 1.
+    Source: ICL-SFC, Sec. 4.1.1, and the authors' code, which takes the last token of a word.
     """
     roles = jnp.zeros_like(prompts.roles)
     for role in Role:

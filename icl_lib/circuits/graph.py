@@ -70,7 +70,7 @@ class Circuit:
         return Circuit(nodes, self.edges[inside])
 
     def with_edges(self, edges: pd.DataFrame, per_node: int | float = 4) -> "Circuit":
-        """The same nodes with the strongest edges, `per_node` times as many as nodes (SPEC 6.2 draws 4)."""
+        """The same nodes with the strongest edges, `per_node` times as many as nodes (the paper draws 4)."""
         strongest = edges.effect.abs().sort_values(ascending=False, kind="stable").index[: int(per_node * len(self.nodes))]
         return Circuit(self.nodes, edges.loc[strongest].reset_index(drop=True))
 

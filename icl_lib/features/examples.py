@@ -1,10 +1,9 @@
 """Maximally activating examples: the windows of a text in which a latent fires most, and how to show them.
 
-Source: SPEC 5.5 (ICL-SFC, Fig. 4).
+Source: ICL-SFC, Fig. 4.
 """
 
-import html
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import equinox as eqx
 import jax
@@ -107,27 +106,3 @@ def window_text(words: Sequence[str], activation: Float[np.ndarray, " s"], radiu
     start, end = max(0, peak - radius), min(len(words), peak + radius + 1)
     shown = [f"[{words[i].strip()}]" if i == peak else words[i].strip(" ") for i in range(start, end)]
     return " ".join(shown).replace("\n", "\\n")
-
-
-def window_html(words: Sequence[str], activation: Float[np.ndarray, " s"], top: float | None = None) -> str:
-    """The window as one HTML paragraph, each token shaded by its activation relative to `top` (default: its own maximum).
-
-    The tooltip of a token is its activation. All text is escaped.
-    """
-    top = float(np.max(activation)) if top is None else top
-    spans = []
-    for word, value in zip(words, np.asarray(activation, float), strict=True):
-        alpha = min(max(value / top, 0.0), 1.0) if top > 0 else 0.0
-        text = html.escape(word).replace("\n", "&#8629;")
-        spans.append(f'<span title="{value:.2f}" style="background: rgba(230, 159, 0, {alpha:.2f})">{text}</span>')
-    return '<p style="font-family: monospace; white-space: pre-wrap">' + " ".join(spans) + "</p>"
-
-
-def examples_html(examples: Examples, decode: Callable[[int], str], k: int | None = None) -> str:
-    """A heading and the first k windows of every latent; `decode` gives the text of one token."""
-    parts = []
-    for latent, rows, values in zip(examples.latents, examples.tokens, examples.activation, strict=True):
-        top = float(values.max())
-        parts.append(f"<h4>latent {int(latent)}, largest activation {top:.2f}</h4>")
-        parts += [window_html([decode(int(t)) for t in row], value, top) for row, value in zip(rows[:k], values[:k], strict=True)]
-    return "\n".join(parts)

@@ -12,7 +12,7 @@ $$p = 1 - \mathrm{clip}(f_e(x') / f_e(x), 0, 1) .$$
 
 Nothing is filtered: the paper drops pairs with max p < 0.1 and averages over positive tasks, `display_strength` does so.
 
-Source: SPEC 5.8 (ICL-SFC, Sec. 4.3, Fig. 8).
+Source: ICL-SFC, Sec. 4.3, Fig. 8.
 """
 
 from collections.abc import Sequence

@@ -4,7 +4,7 @@ $$\mathrm{mass}_r = \frac{\sum_{t: role(t) = r} f(x_t)}{\sum_{t: role(t) \ne OTH
 
 over all tokens of inputs and outputs, not only the last of each word. BOS and padding carry no role and do not count.
 
-Source: SPEC 5.4 (ICL-SFC, Tables 1 and 2).
+Source: ICL-SFC, Tables 1 and 2.
 """
 
 import equinox as eqx
