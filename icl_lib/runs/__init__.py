@@ -3,7 +3,7 @@
 `params` and `report` are also commands (`python -m icl_lib.runs.params CARD`), so they are imported by their own names.
 """
 
-from icl_lib.runs.devices import compute_dtype, describe, make_mesh, setup
+from icl_lib.runs.devices import compute_dtype, describe, setup
 from icl_lib.runs.ledger import Ledger
 from icl_lib.runs.paths import resolve, root, run_folder
 from icl_lib.runs.store import Store, StoreError
@@ -14,7 +14,6 @@ __all__ = [
     "StoreError",
     "compute_dtype",
     "describe",
-    "make_mesh",
     "resolve",
     "root",
     "run_folder",

@@ -1,10 +1,9 @@
-"""Devices: what a run computes on, its compilation cache, its dtype and its mesh."""
+"""Devices: what a run computes on, its compilation cache and its dtype."""
 
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
 
 from icl_lib.runs.paths import run_folder
 
@@ -37,14 +36,3 @@ def describe() -> dict[str, Any]:
 def compute_dtype() -> str:
     """`bfloat16` on accelerators; `float32` on CPU, where bfloat16 is slow and saves nothing."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def make_mesh(model: int = 1) -> Mesh:
-    """All devices as a mesh with axes (`data`, `model`), `model` devices to each copy of the parameters.
-
-    Raises `ValueError` if the devices do not divide into groups of `model`.
-    """
-    n = len(jax.devices())
-    if model < 1 or n % model:
-        raise ValueError(f"cannot split {n} devices into groups of model={model}; choose a divisor of {n}")
-    return jax.make_mesh((n // model, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
