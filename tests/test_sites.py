@@ -17,7 +17,7 @@ HOOK_NAMES = {
     Site("v", 2): "blocks.2.attn.hook_v", Site("z", 2): "blocks.2.attn.hook_z",
     Site("pattern", 2): "blocks.2.attn.hook_pattern", Site("rot_q", 2): "blocks.2.attn.hook_rot_q",
     Site("rot_k", 2): "blocks.2.attn.hook_rot_k", Site("embed"): "hook_embed",
-    Site("final_norm"): "ln_final.hook_normalized",
+    Site("final_norm"): "ln_final.hook_normalized", Site("mlp_normalized", 4): "blocks.4.ln2.hook_normalized",
 }  # fmt: skip
 
 
@@ -72,12 +72,13 @@ def test_a_wrong_name_is_explained(make, message):
 def test_a_tap_sees_every_site_once_in_order_of_computation(model, tokens):
     seen = []
     model(tokens, tap=lambda site, x: (seen.append((site, x.shape)), x)[1])
-    order = "resid_pre attn_in q k v rot_q rot_k pattern z attn_out resid_mid mlp_in mlp_out resid_post".split()
+    order = "resid_pre attn_in q k v rot_q rot_k pattern z attn_out resid_mid mlp_normalized mlp_in mlp_out resid_post".split()
     assert [site for site, _ in seen] == [
         Site("embed"), *(Site(name, layer) for layer in range(2) for name in order), Site("final_norm"), Site("logits"),
     ]  # fmt: skip
     shapes = dict(seen)
-    assert shapes[Site("q", 1)] == shapes[Site("rot_q", 1)] == shapes[Site("z", 1)] == (2, 6, 2, 8)
+    assert shapes[Site("q", 1)] == shapes[Site("rot_q", 1)] == (2, 6, 2, 8)
+    assert shapes[Site("z", 1)] == (2, 6, 16)
     assert shapes[Site("k", 1)] == shapes[Site("rot_k", 1)] == shapes[Site("v", 1)] == (2, 6, 1, 8)
     assert shapes[Site("pattern", 1)] == (2, 2, 6, 6)
     assert shapes[Site("resid_post", 1)] == shapes[Site("mlp_in", 0)] == shapes[Site("embed")] == (2, 6, 16)

@@ -16,17 +16,18 @@ from jaxtyping import Array, Float, Int
 # Our short names in the order of computation inside a block, and TransformerLens' names for the same tensors.
 LAYER_SITES = {
     "resid_pre": "hook_resid_pre",  # (b, s, d_model) input of the block
-    "attn_in": "attn.hook_in",  # (b, s, d_model) what q, k and v read: RMSNorm output, gain applied
+    "attn_in": "attn.hook_in",  # (b, s, d_model) what q, k and v read: norm output, gain applied
     "q": "attn.hook_q",  # (b, s, n_heads, d_head) before the rotary embedding
     "k": "attn.hook_k",  # (b, s, n_kv_heads, d_head)
     "v": "attn.hook_v",  # (b, s, n_kv_heads, d_head)
     "rot_q": "attn.hook_rot_q",  # after the rotary embedding
     "rot_k": "attn.hook_rot_k",
     "pattern": "attn.hook_pattern",  # (b, n_heads, s, keys) attention probabilities
-    "z": "attn.hook_z",  # (b, s, n_heads, d_head) mixed values before the output matrix
+    "z": "attn.hook_z",  # (b, s, n_heads * d_head) mixed values before the output matrix, head by head
     "attn_out": "hook_attn_out",  # (b, s, d_model) what attention adds to the residual
     "resid_mid": "hook_resid_mid",  # (b, s, d_model) after attention
-    "mlp_in": "mlp.hook_in",  # (b, s, d_model) what the MLP reads: RMSNorm output, gain applied
+    "mlp_normalized": "ln2.hook_normalized",  # (b, s, d_model) float32, after the MLP's norm but before its gain
+    "mlp_in": "mlp.hook_in",  # (b, s, d_model) what the MLP reads: norm output, gain applied
     "mlp_out": "hook_mlp_out",  # (b, s, d_model) what the MLP adds to the residual
     "resid_post": "hook_resid_post",  # (b, s, d_model) output of the block
 }

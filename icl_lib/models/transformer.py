@@ -1,9 +1,13 @@
-r"""A decoder-only transformer with named sites, in the Gemma-1 architecture.
+r"""A decoder-only transformer with named sites; `ModelConfig` says which of the six families it is.
 
-Block:  $x \leftarrow x + \mathrm{Attn}(\mathrm{RMS}_1 x)$, then  $x \leftarrow x + \mathrm{MLP}(\mathrm{RMS}_2 x)$.
+Block:  $x \leftarrow x + \mathrm{Attn}(\mathrm{Norm}_1 x)$, then  $x \leftarrow x + \mathrm{MLP}(\mathrm{Norm}_2 x)$. Gemma 2 has a
+norm behind each branch too; in GPT-NeoX both branches read the block's input.
 Linear weights keep Hugging Face's (out, in) orientation, so that a checkpoint is read without a transposition.
 Einsum letters: b batch, s query position, t key position, g key-value head, r query heads per g, h head, d width.
 """
+
+import math
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -13,18 +17,59 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from icl_lib.models.config import ModelConfig
 from icl_lib.models.sites import Site, Tap, record
 
+_ACTIVATIONS = {"gelu_tanh": partial(jax.nn.gelu, approximate=True), "gelu": partial(jax.nn.gelu, approximate=False), "silu": jax.nn.silu}
 
-class RMSNorm(eqx.Module):
-    r"""$x / \sqrt{\overline{x^2} + \epsilon} \cdot (1 + w)$, computed in float32 (Gemma keeps the gain minus one)."""
+
+class Norm(eqx.Module):
+    r"""$n(x) \cdot (o + w) + b$ in float32, where $n(x) = x / \sqrt{\overline{x^2} + \epsilon}$.
+
+    A layer norm takes the mean off x first and has a bias; an RMS norm does neither. The offset $o$ is 1 in Gemma, whose
+    weight is the gain minus one, and 0 elsewhere.
+    """
 
     weight: Float[Array, " d_model"]
+    bias: Float[Array, " d_model"] | None
     eps: float = eqx.field(static=True)
+    offset: float = eqx.field(static=True)
+    centred: bool = eqx.field(static=True)
+
+    @classmethod
+    def init(cls, config: ModelConfig) -> "Norm":
+        """A norm of gain 1."""
+        centred = config.norm == "layer"
+        weight = jnp.full(config.d_model, 1.0 - config.norm_offset)
+        return cls(weight, jnp.zeros(config.d_model) if centred else None, config.norm_eps, config.norm_offset, centred)
+
+    def normalize(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
+        """$n(x)$ in float32, before the gain."""
+        x32 = x.astype(jnp.float32)
+        if self.centred:
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        return x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+
+    def scale(self, normalized: Float[Array, "*batch d_model"], dtype) -> Float[Array, "*batch d_model"]:
+        """What follows `normalize`: gain and bias, then the model's dtype."""
+        gain = self.offset + self.weight.astype(jnp.float32)
+        y = normalized * jnp.broadcast_to(gain, normalized.shape)
+        if self.bias is not None:
+            y = y + jnp.broadcast_to(self.bias.astype(jnp.float32), y.shape)
+        return y.astype(dtype)
 
     def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
-        x32 = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        gain = 1.0 + self.weight.astype(jnp.float32)
-        return (x32 * scale * jnp.broadcast_to(gain, x.shape)).astype(x.dtype)
+        return self.scale(self.normalize(x), x.dtype)
+
+
+def linear(
+    x: Float[Array, "*batch d_in"], w: Float[Array, "d_out d_in"], b: Float[Array, " d_out"] | None = None
+) -> Float[Array, "*batch d_out"]:
+    """$x W^T + b$."""
+    y = x @ w.T
+    return y if b is None else y + jnp.broadcast_to(b, y.shape)
+
+
+def soft_cap(x: Array, cap: float | None) -> Array:
+    r"""$c \tanh(x / c)$, or x itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class Past(eqx.Module):
@@ -47,26 +92,50 @@ class Past(eqx.Module):
         return cls(tuple(cache[Site("rot_k", i)] for i in layers), tuple(cache[Site("v", i)] for i in layers), length)
 
 
+def rotary_frequencies(config: ModelConfig) -> Float[Array, " half"]:
+    r"""$\theta^{-2i/n}$ for the pairs i of the n rotating dimensions, in radians a token.
+
+    Llama 3 slows down what turns less than once in `original_n_ctx` / `low_freq_factor` tokens by `factor`, leaves alone
+    what turns more than once in `original_n_ctx` / `high_freq_factor`, and blends between the two.
+    """
+    n = config.rotary_dim or config.d_head
+    frequency = config.rope_theta ** (-jnp.arange(n // 2, dtype=jnp.float32) / (n // 2))
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    turns = scaling.original_n_ctx * frequency / (2 * math.pi)  # in the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequency * (keep + (1 - keep) / scaling.factor)
+
+
 def rotate(
-    x: Float[Array, "batch seq heads d_head"], positions: Int[Array, "#batch seq"], theta: float
+    x: Float[Array, "batch seq heads d_head"], positions: Int[Array, "#batch seq"], frequency: Float[Array, " half"]
 ) -> Float[Array, "batch seq heads d_head"]:
-    r"""Rotary embedding: the pair $(x_i, x_{i + n/2})$ turns by $p\,\theta^{-2i/n}$ (Hugging Face's half split)."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    r"""Rotary embedding: the pair $(x_i, x_{i + n/2})$ turns by position times frequency (Hugging Face's half split).
+
+    Dimensions beyond the n = 2 half first ones stay as they are.
+    """
+    half = frequency.shape[0]
     angle = (positions.astype(jnp.float32)[..., None] * frequency[None, None, :])[:, :, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
 
 
-def causal_mask(seq: int, past: Past | None) -> Array:
-    """(1 or batch, seq, keys) booleans: token s sees the valid past and the tokens up to itself."""
-    own = jnp.tril(jnp.ones((seq, seq), bool))[None]
+def causal_mask(seq: int, past: Past | None, window: int | None = None) -> Array:
+    """(1 or batch, seq, keys) booleans: token s sees the valid past and the tokens up to itself, the last `window` at most."""
+    ago = jnp.arange(seq)[:, None] - jnp.arange(seq)[None, :]  # how many tokens the key lies behind the query
+    own = (ago >= 0)[None] if window is None else ((ago >= 0) & (ago < window))[None]
     if past is None:
         return own
     batch, n_past = past.k[0].shape[:2]
-    valid = jnp.arange(n_past)[None, :] < past.length[:, None]
-    valid = jnp.broadcast_to(valid[:, None, :], (batch, seq, n_past))
+    place = jnp.arange(n_past)[None, None, :]
+    valid = jnp.broadcast_to(place < past.length[:, None, None], (batch, seq, n_past))
+    if window is not None:
+        query = past.length[:, None, None] + jnp.arange(seq)[None, :, None]
+        valid = valid & (query - place < window)
     return jnp.concatenate([valid, jnp.broadcast_to(own, (batch, seq, seq))], axis=-1)
 
 
@@ -77,55 +146,98 @@ class Attention(eqx.Module):
     k: Float[Array, "n_kv_d_head d_model"]
     v: Float[Array, "n_kv_d_head d_model"]
     o: Float[Array, "d_model n_heads_d_head"]
+    b_q: Float[Array, " n_heads_d_head"] | None = None
+    b_k: Float[Array, " n_kv_d_head"] | None = None
+    b_v: Float[Array, " n_kv_d_head"] | None = None
+    b_o: Float[Array, " d_model"] | None = None
 
     def __call__(self, x, positions, mask, config: ModelConfig, layer: int, tap: Tap, past: Past | None):
-        heads = lambda w: (x @ w.T).reshape(*x.shape[:-1], -1, config.d_head)  # noqa: E731
-        q = tap(Site("q", layer), heads(self.q))
-        k = tap(Site("k", layer), heads(self.k))
-        v = tap(Site("v", layer), heads(self.v))
-        q = tap(Site("rot_q", layer), rotate(q, positions, config.rope_theta))
-        k = tap(Site("rot_k", layer), rotate(k, positions, config.rope_theta))
+        heads = lambda w, b: linear(x, w, b).reshape(*x.shape[:-1], -1, config.d_head)  # noqa: E731
+        q = tap(Site("q", layer), heads(self.q, self.b_q))
+        k = tap(Site("k", layer), heads(self.k, self.b_k))
+        v = tap(Site("v", layer), heads(self.v, self.b_v))
+        frequency = rotary_frequencies(config)
+        q = tap(Site("rot_q", layer), rotate(q, positions, frequency))
+        k = tap(Site("rot_k", layer), rotate(k, positions, frequency))
         if past is not None:
             k = jnp.concatenate([past.k[layer].astype(k.dtype), k], axis=1)
             v = jnp.concatenate([past.v[layer].astype(v.dtype), v], axis=1)
         batch, seq = x.shape[:2]
-        q = q.reshape(batch, seq, config.n_kv_heads, -1, config.d_head) * config.d_head**-0.5
-        scores = jnp.einsum("bsgrd,btgd->bgrst", q, k).astype(jnp.float32)
+        scale = config.d_head**-0.5 if config.attn_scale is None else config.attn_scale
+        q = q.reshape(batch, seq, config.n_kv_heads, -1, config.d_head) * scale
+        scores = soft_cap(jnp.einsum("bsgrd,btgd->bgrst", q, k, preferred_element_type=jnp.float32), config.attn_softcap)
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
         pattern = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
         pattern = tap(Site("pattern", layer), pattern.reshape(batch, config.n_heads, seq, -1))
         grouped = pattern.reshape(batch, config.n_kv_heads, -1, seq, pattern.shape[-1])
         z = jnp.einsum("bgrst,btgd->bsgrd", grouped, v)
-        z = tap(Site("z", layer), z.reshape(batch, seq, config.n_heads, config.d_head))
-        return z.reshape(batch, seq, -1) @ self.o.T
+        z = tap(Site("z", layer), z.reshape(batch, seq, config.n_heads * config.d_head))
+        return linear(z, self.o, self.b_o)
 
 
 class MLP(eqx.Module):
-    r"""$W_{down}(\mathrm{gelu}(W_{gate} x) \odot W_{up} x)$ with the tanh approximation of gelu."""
+    r"""$W_{down}(\sigma(W_{gate} x) \odot W_{up} x)$; without a gate $W_{down}\,\sigma(W_{up} x)$. Biases where the family has them."""
 
-    gate: Float[Array, "d_mlp d_model"]
+    gate: Float[Array, "d_mlp d_model"] | None
     up: Float[Array, "d_mlp d_model"]
     down: Float[Array, "d_model d_mlp"]
+    b_gate: Float[Array, " d_mlp"] | None = None
+    b_up: Float[Array, " d_mlp"] | None = None
+    b_down: Float[Array, " d_model"] | None = None
 
-    def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
-        return (jax.nn.gelu(x @ self.gate.T, approximate=True) * (x @ self.up.T)) @ self.down.T
+    def __call__(self, x: Float[Array, "*batch d_model"], activation: str) -> Float[Array, "*batch d_model"]:
+        act, up = _ACTIVATIONS[activation], linear(x, self.up, self.b_up)
+        hidden = act(up) if self.gate is None else act(linear(x, self.gate, self.b_gate)) * up
+        return linear(hidden, self.down, self.b_down)
 
 
 class Block(eqx.Module):
-    """One layer: attention, then the gated MLP, each behind an RMSNorm and added to the residual."""
+    """One layer: attention and MLP, each behind a norm and added to the residual.
 
-    ln1: RMSNorm
+    `attn_out` and `mlp_out` are what is added, behind Gemma 2's second norms. In a parallel block the MLP reads the
+    block's input, and `resid_mid` is still the residual after attention alone.
+    """
+
+    ln1: Norm
     attn: Attention
-    ln2: RMSNorm
+    ln2: Norm
     mlp: MLP
+    ln1_post: Norm | None = None
+    ln2_post: Norm | None = None
 
     def __call__(self, x, positions, mask, config: ModelConfig, layer: int, tap: Tap, past: Past | None):
         x = tap(Site("resid_pre", layer), x)
         attn_in = tap(Site("attn_in", layer), self.ln1(x))
         attn_out = self.attn(attn_in, positions, mask, config, layer, tap, past)
-        x = tap(Site("resid_mid", layer), x + tap(Site("attn_out", layer), attn_out))
-        mlp_in = tap(Site("mlp_in", layer), self.ln2(x))
-        return tap(Site("resid_post", layer), x + tap(Site("mlp_out", layer), self.mlp(mlp_in)))
+        attn_out = attn_out if self.ln1_post is None else self.ln1_post(attn_out)
+        mid = tap(Site("resid_mid", layer), x + tap(Site("attn_out", layer), attn_out))
+        normalized = tap(Site("mlp_normalized", layer), self.ln2.normalize(x if config.parallel else mid))
+        mlp_in = tap(Site("mlp_in", layer), self.ln2.scale(normalized, x.dtype))
+        mlp_out = self.mlp(mlp_in, config.activation)
+        mlp_out = mlp_out if self.ln2_post is None else self.ln2_post(mlp_out)
+        return tap(Site("resid_post", layer), mid + tap(Site("mlp_out", layer), mlp_out))
+
+
+def _init_block(config: ModelConfig, key: PRNGKeyArray) -> Block:
+    d, width, kv = config.d_model, config.n_heads * config.d_head, config.n_kv_heads * config.d_head
+    branch = (2 * config.n_layers) ** -0.5
+    k = jax.random.split(key, 7)
+    norm = partial(Norm.init, config)
+    zeros = lambda n, wanted: jnp.zeros(n) if wanted else None  # noqa: E731
+    attn = Attention(
+        _normal(k[0], width, d), _normal(k[1], kv, d), _normal(k[2], kv, d), _normal(k[3], d, width, branch),
+        *(zeros(n, config.qkv_bias) for n in (width, kv, kv)), zeros(d, config.out_bias),
+    )  # fmt: skip
+    mlp = MLP(
+        _normal(k[4], config.d_mlp, d) if config.gated else None, _normal(k[5], config.d_mlp, d), _normal(k[6], d, config.d_mlp, branch),
+        zeros(config.d_mlp, config.mlp_bias and config.gated), zeros(config.d_mlp, config.mlp_bias), zeros(d, config.mlp_bias),
+    )  # fmt: skip
+    post = (norm(), norm()) if config.post_norms else (None, None)
+    return Block(norm(), attn, norm(), mlp, *post)
+
+
+def _normal(key: PRNGKeyArray, out: int, into: int, gain: float = 1.0) -> Float[Array, "out into"]:
+    return jax.random.normal(key, (out, into)) * (gain * into**-0.5)
 
 
 def _checked(tap: Tap | None) -> Tap:
@@ -149,30 +261,18 @@ class Transformer(eqx.Module):
 
     embed: Float[Array, "d_vocab d_model"]
     blocks: tuple[Block, ...]
-    norm: RMSNorm
+    norm: Norm
+    unembed: Float[Array, "d_vocab d_model"] | None  # None where the embedding serves for it
     config: ModelConfig = eqx.field(static=True)
 
     @classmethod
     def init(cls, config: ModelConfig, *, key: PRNGKeyArray) -> "Transformer":
         r"""Random weights: normal with variance 1/fan-in, branches into the residual shrunk by $\sqrt{2 n_{layers}}$."""
-        d, width = config.d_model, config.n_heads * config.d_head
-        kv, branch = config.n_kv_heads * config.d_head, (2 * config.n_layers) ** -0.5
-
-        def linear(key, out, into, gain=1.0):
-            return jax.random.normal(key, (out, into)) * (gain * into**-0.5)
-
-        def norm():
-            return RMSNorm(jnp.zeros(d), config.norm_eps)
-
-        def block(key):
-            k = jax.random.split(key, 7)
-            attn = Attention(linear(k[0], width, d), linear(k[1], kv, d), linear(k[2], kv, d), linear(k[3], d, width, branch))
-            mlp = MLP(linear(k[4], config.d_mlp, d), linear(k[5], config.d_mlp, d), linear(k[6], d, config.d_mlp, branch))
-            return Block(norm(), attn, norm(), mlp)
-
         key, embed_key = jax.random.split(key)
-        blocks = tuple(block(k) for k in jax.random.split(key, config.n_layers))
-        return cls(linear(embed_key, config.d_vocab, d), blocks, norm(), config)
+        blocks = tuple(_init_block(config, k) for k in jax.random.split(key, config.n_layers))
+        embed = _normal(embed_key, config.d_vocab, config.d_model)
+        unembed = None if config.tied else _normal(jax.random.fold_in(embed_key, 1), config.d_vocab, config.d_model)
+        return cls(embed, blocks, Norm.init(config), unembed, config)
 
     def __call__(self, tokens: Int[Array, "batch seq"], tap: Tap | None = None) -> Float[Array, "batch seq d_vocab"]:
         if tokens.ndim != 2:
@@ -193,10 +293,11 @@ class Transformer(eqx.Module):
         tap = _checked(tap)
         seq = resid_pre.shape[1]
         positions = jnp.arange(seq)[None, :] + (0 if past is None else past.length[:, None])
-        mask = causal_mask(seq, past)
+        masks = {window: causal_mask(seq, past, window) for window in set(map(self.config.window, range(layer, self.config.n_layers)))}
         x = resid_pre
         for i, block in enumerate(self.blocks[layer:], start=layer):
-            x = block(x, positions, mask, self.config, i, tap, past)
+            x = block(x, positions, masks[self.config.window(i)], self.config, i, tap, past)
         x = tap(Site("final_norm"), self.norm(x))
-        logits = (x @ self.embed.T).astype(jnp.float32)
-        return tap(Site("logits"), logits)
+        matrix = self.embed if self.unembed is None else self.unembed
+        logits = jnp.einsum("bsd,vd->bsv", x, matrix, preferred_element_type=jnp.float32)
+        return tap(Site("logits"), soft_cap(logits, self.config.logit_softcap))
