@@ -198,7 +198,8 @@ def _rope(raw: dict, d_head: int, source: str) -> dict[str, Any]:
             f"{source}: rotary scaling of type {kind!r} is not supported, only none and 'llama3'; the config asks for {scaling}"
         )
     theta = new.get("rope_theta", raw.get("rope_theta", raw.get("rotary_emb_base", 10_000.0)))
-    part = new.get("partial_rotary_factor", raw.get("partial_rotary_factor", raw.get("rotary_pct", 1.0)))
+    default = 0.25 if raw["model_type"] == "gpt_neox" else 1.0  # as in transformers
+    part = new.get("partial_rotary_factor", raw.get("partial_rotary_factor", raw.get("rotary_pct", default)))
     fields = {"rope_theta": float(theta), "rotary_dim": None if part == 1 else int(d_head * part)}
     if kind == "llama3":
         try:

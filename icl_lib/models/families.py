@@ -1,7 +1,9 @@
 """Where each weight of a `Transformer` lies in a Hugging Face checkpoint, family by family, and the config that goes with it."""
 
+import json
 import math
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -117,6 +119,16 @@ def ignored(config: ModelConfig, name: str) -> bool:
     return bool(_BUFFERS.search(name)) or (config.tied and name in ("lm_head.weight", "embed_out.weight"))
 
 
+def known_config(name: str) -> ModelConfig | None:
+    """The config of one of the models that our cards name, without a network; None for any other.
+
+    An instruction-tuned model ("-it", "-Instruct") has the sizes of its base model.
+    """
+    known = json.loads((Path(__file__).parent / "known_configs.json").read_text())
+    raw = known.get(name, known.get(name.removesuffix("-it").removesuffix("-Instruct")))
+    return None if raw is None else ModelConfig.from_hf(raw, source=name)
+
+
 def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The `config.json` from which transformers builds this model, with the field names of its family."""
     activation = {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)
@@ -161,7 +173,7 @@ def _own_fields(config: ModelConfig, activation: str) -> dict[str, Any]:
         case "gemma2":
             return {
                 "hidden_activation": activation,
-                "query_pre_attn_scalar": config.d_head if config.attn_scale is None else round(config.attn_scale**-2, 6),
+                "query_pre_attn_scalar": config.d_head if config.attn_scale is None else round(config.attn_scale**-2),
                 "attn_logit_softcapping": config.attn_softcap,
                 "final_logit_softcapping": config.logit_softcap,
                 "sliding_window": window,
