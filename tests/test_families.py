@@ -1,0 +1,283 @@
+"""The six families against transformers' PyTorch classes, and the real models' tensors against their published lists."""
+
+import json
+import math
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from icl_lib.models import ModelConfig, Past, Site, Transformer, load_model, run_with_cache, save_model, tiny_config
+from icl_lib.models.config import FAMILIES
+from icl_lib.models.families import ignored, known_config, n_params, sources, tensor_shapes
+
+torch = pytest.importorskip("torch", reason="torch is the oracle of the model tests: install the extra icl-lib[test]")
+torch.set_num_threads(1)  # the tensors are tiny, and the tests may run side by side
+
+CONFIGS = Path(__file__).parents[1].parent / "shared" / "data" / "hf_configs"  # where a checkout comes with them
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 40, "vocab_size": 50,
+    "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+# Each family with its options turned to where they show: windows shorter than the sequence, caps that bite, few kv heads.
+FORMS = {
+    "gemma": {"num_key_value_heads": 1, "head_dim": 6},
+    "gemma2": {
+        "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 5,
+        "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0,
+    },
+    "phi3": {"num_key_value_heads": 2, "sliding_window": 5},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "gpt_neox, serial": {"rotary_pct": 0.25, "use_parallel_residual": False},
+    "qwen2": {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, "tie_word_embeddings": True},
+    "qwen2, untied": {"num_key_value_heads": 2, "tie_word_embeddings": False},
+    "llama": {"num_key_value_heads": 2, "rope_parameters": LLAMA3},
+    "llama, biases, tied": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+}  # fmt: skip
+# tensors and parameters as published
+TOTALS = {
+    "google/gemma-2b": (164, 2_506_172_416), "google/gemma-2-2b": (288, 2_614_341_888), "google/gemma-2-9b": (464, 9_241_705_984),
+    "microsoft/Phi-3-mini-4k-instruct": (195, 3_821_079_552), "EleutherAI/pythia-70m-deduped": (76, 70_426_624),
+    "Qwen/Qwen2.5-0.5B": (290, 494_032_768), "meta-llama/Llama-3.2-1B": (146, 1_235_814_400),
+}  # fmt: skip
+
+
+def torch_model(form, dtype=None):
+    """transformers' own model of this family with random weights; biases and gains are random too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(form.split(",")[0], **SIZES, **FORMS[form])
+    torch.manual_seed(sum(map(ord, form)))
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            if weight.ndim == 1:
+                weight.add_(0.4 * torch.randn_like(weight))
+    return theirs if dtype is None else theirs.to(dtype)
+
+
+def branches(theirs):
+    """Their modules whose outputs are our attn_out and mlp_out, by site."""
+    modules = {}
+    for i, layer in enumerate(theirs.gpt_neox.layers if hasattr(theirs, "gpt_neox") else theirs.model.layers):
+        attn = getattr(layer, "attention", None) or layer.self_attn
+        if hasattr(layer, "post_feedforward_layernorm"):
+            modules |= {Site("attn_out", i): layer.post_attention_layernorm, Site("mlp_out", i): layer.post_feedforward_layernorm}
+        else:
+            modules |= {Site("attn_out", i): attn, Site("mlp_out", i): layer.mlp}
+    return modules
+
+
+def torch_run(theirs, tokens, mask=None):
+    """Logits and, by our sites, residuals, patterns, and what attention and MLP add."""
+    seen, handles = {}, []
+    for site, module in branches(theirs).items():
+        keep = lambda _, __, out, site=site: seen.__setitem__(site, out[0] if isinstance(out, tuple) else out)
+        handles.append(module.register_forward_hook(keep))
+    with torch.no_grad():
+        mask = None if mask is None else torch.tensor(np.asarray(mask))
+        out = theirs(torch.tensor(np.asarray(tokens)), attention_mask=mask, output_attentions=True, output_hidden_states=True)
+    for handle in handles:
+        handle.remove()
+    *residuals, last = out.hidden_states
+    seen |= {Site("resid_pre", i): x for i, x in enumerate(residuals)} | {Site("final_norm"): last}
+    seen |= {Site("pattern", i): x for i, x in enumerate(out.attentions)}
+    return out.logits.float().numpy(), {site: x.float().numpy() for site, x in seen.items()}
+
+
+def relative(ours, theirs):
+    return np.abs(np.asarray(ours, np.float32) - theirs).max() / np.abs(theirs).max()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder of transformers for each form, and the model that made it."""
+    made = {}
+
+    def get(form):
+        if form not in made:
+            theirs = torch_model(form)
+            folder = tmp_path_factory.mktemp("model")
+            theirs.save_pretrained(folder)
+            made[form] = theirs, folder
+        return made[form]
+
+    return get
+
+
+def some_tokens(rows=3, seq=17):
+    return np.random.default_rng(0).integers(3, 50, (rows, seq))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_family_agrees_with_transformers(form, folders):
+    theirs, folder = folders(form)
+    ours = load_model(folder)
+    assert n_params(ours.config) == sum(weight.numel() for weight in theirs.parameters())
+    tokens = some_tokens()
+    expected_logits, expected = torch_run(theirs, tokens)
+    logits, cache = run_with_cache(ours, jnp.asarray(tokens), expected)
+    np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=1e-4)
+    for site, value in expected.items():
+        assert relative(cache[site], value) < 1e-5, site
+
+
+@pytest.mark.parametrize("form", ["gemma2", "gpt_neox", "phi3"])
+def test_right_padded_batches_agree_where_there_is_text(form, folders):
+    theirs, folder = folders(form)
+    tokens, length = some_tokens(), np.array([17, 9, 4])
+    mask = (np.arange(17)[None] < length[:, None]).astype(int)
+    expected, _ = torch_run(theirs, np.where(mask, tokens, 0), mask)
+    logits, _ = run_with_cache(load_model(folder), jnp.asarray(np.where(mask, tokens, 0)), [])
+    np.testing.assert_allclose(np.asarray(logits)[mask > 0], expected[mask > 0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_is_as_close_to_float32_as_torch_is(form, tmp_path):
+    """Rounding of the weights is shared; the rounding of the activations must not be larger than torch's."""
+    theirs = torch_model(form, torch.bfloat16)
+    theirs.save_pretrained(tmp_path)
+    half, full = load_model(tmp_path, dtype="bfloat16"), load_model(tmp_path)
+    tokens, last = some_tokens(), Site("resid_post", 3)
+    exact, exact_cache = run_with_cache(full, jnp.asarray(tokens), [last])
+    logits, cache = run_with_cache(half, jnp.asarray(tokens), [last])
+    their_logits, _ = torch_run(theirs, tokens)
+    assert logits.dtype == jnp.float32
+    assert cache[last].dtype == jnp.bfloat16
+    assert relative(cache[last], np.asarray(exact_cache[last])) < 0.05
+    assert np.abs(logits - exact).mean() < 1.5 * np.abs(their_logits - exact).mean()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_saved_model_is_read_by_transformers_and_by_us(form, folders, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    _, folder = folders(form)
+    ours = load_model(folder)
+    save_model(ours, tmp_path, dtype="float32")
+    again = load_model(tmp_path)
+    assert again.config == ours.config
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(ours), strict=True):
+        np.testing.assert_array_equal(a, b)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    tokens = some_tokens()
+    expected, _ = torch_run(theirs, tokens)
+    np.testing.assert_allclose(run_with_cache(ours, jnp.asarray(tokens), [])[0], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["gemma2", "phi3", "gpt_neox"])
+def test_a_past_is_cut_off_by_the_window_too(form, folders):
+    """A suffix run with the keys of its prefix, at a place where the window (5) ends inside the prefix."""
+    ours = load_model(folders(form)[1])
+    tokens, length, n_suffix = jnp.asarray(some_tokens()), jnp.array([12, 7, 1]), 4
+    site = Site("resid_pre", 1)
+    logits, cache = run_with_cache(ours, tokens, [site])
+    take = lambda x: jnp.take_along_axis(x, (length[:, None] + jnp.arange(n_suffix)[None, :])[:, :, None], axis=1)
+    past = Past.record(ours, tokens, length)
+    suffix = eqx.filter_jit(lambda x: ours.run_from(1, x, past=past))(take(cache[site]))
+    np.testing.assert_allclose(suffix, take(logits), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_real_models_have_their_published_tensors(name):
+    config = known_config(name)
+    shapes = tensor_shapes(config)
+    assert (len(shapes), n_params(config)) == TOTALS[name]
+    if CONFIGS.is_dir():
+        stem = name.split("/")[1]
+        assert config == ModelConfig.from_hf(json.loads((CONFIGS / f"{stem}.json").read_text()))
+        published = json.loads((CONFIGS / "tensors" / f"{stem}.tensors.json").read_text())
+        assert {tensor: list(shape) for tensor, shape in shapes.items()} == published
+
+
+def test_a_known_model_is_found_by_its_tuned_names_and_others_are_not():
+    assert known_config("google/gemma-2-9b-it") == known_config("google/gemma-2-9b")
+    assert known_config("Qwen/Qwen2.5-0.5B-Instruct") == known_config("Qwen/Qwen2.5-0.5B")
+    assert known_config("google/gemma-7b") is None
+
+
+def test_what_the_real_configs_say_of_windows_and_rotation():
+    gemma, phi, pythia = (
+        known_config(n) for n in ("google/gemma-2-2b", "microsoft/Phi-3-mini-4k-instruct", "EleutherAI/pythia-70m-deduped")
+    )
+    assert gemma.windows == (4096, None) * 13
+    assert phi.windows == (2047,) * 32
+    assert known_config("Qwen/Qwen2.5-0.5B").windows is None  # present in its config, but not in use
+    assert (pythia.rotary_dim, pythia.d_head, pythia.parallel) == (16, 64, True)
+    assert gemma.attn_scale == 1 / 16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_row_of_a_checkpoint_is_used_once(family):
+    config = tiny_config(family, n_heads=4, n_kv_heads=4 if family == "gpt_neox" else 2)
+    shapes, used = tensor_shapes(config), {}
+    for source in sources(config).values():
+        rows = np.arange(shapes[source.name][0]) if source.rows is None else source.rows
+        used.setdefault(source.name, []).extend(rows.tolist())
+    assert {name: sorted(rows) for name, rows in used.items()} == {name: list(range(shape[0])) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_survives_hugging_face_names(family):
+    config = tiny_config(family, rope_theta=123.0, norm_eps=1e-4, bos_id=5)
+    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf("float16")))) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("google/gemma-2b", {"model_type": "mamba"}, "'mamba'; supported families are gemma, gemma2, phi3, gpt_neox, qwen2, llama"),
+        (
+            "meta-llama/Llama-3.2-1B",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rotary scaling of type 'yarn' is not supported",
+        ),
+        ("microsoft/Phi-3-mini-4k-instruct", {"rope_scaling": {"type": "longrope", "long_factor": []}}, "type 'longrope' is not supported"),
+        ("meta-llama/Llama-3.2-1B", {"rope_scaling": {"rope_type": "llama3", "factor": 32.0}}, "needs the field 'low_freq_factor'"),
+        ("Qwen/Qwen2.5-0.5B", {"hidden_act": "relu"}, "activation of a qwen2 model must be one of .*got 'relu'"),
+        ("EleutherAI/pythia-70m-deduped", {"rotary_pct": 0.05}, "rotary_dim must be even"),
+    ],
+)
+def test_a_config_that_is_not_ours_is_refused(name, fields, message):
+    raw = json.loads((Path(__file__).parents[1] / "icl_lib/models/known_configs.json").read_text())[name]
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(raw | fields)
+
+
+def test_llama_3_slows_long_waves_only():
+    from icl_lib.models.transformer import rotary_frequencies
+
+    config = known_config("meta-llama/Llama-3.2-1B")
+    scaled = np.asarray(rotary_frequencies(config))
+    plain = config.rope_theta ** (-np.arange(32) / 32)
+    wavelength = 2 * math.pi / plain
+    np.testing.assert_allclose(scaled[wavelength < 8192 / 4], plain[wavelength < 8192 / 4], rtol=1e-5)
+    np.testing.assert_allclose(scaled[wavelength > 8192], plain[wavelength > 8192] / 32, rtol=1e-5)
+    between = (wavelength > 8192 / 4) & (wavelength < 8192)
+    blend = (8192 / wavelength - 1) / (4 - 1)
+    np.testing.assert_allclose(scaled[between], ((1 - blend) * plain / 32 + blend * plain)[between], rtol=1e-5)
+    assert between.any()
+
+
+def test_buffers_and_copies_of_a_tied_embedding_are_passed_over():
+    pythia, gemma = known_config("EleutherAI/pythia-70m-deduped"), known_config("google/gemma-2b")
+    buffers = ["attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"]
+    assert all(ignored(pythia, f"gpt_neox.layers.0.{name}") for name in buffers)
+    assert not ignored(pythia, "gpt_neox.layers.0.attention.dense.bias")
+    assert ignored(gemma, "lm_head.weight")
+    assert not ignored(pythia, "embed_out.weight")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_weights_have_every_leaf_that_a_checkpoint_has(family, getkey):
+    model = Transformer.init(tiny_config(family), key=getkey())
+    assert sum(leaf.size for leaf in jax.tree.leaves(model)) == n_params(model.config)
+    logits = eqx.filter_jit(model)(jnp.zeros((1, 3), jnp.int32))
+    assert np.isfinite(logits).all() and np.asarray(logits).std() > 0
