@@ -35,7 +35,7 @@ from icl_lib import figures
 from icl_lib.figures.style import heatmap
 from icl_lib.models import load_model, load_tokenizer
 from icl_lib.runs import Ledger, Store, compute_dtype, devices, resolve
-from icl_lib.tasks import Role, Task, answer_accuracy, answer_nll, load_tasks, make_prompts, stack_prompts, token_logprobs
+from icl_lib.tasks import Role, Task, Template, answer_accuracy, answer_nll, load_tasks, make_prompts, stack_prompts, token_logprobs
 from icl_lib.tiny.language import Language
 from icl_lib.tiny.pretrain import loss_fn
 from icl_lib.tiny.retrain import held_out_corpus
@@ -44,6 +44,7 @@ from icl_lib.tiny.retrain import held_out_corpus
 card: str = "tiny"  # name of the experiment card
 model: str = "assets/icl-tiny"  # folder or hub id of the model
 tasks: str = "embedded"  # embedded, paper, function_vectors, or a folder of task files
+prefix: str = "Follow the pattern:\n"  # what stands before the pairs of a prompt; chat models may want a turn opened
 run_dir: str = "runs/tiny"  # where results go, from the repository root
 seed: int = 0  # seed of every prompt sampler
 n_prompts: int = 16  # prompts per task
@@ -61,7 +62,7 @@ store = Store(run_dir, params={"card": card, "model": model, "tasks": tasks, "se
 ledger = Ledger(store, "00_a_model_that_learns_in_context")
 lm = load_model(resolve(model), dtype=compute_dtype())
 tokenizer = load_tokenizer(resolve(model))
-suite = load_tasks(tasks)
+suite, template = load_tasks(tasks), Template(prefix=prefix)
 names, groups = list(suite), [task.group for task in suite.values()]
 print(f"{lm.config.n_layers} layers, d_model {lm.config.d_model}, {lm.config.d_vocab} tokens, context of {lm.config.n_ctx}")
 
@@ -101,7 +102,7 @@ notebooks ask at which roles a latent fires.
 
 # %%
 shown = "location_language" if "location_language" in suite else names[0]
-example = make_prompts(suite[shown], tokenizer, n_prompts=1, n_shots=4, seed=seed)
+example = make_prompts(suite[shown], tokenizer, n_prompts=1, n_shots=4, seed=seed, template=template)
 figures.prompt_roles(tokenizer.convert_ids_to_tokens(example.tokens[0].tolist()), [Role(r) for r in example.roles[0].tolist()])
 plt.show()
 
@@ -184,7 +185,7 @@ Pairs of the evaluation pool only; the queries of later notebooks are drawn from
 """
 
 # %%
-options = dict(n_prompts=n_prompts, seed=seed, pool="evaluation")
+options = dict(n_prompts=n_prompts, seed=seed, pool="evaluation", template=template)
 prompts = stack_prompts([make_prompts(t, tokenizer, n_shots=max_shots, **options) for t in suite.values()])
 assert prompts.tokens.shape[-1] <= lm.config.n_ctx, f"prompts of {prompts.tokens.shape[-1]} tokens: lower max_shots"
 hits, nll = (np.asarray(a) for a in by_shots(lm, prompts))
@@ -280,7 +281,7 @@ def query_scores(lm, prompts):
 
 
 # %%
-zero_shot = dict(n_prompts=4 * n_prompts, n_shots=0, seed=seed)
+zero_shot = dict(n_prompts=4 * n_prompts, n_shots=0, seed=seed, template=template)
 _, scores = query_scores(lm, stack_prompts([make_prompts(shared(n, xs), tokenizer, **zero_shot) for _, n, xs in cells]))
 belief = np.full((len(domains), len(names)), np.nan)  # mean probability of each task's answer, NaN where it does not compete
 for (i, name, _), p in zip(cells, np.exp(-np.asarray(scores)).mean(axis=1), strict=True):

@@ -34,15 +34,17 @@ from icl_lib.models import Site, load_model, load_tokenizer
 from icl_lib.runs import Ledger, Store, compute_dtype, devices, resolve
 from icl_lib.saes import harvest, load_suite, quality_table, train_suite
 from icl_lib.saes.metrics import frequency, fvu
-from icl_lib.tasks import load_tasks, make_prompts
+from icl_lib.tasks import Template, load_tasks, make_prompts, stack_prompts
 from icl_lib.tiny.language import Language
 from icl_lib.tiny.retrain import held_out_corpus, suite_corpus
 
 # %% tags=["parameters"]
 card: str = "tiny"  # name of the experiment card
 model: str = "assets/icl-tiny"  # folder or hub id of the model
-saes: str = "assets/icl-tiny/saes"  # folder of the SAE suite
+saes: list[str] = ["assets/icl-tiny/saes"]  # folder of the SAE suite, or folders and hub paths with {layer} in them
+sae_layers: list[int] = [0, 1, 2, 3, 4, 5]  # layers whose SAEs are loaded, counted as their files do
 tasks: str = "embedded"  # embedded, paper, function_vectors, or a folder of task files
+prefix: str = "Follow the pattern:\n"  # what stands before the pairs of a prompt; chat models may want a turn opened
 run_dir: str = "runs/tiny"  # where results go, from the repository root
 seed: int = 0  # seed of corpora, training and choices
 layer_executor: int = 4  # layer whose residual SAE is looked at closely
@@ -62,7 +64,7 @@ store = Store(run_dir, params={"card": card, "model": model, "saes": saes, "seed
 ledger = Ledger(store, "01_sparse_autoencoders")
 lm = load_model(resolve(model), dtype=compute_dtype())
 tokenizer = load_tokenizer(resolve(model))
-suite = load_suite(resolve(saes), lm.config)
+suite = load_suite(resolve(saes), lm.config, sae_layers)
 
 # %% [markdown]
 """
@@ -76,8 +78,9 @@ def rows(n, seed=None):
     if card == "tiny":
         return held_out_corpus(lm, n) if seed is None else suite_corpus(lm, n, seed)
     every = list(load_tasks(tasks).values())
-    drawn = [make_prompts(t, tokenizer, n_prompts=1 + n // len(every), n_shots=8, seed=seed or 0, length=128) for t in every]
-    return np.concatenate([p.tokens for p in drawn])[:n]
+    options = dict(n_prompts=1 + n // len(every), n_shots=8, seed=seed or 0, template=Template(prefix=prefix))
+    drawn = stack_prompts([make_prompts(t, tokenizer, **options) for t in every]).tokens  # (task, prompt, seq)
+    return np.asarray(drawn).swapaxes(0, 1).reshape(-1, drawn.shape[-1])[:n]  # all tasks in any few rows
 
 
 # %% [markdown]

@@ -33,14 +33,16 @@ from icl_lib import figures
 from icl_lib.models import Site, load_model, load_tokenizer
 from icl_lib.runs import Ledger, Store, compute_dtype, resolve, setup
 from icl_lib.saes import load_suite
-from icl_lib.tasks import load_tasks, make_prompts, stack_prompts
+from icl_lib.tasks import Template, load_tasks, make_prompts, stack_prompts
 from icl_lib.vectors import base_nll, cut, gradient_pursuit, inserted_nll_by_layer, relative_change, subtract_corrupted, task_vector
 
 # %% tags=["parameters"]
 card: str = "tiny"  # name of the experiment
 model: str = "assets/icl-tiny"  # model folder or hub id
-saes: str = "assets/icl-tiny/saes"  # folder of the SAE suite
+saes: list[str] = ["assets/icl-tiny/saes"]  # folder of the SAE suite, or folders and hub paths with {layer} in them
+sae_layers: list[int] = [0, 1, 2, 3, 4, 5]  # layers whose SAEs are loaded, counted as their files do
 tasks: str = "embedded"  # task source
+prefix: str = "Follow the pattern:\n"  # what stands before the pairs of a prompt; chat models may want a turn opened
 run_dir: str = "runs/tiny"  # where results go, counted from the repository root
 seed: int = 0  # seed of all prompts and random directions
 n_shots: int = 8  # examples in the prompts of extraction
@@ -52,8 +54,8 @@ setup(run_dir)
 store, ledger = Store(run_dir), Ledger(Store(run_dir), notebook="02_task_vectors")
 lm = load_model(resolve(model), dtype=compute_dtype())
 tokenizer = load_tokenizer(resolve(model))
-suite = {site: sae.fold() for site, sae in load_suite(resolve(saes), lm.config).items() if site.name == "resid_pre"}
-task_set = load_tasks(tasks)
+suite = {site: sae.fold() for site, sae in load_suite(resolve(saes), lm.config, sae_layers).items() if site.name == "resid_pre"}
+task_set, template = load_tasks(tasks), Template(prefix=prefix)
 names, groups = list(task_set), [task.group for task in task_set.values()]
 key = jax.random.key(seed)
 
@@ -69,8 +71,8 @@ third. The three share no input word, so nothing can be won by remembering an an
 # %% tags=["nbval-check-output"]
 def prompts(pool, n_shots, offset=0, **kinds):
     """Prompts of every task from one pool, stacked."""
-    make = lambda task: make_prompts(task, tokenizer, n_prompts=n_prompts, n_shots=n_shots, seed=seed + offset, pool=pool, **kinds)
-    return stack_prompts([make(task) for task in task_set.values()])
+    options = dict(n_prompts=n_prompts, n_shots=n_shots, seed=seed + offset, pool=pool, template=template, **kinds)
+    return stack_prompts([make_prompts(task, tokenizer, **options) for task in task_set.values()])
 
 
 extraction = prompts("extraction", n_shots)

@@ -32,14 +32,16 @@ from icl_lib import figures
 from icl_lib.models import Site, load_model, load_tokenizer
 from icl_lib.runs import Ledger, Store, compute_dtype, resolve, setup
 from icl_lib.saes import load_suite
-from icl_lib.tasks import load_tasks, make_prompts, stack_prompts
+from icl_lib.tasks import Template, load_tasks, make_prompts, stack_prompts
 from icl_lib.vectors import base_nll, clean, cut, inserted_nll, pursuit_path, select_l1
 
 # %% tags=["parameters"]
 card: str = "tiny"  # name of the experiment
 model: str = "assets/icl-tiny"  # model folder or hub id
-saes: str = "assets/icl-tiny/saes"  # folder of the SAE suite
+saes: list[str] = ["assets/icl-tiny/saes"]  # folder of the SAE suite, or folders and hub paths with {layer} in them
+sae_layers: list[int] = [0, 1, 2, 3, 4, 5]  # layers whose SAEs are loaded, counted as their files do
 tasks: str = "embedded"  # task source
+prefix: str = "Follow the pattern:\n"  # what stands before the pairs of a prompt; chat models may want a turn opened
 run_dir: str = "runs/tiny"  # where results go, counted from the repository root
 seed: int = 0  # seed of all prompts
 n_prompts: int = 16  # prompts per task
@@ -48,6 +50,7 @@ tvc_l1: list[float] = [3.0e-4, 1.0e-3, 2.0e-3, 5.0e-3, 2.0e-2]  # L1 penalties s
 tvc_lr: float = 5.0  # learning rate of Adam, in units of activation per step
 tvc_patience: int = 50  # steps without a smaller L0 before it stops
 tvc_steps: int = 150  # most steps
+tvc_prompts: int = 12  # prompts per task on which a vector is cleaned
 
 # %%
 figures.use_style()
@@ -55,8 +58,8 @@ setup(run_dir)
 store, ledger = Store(run_dir), Ledger(Store(run_dir), notebook="03_task_vector_cleaning")
 lm = load_model(resolve(model), dtype=compute_dtype())
 tokenizer = load_tokenizer(resolve(model))
-suite = {site: sae.fold() for site, sae in load_suite(resolve(saes), lm.config).items() if site.name == "resid_pre"}
-task_set = load_tasks(tasks)
+suite = {site: sae.fold() for site, sae in load_suite(resolve(saes), lm.config, sae_layers).items() if site.name == "resid_pre"}
+task_set, template = load_tasks(tasks), Template(prefix=prefix)
 names = list(task_set)
 saved, meta = store.load("task_vectors", expect={"model": model, "saes": saes, "tasks": names})
 vectors, best = jnp.asarray(saved["vectors"]), meta["best_layer"]
@@ -81,11 +84,11 @@ evaluation pool for what we report.
 # %%
 def prompts(pool, offset, n=n_prompts):
     """Zero-shot prompts of every task, stacked; `pool(task)` gives the pairs."""
-    make = lambda task: make_prompts(task, tokenizer, n_prompts=n, n_shots=0, seed=seed + offset, pool=pool(task))
-    return stack_prompts([make(task) for task in task_set.values()])
+    options = dict(n_prompts=n, n_shots=0, seed=seed + offset, template=template)
+    return stack_prompts([make_prompts(task, tokenizer, pool=pool(task), **options) for task in task_set.values()])
 
 
-fitting = prompts(lambda task: [pair for i, pair in enumerate(task.pool("optimisation")) if i % 3], offset=3, n=min(n_prompts, 12))
+fitting = prompts(lambda task: [pair for i, pair in enumerate(task.pool("optimisation")) if i % 3], offset=3, n=tvc_prompts)
 choosing = prompts(lambda task: task.pool("optimisation")[::3], offset=4)
 held_out = prompts(lambda task: task.pool("evaluation"), offset=5)
 

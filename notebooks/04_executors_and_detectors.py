@@ -42,8 +42,10 @@ from icl_lib.vectors import base_nll, clean, cut, inserted_nll, latent_nll, nega
 # %% tags=["parameters"]
 card: str = "tiny"  # name of the experiment card
 model: str = "assets/icl-tiny"  # folder or hub id of the model
-saes: str = "assets/icl-tiny/saes"  # folder or hub id of the SAE suite
+saes: list[str] = ["assets/icl-tiny/saes"]  # folder of the SAE suite, or folders and hub paths with {layer} in them
+sae_layers: list[int] = [0, 1, 2, 3, 4, 5]  # layers whose SAEs are loaded, counted as their files do
 tasks: str = "embedded"  # embedded, paper, function_vectors, or a folder of task files
+prefix: str = "Follow the pattern:\n"  # what stands before the pairs of a prompt; chat models may want a turn opened
 run_dir: str = "runs/tiny"  # where results go, from the repository root
 seed: int = 0  # seed of every prompt sampler and random draw
 n_shots: int = 8  # examples in a prompt
@@ -52,6 +54,10 @@ layer_executor: int = 4  # layer (resid_pre) whose latents are tried at the arro
 layer_detector: int = 3  # layer (resid_pre) whose latents are tried at the outputs
 scale_executor: float = -1.0  # length of an executor's direction; below 0: the best of a sweep on other pairs
 scale_detector: float = -1.0  # the same for detectors
+detector_l1: float = 3.0e-3  # L1 penalty of the cleaning of detectors, in nats per unit of activation
+detector_lr: float = 0.3  # its learning rate
+detector_patience: int = 50  # its steps without a smaller L0 before it stops
+detector_steps: int = 100  # its most steps
 
 # %%
 figures.use_style()
@@ -59,8 +65,8 @@ devices.setup(run_dir)
 store = Store(run_dir, params={"card": card, "model": model, "saes": saes, "tasks": tasks, "seed": seed})
 ledger = Ledger(store, "04_executors_and_detectors")
 lm, tokenizer = load_model(resolve(model), dtype=compute_dtype()), load_tokenizer(resolve(model))
-suite = load_suite(resolve(saes), lm.config)
-task_list = list(load_tasks(tasks).values())
+suite = load_suite(resolve(saes), lm.config, sae_layers)
+task_list, template = list(load_tasks(tasks).values()), Template(prefix=prefix)
 names, n_tasks = [task.name for task in task_list], len(task_list)
 sae_executor, sae_detector = (suite[Site("resid_pre", layer)].fold() for layer in (layer_executor, layer_detector))
 keys = dict(zip(("executors", "detectors", "links"), jax.random.split(jax.random.key(seed), 3), strict=True))
@@ -69,7 +75,7 @@ keys = dict(zip(("executors", "detectors", "links"), jax.random.split(jax.random
 # %%
 def prompts(pool, n_shots, offset, n=n_prompts, **kinds):
     """Prompts of every task from one pool of its pairs, stacked."""
-    options = {"n_prompts": n, "n_shots": n_shots, "seed": seed + offset, "pool": pool, **kinds}
+    options = {"n_prompts": n, "n_shots": n_shots, "seed": seed + offset, "pool": pool, "template": template, **kinds}
     return stack_prompts([make_prompts(task, tokenizer, **options) for task in task_list])
 
 
@@ -292,11 +298,12 @@ ones often do".
 """
 
 # %%
-dummy = Template(dummy=("X", "Y"))
+dummy = Template(prefix=prefix, dummy=("X", "Y"))
 at_y = lambda pool, offset: cut(lm, prompts(pool, 0, offset, template=dummy), layer_detector, "dummy_output")
 fitting, held_out = at_y("optimisation", 4), at_y("evaluation", 5)
 outputs = output_vector(lm, prompts("extraction", n_shots, 6), [layer_detector])[:, 0]
-found = clean(lm, sae_detector, outputs, fitting, l1=3e-3, lr=0.3, patience=50, max_steps=100, init="pursuit", k=7)
+options = dict(l1=detector_l1, lr=detector_lr, patience=detector_patience, max_steps=detector_steps)
+found = clean(lm, sae_detector, outputs, fitting, **options, init="pursuit", k=7)
 
 # %%
 zero = base_nll(lm, held_out)

@@ -32,18 +32,20 @@ from icl_lib import circuits, figures
 from icl_lib.models import load_model, load_tokenizer
 from icl_lib.runs import Ledger, Store, compute_dtype, devices, resolve
 from icl_lib.saes import load_suite
-from icl_lib.tasks import Role, load_tasks, make_prompts, pair_logit, pair_logprob, stack_prompts
+from icl_lib.tasks import Role, Template, load_tasks, make_prompts, pair_logit, pair_logprob, stack_prompts
 
 # %% tags=["parameters"]
 card: str = "tiny"  # name of the experiment card
 model: str = "assets/icl-tiny"  # folder or hub id of the model
-saes: str = "assets/icl-tiny/saes"  # folder or hub id of the SAE suite
+saes: list[str] = ["assets/icl-tiny/saes"]  # folder of the SAE suite, or folders and hub paths with {layer} in them
+sae_layers: list[int] = [0, 1, 2, 3, 4, 5]  # layers whose SAEs are loaded, counted as their files do
 tasks: str = "embedded"  # embedded, paper, function_vectors, or a folder of task files
+prefix: str = "Follow the pattern:\n"  # what stands before the pairs of a prompt; chat models may want a turn opened
 run_dir: str = "runs/tiny"  # where results go, from the repository root
 seed: int = 0  # seed of every prompt sampler
-n_shots: int = 8  # examples in a prompt
 effect_prompts: int = 24  # prompts per task from which nodes are found
 circuit_prompts: int = 8  # prompts per task on which circuits are tested
+circuit_shots: int = 8  # examples in the prompts of circuits
 circuit_layers: list[int] = [2, 3, 4, 5]  # layers whose latents may be ablated
 
 # %%
@@ -53,7 +55,7 @@ store = Store(run_dir, params={"card": card, "model": model, "saes": saes, "task
 ledger = Ledger(store, "05_sparse_feature_circuits")
 lm = load_model(resolve(model), dtype=compute_dtype())
 tokenizer = load_tokenizer(resolve(model))
-suite = load_suite(resolve(saes))
+suite = load_suite(resolve(saes), lm.config, sae_layers)
 task_list = list(load_tasks(tasks).values())
 names, groups = [task.name for task in task_list], np.array([task.group for task in task_list])
 
@@ -77,7 +79,8 @@ Nodes are found on prompts from the extraction pool. Everything measured later u
 """
 
 # %% tags=["nbval-check-output"]
-draw = lambda task, pool, n, seed: make_prompts(task, tokenizer, pool=pool, n_prompts=n, n_shots=n_shots, seed=seed)
+shape = dict(n_shots=circuit_shots, template=Template(prefix=prefix))
+draw = lambda task, pool, n, seed: make_prompts(task, tokenizer, pool=pool, n_prompts=n, seed=seed, **shape)
 found = [draw(task, "extraction", effect_prompts, seed) for task in task_list]
 held_out = stack_prompts([draw(task, "evaluation", circuit_prompts, seed + 101) for task in task_list])
 effects = circuits.node_effects(lm, suite, stack_prompts(found), circuit_layers, metric=pair_logit)
@@ -145,7 +148,8 @@ agree, figure = {}, plt.figure(figsize=(9, 4.2), layout="constrained")
 for k, (metric, source) in enumerate({pair_logit: effects, pair_logprob: plain}.items()):
     every = circuits.Circuit.from_effects(source.task(shown)).nodes
     strong = every.loc[every.effect.abs().nlargest(100).index]
-    some = pd.concat([strong, every.drop(strong.index).sample(100, random_state=seed)])
+    weak = every.drop(strong.index)
+    some = pd.concat([strong, weak.sample(min(100, len(weak)), random_state=seed)])
     alone = circuits.prepare(lm, suite, stack_prompts([found[shown]]), layers=circuit_layers, metric=metric)
     exact = circuits.brute_force_effects(alone, some)
     ax = figures.ie_scatter(some.effect, exact, some.kind, ax=figure.add_subplot(1, 2, k + 1))

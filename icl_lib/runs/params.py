@@ -26,7 +26,7 @@ from icl_lib.runs.paths import resolve, root
 REQUIRED = ("run_dir",)  # without it a card would write over the results of another one
 _SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
 _MAY_BE_ZERO = ("layer", "seed", "shots")  # a layer index, a seed or a number of shots counts from 0; sizes count from 1
-_LOCAL = ("assets/", "runs/", "params/", "./", "../", "/", "~")  # a hub id never starts like this
+_LOCAL = ("assets/", "runs/", "params/", "data/", "./", "../", "/", "~")  # a hub id never starts like this
 
 
 class CardError(ValueError):
@@ -183,7 +183,9 @@ def _unknown(key: str, known: Mapping[str, Parameter]) -> str:
 
 
 def _validated(p: Parameter, value: Any) -> Any:
-    """`value` in the type of `p`, or a `ValueError` in plain words."""
+    """`value` in the type of `p`, or a `ValueError` in plain words. One text may stand for a list of one."""
+    if p.type == list[str] and isinstance(value, str):
+        value = [value]
     try:
         value = pydantic.TypeAdapter(p.type).validate_python(value, strict=True)
     except pydantic.ValidationError:
@@ -222,7 +224,9 @@ def _possible(p: Parameter, v: Any) -> None:
     if isinstance(v, str):
         if not v.strip():
             raise ValueError("is empty")
-        if p.name in ("model", "saes", "tasks") and v.startswith(_LOCAL) and not Path(resolve(v)).exists():
+        # SAEs below runs/ are made by the run itself, and a pattern names many files: both are looked for when they are loaded
+        later = p.name == "saes" and (v.startswith("runs/") or "{" in v)
+        if p.name in ("model", "saes", "tasks") and v.startswith(_LOCAL) and not later and not Path(resolve(v)).exists():
             raise ValueError(f"{v} does not exist (looked for {resolve(v)}); give a folder or a hub id")
     elif isinstance(v, float) and not math.isfinite(v):
         raise ValueError(f"{v} is not a finite number")

@@ -7,7 +7,7 @@ Names, shapes and finiteness are checked against `cfg.json` before an SAE is mad
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,21 +88,28 @@ def save_suite(suite: Mapping[Site, SAE], folder: str | Path, dtype: str = "floa
     return Path(folder)
 
 
-def load_suite(folder: str | Path, config: ModelConfig | None = None) -> dict[Site, SAE]:
-    """All SAEs in the sub-folders of `folder`, keyed by the site they encode, in the order of sites.
+def load_suite(
+    source: str | Path | Sequence[str | Path], config: ModelConfig | None = None, layers: Iterable[int] | None = None
+) -> dict[Site, SAE]:
+    """All SAEs in the sub-folders of a folder, or of several, keyed by the site they encode, in the order of sites.
 
-    With `config`, layers and widths are held to that model. Raises `FileNotFoundError` if there is no SAE, and `ValueError`
-    if one does not fit the model or two encode the same site, besides what `load_sae` raises.
+    With `layers`, only the SAEs of these. With `config`, layers and widths are held to that model. Raises `FileNotFoundError`
+    if there is no SAE, and `ValueError` if one does not fit the model or two encode the same site, besides what `load_sae` raises.
     """
-    folder = Path(folder)
-    paths = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    folders = [Path(f) for f in ([source] if isinstance(source, str | Path) else source)]
+    wanted = None if layers is None else set(layers)
+    paths = [path.parent for folder in folders for path in sorted(folder.glob(f"*/{CONFIG}"))]
     if not paths:
-        raise FileNotFoundError(f"{folder} has no sub-folder with a {CONFIG}: a suite is what save_suite writes, one folder per SAE")
+        raise FileNotFoundError(
+            f"{', '.join(map(str, folders))} has no sub-folder with a {CONFIG}: a suite is what save_suite writes, one folder per SAE"
+        )
     suite: dict[Site, SAE] = {}
     for path in paths:
         sae = load_sae(path)
+        if wanted is not None and sae.site_in.layer not in wanted:
+            continue
         if sae.site_in in suite:
-            raise ValueError(f"{path} encodes {sae.site_in}, and so does another SAE of {folder}: keep one per site")
+            raise ValueError(f"{path} encodes {sae.site_in}, and so does another SAE of this suite: keep one per site")
         if config is not None:
             check_fit(sae, config, str(path))
         suite[sae.site_in] = sae
