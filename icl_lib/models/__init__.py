@@ -1,11 +1,14 @@
-"""Language models with named sites: read from Hugging Face folders, run, recorded and changed through taps."""
+"""Language models with named sites: read from Hugging Face folders, run, recorded and changed through taps, on one device or many."""
 
 from icl_lib.models.config import ModelConfig, tiny_config
+from icl_lib.models.families import tensor_shapes
+from icl_lib.models.sharding import check_mesh, make_mesh, shard_batch, shard_model, shardings
 from icl_lib.models.sites import Site, Tap, compose, perturb, record, replace, run_with_cache
 from icl_lib.models.transformer import Past, Transformer
-from icl_lib.models.weights import fetch, load_config, load_model, load_tokenizer, save_model, tensor_shapes
+from icl_lib.models.weights import fetch, load_config, load_model, load_tokenizer, save_model
 
 __all__ = [
-    "ModelConfig", "Past", "Site", "Tap", "Transformer", "compose", "fetch", "load_config", "load_model",
-    "load_tokenizer", "perturb", "record", "replace", "run_with_cache", "save_model", "tensor_shapes", "tiny_config",
+    "ModelConfig", "Past", "Site", "Tap", "Transformer", "check_mesh", "compose", "fetch", "load_config", "load_model",
+    "load_tokenizer", "make_mesh", "perturb", "record", "replace", "run_with_cache", "save_model", "shard_batch", "shard_model",
+    "shardings", "tensor_shapes", "tiny_config",
 ]  # fmt: skip

@@ -1,53 +1,41 @@
 """Reading and writing models as Hugging Face folders: `config.json`, `*.safetensors`, `tokenizer.json`.
 
-Every tensor's name and shape is checked against the model that the config describes before any data is read.
+Every tensor's name and shape is checked against the model that the config describes before any data is read. Then each device
+gets its own part of each weight: only these rows and columns are read, converted, and handed over, one part after the other.
 """
 
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
+from safetensors.numpy import save_file
 
 from icl_lib.models.config import ModelConfig
+from icl_lib.models.families import abstract, ignored, leaf_path, sources, tensor_shapes
+from icl_lib.models.hub import fetch_folder
+from icl_lib.models.sharding import shardings
 from icl_lib.models.transformer import Transformer
 
-# Our path of a leaf -> name in the checkpoint; blocks.N. becomes model.layers.N. first.
-_GEMMA = {
-    "embed": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "ln1.weight": "input_layernorm.weight",
-    "ln2.weight": "post_attention_layernorm.weight",
-    **{f"attn.{x}": f"self_attn.{x}_proj.weight" for x in "qkvo"},
-    **{f"mlp.{x}": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
-}
-_NAMES = {"gemma": _GEMMA}
-_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json"]
+_FILES = [
+    "config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt",
+]  # fmt: skip
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_PIECE = 1 << 25  # elements read at once, so that no whole tensor passes through host memory
 
 
 def fetch(name: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: `name` itself if it is one, else a snapshot of that hub repository.
 
-    Raises `FileNotFoundError` if neither exists or the hub cannot be reached, naming the folder that would do.
+    Raises `FileNotFoundError` if neither exists, the repository is gated, or the hub cannot be reached, and says what to do.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"no folder {str(name)!r}, and the hub gave no model of that name ({type(error).__name__}): pass a folder "
-            "with config.json and *.safetensors, or check the id, the network and, for gated models, your token"
-        ) from error
+    return fetch_folder(name, revision, _FILES, "config.json, *.safetensors and tokenizer.json")
 
 
 def load_config(name: str | Path, revision: str | None = None) -> ModelConfig:
@@ -58,6 +46,65 @@ def load_config(name: str | Path, revision: str | None = None) -> ModelConfig:
     return ModelConfig.from_hf(_read_json(path), source=str(path))
 
 
+def load_model(name: str | Path, revision: str | None = None, dtype: str = "float32", mesh: Mesh | None = None) -> Transformer:
+    """The model of a Hugging Face folder or hub id, its weights converted to `dtype`.
+
+    With a mesh (`make_mesh`) each device holds its part of the weights and reads no more than that; without one, the first
+    device holds all. Raises `FileNotFoundError` or `ValueError` with the name of what is absent, unknown, misshapen or
+    unreadable, or if the mesh does not divide the model.
+    """
+    folder = fetch(name, revision)
+    config = load_config(folder)
+    model = abstract(config)
+    places = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model) if mesh is None else shardings(config, mesh)
+    files = _find_tensors(folder, config)
+    where = sources(config)
+
+    def read(path, leaf, place):
+        source = where[leaf_path(path)]
+        return _read_leaf(files[source.name], source.name, source.rows, leaf.shape, jnp.dtype(dtype), place)
+
+    return jax.tree_util.tree_map_with_path(read, model, places)
+
+
+def save_model(model: Transformer, folder: str | Path, dtype: str = "float16") -> Path:
+    """Write `config.json` and `model.safetensors` so that transformers and `load_model` read them back."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes, where = tensor_shapes(model.config), sources(model.config)
+    tensors = {name: np.empty(shape, jnp.dtype(dtype)) for name, shape in shapes.items()}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name, rows = where[leaf_path(path)]
+        tensors[name][slice(None) if rows is None else rows] = np.asarray(leaf).astype(jnp.dtype(dtype))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(model.config.to_hf(dtype), indent=2) + "\n")
+    return folder
+
+
+def load_tokenizer(name: str | Path, revision: str | None = None):
+    """The fast tokenizer of a model folder or hub id.
+
+    A fast tokenizer tells from which characters each token came, which our token roles are computed from. Raises
+    `FileNotFoundError` if the folder has no tokenizer, `ValueError` if it cannot be read or has no fast version.
+    """
+    folder = fetch(name, revision)
+    known = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any((folder / file).is_file() for file in known):
+        raise FileNotFoundError(f"{folder} holds no tokenizer ({', '.join(known)}): copy tokenizer.json of the model into it")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers and tokenizers raise whatever their parsers meet
+        raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): download it again") from error
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{folder} has only a slow tokenizer ({type(tokenizer).__name__}), which does not tell where in the text a token "
+            "came from: add the tokenizer.json of the model, or one converted by transformers.convert_slow_tokenizer"
+        )
+    return tokenizer
+
+
 def _read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
@@ -65,29 +112,37 @@ def _read_json(path: Path) -> dict:
         raise ValueError(f"{path} is not valid JSON ({error}): is it cut short? Download it again") from error
 
 
-def _abstract(config: ModelConfig) -> Transformer:
-    return eqx.filter_eval_shape(Transformer.init, config, key=jax.random.key(0))
-
-
-def _checkpoint_name(config: ModelConfig, path) -> str:
-    parts = jax.tree_util.keystr(path, simple=True, separator=".")
-    names = _NAMES[config.family]
-    if parts.startswith("blocks."):
-        _, layer, rest = parts.split(".", 2)
-        return f"model.layers.{layer}.{names[rest]}"
-    return names[parts]
-
-
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of this config holds."""
-    leaves = jax.tree_util.tree_leaves_with_path(_abstract(config))
-    return {_checkpoint_name(config, path): leaf.shape for path, leaf in leaves}
+def _find_tensors(folder: Path, config: ModelConfig) -> dict[str, Path]:
+    """The file of every tensor of the checkpoint, once all of them are known to be there with the right shapes."""
+    files, found = {}, {}
+    for file in _tensor_files(folder):
+        with _open(file) as handle:
+            for name in handle.keys():
+                files[name], part = file, handle.get_slice(name)
+                found[name] = (tuple(part.get_shape()), part.get_dtype())
+    wanted = tensor_shapes(config)
+    problems = [f"missing {name} {wanted[name]}" for name in sorted(wanted.keys() - found.keys())]
+    problems += [f"unknown {name}" for name in sorted(found.keys() - wanted.keys()) if not ignored(config, name)]
+    for name in sorted(wanted.keys() & found.keys()):
+        shape, dtype = found[name]
+        problems += [f"{name} has shape {shape}, expected {wanted[name]}"] if shape != wanted[name] else []
+        problems += [f"{name} has dtype {dtype}, expected one of {', '.join(_FLOATS)}"] if dtype not in _FLOATS else []
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            f"{folder} does not hold the tensors that its config.json describes: {'; '.join(problems[:5])}{more}. "
+            "Check that config and weights belong to the same model, and that the weights are not quantised"
+        )
+    return files
 
 
 def _tensor_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+        names = _read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise ValueError(f"{index} has no weight_map, which says in which file each tensor is: download it again")
+        files = [folder / name for name in sorted(set(names.values()))]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -100,65 +155,47 @@ def _tensor_files(folder: Path) -> list[Path]:
 
 def _open(file: Path):
     try:
-        return safe_open(file, framework="flax")
+        return safe_open(file, framework="numpy")
     except (SafetensorError, struct.error, OSError) as error:
         raise ValueError(f"{file} cannot be read as safetensors ({error}): is it cut short? Download it again") from error
 
 
-def _check_tensors(wanted: dict[str, tuple], found: dict[str, tuple], folder: Path):
-    """Raises `ValueError` naming the first missing, extra or misshapen tensors."""
-    missing = sorted(wanted.keys() - found.keys())
-    # Tied checkpoints sometimes carry a copy of the embedding as output matrix; it is never a different one.
-    extra = sorted(found.keys() - wanted.keys() - {"lm_head.weight"})
-    shapes = [f"{n} has shape {found[n]}, expected {wanted[n]}" for n in sorted(wanted) if n in found and found[n] != wanted[n]]
-    problems = [f"missing {n} {wanted[n]}" for n in missing] + [f"unknown {n}" for n in extra] + shapes
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
-            f"{folder} does not hold the tensors that its config.json describes: {'; '.join(problems[:5])}{more}. "
-            "Check that config and weights belong to the same model"
-        )
+def _read_leaf(file: Path, name: str, rows: np.ndarray | None, shape: tuple, dtype: np.dtype, place: Sharding) -> Array:
+    """One weight in its place. Devices that hold the same part share one reading of it."""
+    holders: dict[tuple, list] = {}
+    for device, index in place.addressable_devices_indices_map(shape).items():
+        holders.setdefault(tuple(part.indices(size) for part, size in zip(index, shape, strict=True)), []).append(device)
+    shards = []
+    for index, devices in holders.items():
+        part = _read_part(file, name, rows, [slice(*bounds) for bounds in index], dtype)
+        # Wait, so that the host's copy is gone before the next one is read.
+        shards += [jax.block_until_ready(jax.device_put(part, device)) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, place, shards)
 
 
-def load_model(name: str | Path, revision: str | None = None, dtype: str = "float32") -> Transformer:
-    """The model of a Hugging Face folder or hub id, its weights converted to `dtype`.
-
-    Raises `FileNotFoundError` or `ValueError` with the name of what is absent, unknown or misshapen.
-    """
-    folder = fetch(name, revision)
-    config = load_config(folder)
-    handles = [_open(file) for file in _tensor_files(folder)]
-    where = {key: handle for handle in handles for key in handle.keys()}
-    found = {key: tuple(handle.get_slice(key).get_shape()) for key, handle in where.items()}
-    abstract = _abstract(config)
-    _check_tensors(tensor_shapes(config), found, folder)
-
-    def read(path, leaf) -> Array:
-        tensor_name = _checkpoint_name(config, path)
-        return jnp.asarray(where[tensor_name].get_tensor(tensor_name), dtype)
-
-    return jax.tree_util.tree_map_with_path(read, abstract)
+def _read_part(file: Path, name: str, rows: np.ndarray | None, index: list[slice], dtype: np.dtype) -> np.ndarray:
+    """Rows `index[0]` of a weight (and columns `index[1]`), converted to `dtype`."""
+    cut, *columns = index
+    width = int(np.prod([part.stop - part.start for part in columns], dtype=int))
+    out = np.empty((cut.stop - cut.start, *(part.stop - part.start for part in columns)), dtype)
+    done = 0
+    for start, stop in _runs(cut, rows, most=max(1, _PIECE // width)):
+        # Opened anew for each piece: the pages of a file that stays mapped would add up to the whole file.
+        with _open(file) as handle:
+            piece = handle.get_slice(name)[(slice(start, stop), *columns)]
+        out[done : done + stop - start] = piece
+        done += stop - start
+    return out
 
 
-def save_model(model: Transformer, folder: str | Path, dtype: str = "float16") -> Path:
-    """Write `config.json` and `model.safetensors` so that transformers and `load_model` read them back."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    leaves = jax.tree_util.tree_leaves_with_path(model)
-    tensors = {_checkpoint_name(model.config, path): leaf.astype(dtype) for path, leaf in leaves}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(model.config.to_hf(dtype), indent=2) + "\n")
-    return folder
-
-
-def load_tokenizer(name: str | Path, revision: str | None = None):
-    """The fast tokenizer of a model folder or hub id. Raises `ValueError` if it has no fast version.
-
-    A fast tokenizer tells from which characters each token came, which our token roles are computed from.
-    """
-    folder = fetch(name, revision)
-    if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"{folder} has no tokenizer.json: a fast tokenizer is needed for character offsets")
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
+def _runs(cut: slice, rows: np.ndarray | None, most: int) -> Iterator[tuple[int, int]]:
+    """Rows of the checkpoint's tensor that hold rows `cut` of ours: neighbours together, at most `most` at once."""
+    if rows is None:
+        runs = [(cut.start, cut.stop)]
+    else:
+        wanted = rows[cut]
+        breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
+        runs = [(int(run[0]), int(run[-1]) + 1) for run in np.split(wanted, breaks)]
+    for start, stop in runs:
+        for first in range(start, stop, most):
+            yield first, min(first + most, stop)
