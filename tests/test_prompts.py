@@ -260,7 +260,7 @@ def test_clear_errors(words):
     with pytest.raises(ValueError, match="an empty pool"):
         make_prompts(task, words, n_prompts=1, n_shots=0, seed=0, pool=())
     with pytest.raises(ValueError, match="separator of a template needs a character other than a space"):
-        Template(separator=" ")
+        Template(pair="{x} {y}")
     with pytest.raises(ValueError, match="scheme is 'all', 'first' or 'last', got 'middle'"):
         make_prompts(task, words, n_prompts=1, n_shots=0, seed=0).mask(Role.INPUT, "middle")
 
@@ -277,13 +277,13 @@ def test_fused_separator_is_an_error():
     tokenizer.train_from_iterator(CORPUS, trainers.WordLevelTrainer(special_tokens=["<unk>"]))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
     task = Task("t", (("hot", "cold"),), "", "test")
-    with pytest.raises(ValueError, match=r"the token 'hot->cold' spans INPUT and ARROW and OUTPUT"):
-        make_prompts(task, fast, n_prompts=1, n_shots=0, seed=0, template=Template(separator="->"))
+    with pytest.raises(ValueError, match=r"the token 'hot->cold' of TokenizersBackend spans INPUT and ARROW and OUTPUT"):
+        make_prompts(task, fast, n_prompts=1, n_shots=0, seed=0, template=Template(pair="{x}->{y}"))
 
 
 def test_other_templates(pythia):
     """The question-and-answer layout: a separator of two kinds of character, a prefix without newline."""
-    template = Template(prefix="Q: ", separator="\nA: ", newline="\n\nQ: ")
+    template = Template(prefix="", pair="Q: {x}\nA: {y}", newline="\n\n")
     prompts = make_prompts(TASKS["antonyms"], pythia, n_prompts=2, n_shots=2, seed=0, template=template)
     for row, text in enumerate(prompts.texts):
         assert decoded(pythia, prompts, row, prompts.answer[row]) == text.rsplit("A: ", 1)[1]

@@ -6,7 +6,7 @@ At layer l_d the residual is changed at the chosen positions, by one of
 - ablate: $x' = x - f_d(x)\,W_{dec,d}$, the latent's own contribution taken out, no more
 
 and the blocks up to the executors' layer run on it with their attention patterns frozen at the clean ones: values and MLPs
-respond, queries and keys do not. The effect on executor e is the mean over arrows at which it was active of
+respond, queries and keys do not. The effect on executor e is the mean over arrows (the last token of each) at which it was active of
 
 $$p = 1 - \mathrm{clip}(f_e(x') / f_e(x), 0, 1) .$$
 
@@ -57,18 +57,18 @@ def _drop(f: Float[Array, "b s n"], clean: Float[Array, "b s n"], arrows: Bool[A
 
 
 @eqx.filter_jit
-def _links(model, detectors: SAE, executors: SAE, tokens, roles, where, scales, ablate: bool):
+def _links(model, detectors: SAE, executors: SAE, tokens, roles, arrows, where, scales, ablate: bool):
     first, last = detectors.site_in, executors.site_in
     patterns = [Site("pattern", layer) for layer in range(first.layer, last.layer)]
 
     def task(args):
-        tokens, roles, where = args
+        tokens, roles, arrows, where = args
         cache: dict[Site, Array] = {}
         model(tokens, tap=record([first, last, *patterns], cache))
         x, frozen = cache[first], {site: cache[site] for site in patterns}
         f_d = detectors.encode(x.astype(detectors.W_enc.dtype)).astype(jnp.float32)
         f_e = executors.encode(cache[last].astype(executors.W_enc.dtype)).astype(jnp.float32)
-        real, arrows = roles != Role.OTHER, roles == Role.ARROW
+        real = roles != Role.OTHER
         mean_d = jnp.sum(jnp.where(real[:, :, None], f_d, 0.0), axis=(0, 1)) / jnp.sum(real).astype(jnp.float32)
         mean_e = jnp.sum(jnp.where(arrows[:, :, None], f_e, 0.0), axis=(0, 1)) / jnp.sum(arrows).astype(jnp.float32)
 
@@ -90,7 +90,7 @@ def _links(model, detectors: SAE, executors: SAE, tokens, roles, where, scales, 
         effect = jax.lax.map(one, tuple(axis.ravel() for axis in grid))
         return effect.reshape(*grid[0].shape, -1), mean_d, mean_e
 
-    return jax.lax.map(task, (tokens, roles, where))
+    return jax.lax.map(task, (tokens, roles, arrows, where))
 
 
 def detector_executor(
@@ -129,7 +129,8 @@ def detector_executor(
     roles = jnp.asarray(prompts.roles)
     where = roles == Role.OUTPUT if positions == "outputs" else jnp.ones(roles.shape, bool)
     d, e = (_some_latents(sae.fold(), jnp.asarray(i)) for sae, i in ((sae_detector, detectors), (sae_executor, executors)))
-    effect, mean_d, mean_e = _links(model, d, e, jnp.asarray(prompts.tokens), roles, where, scales, mode == "ablate")
+    arrows = jnp.asarray(prompts.mask(Role.ARROW, "last"))  # where the output is predicted from
+    effect, mean_d, mean_e = _links(model, d, e, jnp.asarray(prompts.tokens), roles, arrows, where, scales, mode == "ablate")
     return Links(np.asarray(effect.transpose(2, 0, 1, 3)), np.asarray(mean_d), np.asarray(mean_e))
 
 

@@ -1,8 +1,9 @@
 """Tasks as input-output pairs, prompts made of them with the role of every token, and the metrics read from logits."""
 
 from icl_lib.tasks.metrics import answer_accuracy, answer_nll, pair_logit, pair_logprob, token_logprobs
-from icl_lib.tasks.prompts import Prompts, Role, Template, make_prompts, stack_prompts
+from icl_lib.tasks.prompts import Prompts, make_prompts, stack_prompts
 from icl_lib.tasks.tasks import Task, UnknownTask, load_tasks, read_table, select_tasks
+from icl_lib.tasks.template import Role, Template
 
 __all__ = [
     "Prompts",

@@ -1,10 +1,7 @@
-"""Few-shot prompts, tokenised, with the role of every token found from character offsets and never from token ids."""
+"""Few-shot prompts of a task, tokenised, with the role of every token and the pair that it belongs to."""
 
-import dataclasses
-import enum
 from collections.abc import Sequence
 from random import Random
-from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -12,47 +9,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from icl_lib.tasks.tasks import Pairs, Task
+from icl_lib.tasks.template import DUMMY, NO_PAIR, Role, Template, tokenise
 
-DUMMY = -2  # pair index of the dummy line
-NO_PAIR = -1  # pair index of what belongs to no pair: BOS, the instruction, padding
-
-
-class Role(enum.IntEnum):
-    """What a token is in a prompt."""
-
-    OTHER = 0  # BOS and padding
-    PROMPT = 1  # the instruction
-    INPUT = 2
-    ARROW = 3  # the separator between input and output
-    OUTPUT = 4
-    NEWLINE = 5  # between pairs; the one that ends the instruction is PROMPT
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-    r"""The words around the pairs: "{prefix}{x}{separator}{y}{newline}{x}{separator}{y}...", ending with an output.
-
-    `dummy` is a pair of stand-ins put before the examples, ("X", "Y") for the line "X -> Y". Raises `ValueError` if the
-    separator or the newline is nothing but spaces, since then no token could carry its role.
-    """
-
-    prefix: str = "Follow the pattern:\n"
-    separator: str = " -> "
-    newline: str = "\n"
-    dummy: tuple[str, str] | None = None
-
-    def __post_init__(self):
-        for name in ("separator", "newline"):
-            if not getattr(self, name).strip(" \t"):
-                raise ValueError(f"the {name} of a template needs a character other than a space, got {getattr(self, name)!r}")
-
-
-class _Span(NamedTuple):
-    """A run of characters with one role in one pair."""
-
-    text: str
-    role: Role
-    pair: int
+PAPER_TEMPLATE = Template()
 
 
 class _Label:
@@ -140,7 +99,7 @@ def make_prompts(
     seed: int,
     pool: str | Sequence[tuple[str, str]] | None = None,
     query_pool: str | Sequence[tuple[str, str]] | None = None,
-    template: Template = Template(),
+    template: Template = PAPER_TEMPLATE,
     length: int | None = None,
     corrupt: bool = False,
 ) -> Prompts:
@@ -150,10 +109,11 @@ def make_prompts(
     (for queries: the same as `pool`). Inside a prompt no pair is repeated and no example has the query's input; between
     prompts pairs may repeat. `corrupt` replaces each example's output by another output of the task, drawn apart, so
     that inputs and queries are those of the clean prompts of the same seed. Right padded to `length` (None: the
-    longest prompt) with the tokenizer's pad id (0 if it has none); its BOS, if any, comes first.
+    longest prompt) with the tokenizer's pad id (0 if it has none). Its BOS, if it has one that is not its end of text too,
+    comes first.
 
     Raises `ValueError` if the pool is too small, a prompt is longer than `length`, the tokenizer is not a fast one, or
-    it merges characters of two roles into one token.
+    it merges visible characters of two roles into one token (see `template.tokenise`).
     """
     shots = _pairs(task, pool)
     queries = shots if query_pool is None else _pairs(task, query_pool)
@@ -162,9 +122,8 @@ def make_prompts(
     if corrupt:
         rng = Random(f"corrupt {seed}")
         drawn = [[*_corrupted(task, pairs[:-1], rng), pairs[-1]] for pairs in drawn]
-    layouts = [_layout(template, pairs) for pairs in drawn]
-    texts = tuple("".join(span.text for span in layout) for layout in layouts)
-    rows = _tokenise(layouts, texts, tokenizer)
+    layouts = [template.layout(pairs) for pairs in drawn]
+    rows = tokenise(layouts, tokenizer)
     pad_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
     longest = max(len(row) for row in rows)
     if length is not None and longest > length:
@@ -181,7 +140,7 @@ def make_prompts(
         n_shots=n_shots,
         template=template,
         pad_id=pad_id,
-        label=_Label(texts, task.name),
+        label=_Label(tuple("".join(span.text for span in layout) for layout in layouts), task.name),
     )
 
 
@@ -242,54 +201,3 @@ def _corrupted(task: Task, pairs: Sequence[tuple[str, str]], rng: Random) -> lis
     if len(outputs) < 2:
         raise ValueError(f"task {task.name!r} has one output only, {outputs[0]!r}: its prompts cannot be corrupted")
     return [(x, rng.choice([other for other in outputs if other != y])) for x, y in pairs]
-
-
-def _layout(template: Template, pairs: Sequence[tuple[str, str]]) -> list[_Span]:
-    """The prompt as consecutive runs of characters."""
-    numbered = list(enumerate(pairs))
-    if template.dummy is not None:
-        numbered.insert(0, (DUMMY, template.dummy))
-    spans = [_Span(template.prefix, Role.PROMPT, NO_PAIR)]
-    for i, (x, y) in numbered:
-        spans += [_Span(x, Role.INPUT, i), _Span(template.separator, Role.ARROW, i), _Span(y, Role.OUTPUT, i)]
-        spans.append(_Span(template.newline, Role.NEWLINE, i))
-    return spans[:-1]  # nothing after the answer of the query
-
-
-def _tokenise(layouts: list[list[_Span]], texts: Sequence[str], tokenizer) -> list[list[tuple[int, int, int]]]:
-    """(token, role, pair) for the tokens of each text, BOS first."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"{type(tokenizer).__name__} gives no character offsets, from which the roles of tokens are found: "
-            "use a fast tokenizer (one with a tokenizer.json)"
-        )
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
-    bos = [] if tokenizer.bos_token_id is None else [(int(tokenizer.bos_token_id), int(Role.OTHER), NO_PAIR)]
-    rows = []
-    for layout, text, ids, offsets in zip(layouts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        owners = _owners(layout, text, offsets)
-        rows.append(bos + [(t, int(layout[o].role), layout[o].pair) for t, o in zip(ids, owners, strict=True)])
-    return rows
-
-
-def _owners(layout: list[_Span], text: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """Index of the span that each token belongs to.
-
-    Spaces do not count: a BPE token such as " Paris" carries the space before its word, and some tokenizers leave that
-    space out of the offsets. A token of spaces alone belongs to what follows it.
-    """
-    owner = np.repeat(np.arange(len(layout)), [len(span.text) for span in layout])
-    solid = np.flatnonzero([c not in " \t" for c in text])
-    found = []
-    for start, end in offsets:
-        i, j = np.searchsorted(solid, (start, end))
-        inside = owner[solid[i:j]] if j > i else owner[solid[min(i, len(solid) - 1)]][None]
-        if inside[0] != inside[-1]:
-            roles = [layout[k].role.name for k in np.unique(inside)]
-            raise ValueError(
-                f"the token {text[start:end]!r} spans {' and '.join(roles)} in {text[max(0, start - 20) : end + 20]!r}: this "
-                "tokenizer merges the separator or newline with its neighbour; choose a Template whose separator it "
-                "keeps apart, for instance with spaces around it"
-            )
-        found.append(int(inside[0]))
-    return found

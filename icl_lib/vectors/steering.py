@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from icl_lib.models import Past, Site, Transformer, run_with_cache
 from icl_lib.saes import SAE
 from icl_lib.tasks import Prompts, Role
-from icl_lib.tasks.prompts import DUMMY
+from icl_lib.tasks.template import DUMMY
 
 # Work arrays of one compiled step stay below this many bytes; more vectors are done in turns.
 _CHUNK_BYTES = 2**28
