@@ -8,6 +8,8 @@ An artefact is a data file (safetensors for arrays, Parquet for tables) and a ma
 A data file is named after its content and the manifest is replaced last, by one rename. An interrupted write therefore leaves
 the earlier artefact whole, and a reader sees the old one or the new one, never a mixture. A reader checks the hash, so a file
 that was cut short or edited is refused by name.
+
+Of several processes only the first writes; the others wait for it, so that all of them find the artefact afterwards.
 """
 
 import datetime
@@ -27,7 +29,7 @@ import numpy as np
 import pandas as pd
 import safetensors.numpy
 
-from icl_lib.runs.devices import describe
+from icl_lib.runs.devices import describe, is_writer, to_host, wait_for_all
 from icl_lib.runs.paths import root, run_folder
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.]*(-[\w.]+)*")
@@ -85,7 +87,6 @@ class Store:
     def _write(self, name: str, data: bytes, kind: str, meta: Mapping[str, Any] | None) -> None:
         if not _NAME.fullmatch(name):
             raise StoreError(f"{name!r} cannot name an artefact; use letters, digits, _ . and -")
-        self.folder.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(data).hexdigest()
         path = self.folder / f"{name}-{digest[:8]}.{kind}"
         manifest = {"file": path.name, "sha256": digest, "meta": dict(meta or {}), "provenance": self._provenance()}
@@ -93,8 +94,9 @@ class Store:
         before = self._previous(name)
         write_atomic(path, data)
         write_atomic(self.folder / f"{name}.json", text.encode())
-        if before and before != path.name:
+        if before and before != path.name and is_writer():
             (self.folder / before).unlink(missing_ok=True)
+        wait_for_all(f"{name} is saved")
         self.inputs.pop(name, None)
 
     def _read(self, name: str, kind: str, expect: Mapping[str, Any] | None) -> tuple[bytes, dict[str, Any]]:
@@ -155,7 +157,12 @@ class Store:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write under a temporary name, flush to disk, rename: whoever reads `path` never sees half of it."""
+    """Write under a temporary name, flush to disk, rename: whoever reads `path` never sees half of it.
+
+    Only the first of several processes does so.
+    """
+    if not is_writer():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -185,7 +192,7 @@ def code_version() -> dict[str, str]:
 
 def _array(name: str, key: str, x: Any) -> np.ndarray:
     """`x` as an array safetensors can hold."""
-    x = np.asarray(x)
+    x = to_host(x)
     if x.dtype.name == "bfloat16":
         x = x.astype(np.float32)
     if x.dtype.kind not in "biuf":
