@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from icl_lib.models import Site, Transformer, run_with_cache, tiny_config
-from icl_lib.saes import TrainingError, harvest, needed_sites, objectives, suite_sites, train_suite, training
+from icl_lib.saes import TrainingError, harvest, icl_sfc, needed_sites, objectives, suite_sites, train_suite, training
 
 R0, R1, T0 = Site("resid_pre", 0), Site("resid_pre", 1), Site("mlp_in", 0)
 
@@ -30,8 +30,8 @@ def random_params(getkey, d=5, d_sae=12, d_out=4):
 def test_loss_is_the_equation(getkey):
     p = random_params(getkey)
     x, y = jax.random.normal(getkey(), (7, 5)), jax.random.normal(getkey(), (7, 4))
-    loss, stats = objectives.gated_loss(p, x, y, jnp.asarray(0.3))
-    P, X, Y = [np.asarray(a, np.float64) for a in p], np.asarray(x, np.float64), np.asarray(y, np.float64)
+    loss, stats = icl_sfc.loss(p, x, y, jnp.asarray(0.3))
+    P, X, Y = [np.asarray(a, np.float64) for a in p[:6]], np.asarray(x, np.float64), np.asarray(y, np.float64)
     W_enc, W_dec, b_gate, b_mag, r_mag, b_dec = P
     total = fired = err2 = 0.0
     for t in range(7):
@@ -53,13 +53,13 @@ def test_ghost_gradients_reach_only_dead_latents(getkey):
     x, y = jax.random.normal(getkey(), (8, 5)), jax.random.normal(getkey(), (8, 4))
     scale = objectives.target_norm(y)
     latents, dead = jnp.asarray([2, 5, 7]), jnp.asarray([True, True, False])
-    loss, grads = jax.value_and_grad(objectives.ghost_loss)(p, x, y, scale, latents, dead)
+    loss, grads = jax.value_and_grad(icl_sfc.ghost_loss)(p, x, y, scale, latents, dead)
     assert float(loss) == pytest.approx(float(jnp.mean(jnp.sum(y**2, axis=1) / scale)), rel=1e-3)  # scaled to the reconstruction
     moved = np.asarray(jnp.any(grads.W_enc != 0, axis=0))
     assert set(np.flatnonzero(moved)) == {2, 5}
-    step = objectives.Params(*(a - 0.05 * g for a, g in zip(p, grads, strict=True)))
-    g = jax.nn.softplus(x @ p.W_enc[:, 2:3] + p.b_gate[2]) @ p.W_dec[2:3]
-    after = jax.nn.softplus(x @ step.W_enc[:, 2:3] + step.b_gate[2]) @ step.W_dec[2:3]
+    step = jax.tree.map(lambda a, g: a - 0.05 * g, p, grads)
+    g = jax.nn.softplus(x @ p.W_enc[:, 2:3] + p.b_enc[2]) @ p.W_dec[2:3]
+    after = jax.nn.softplus(x @ step.W_enc[:, 2:3] + step.b_enc[2]) @ step.W_dec[2:3]
     cosine = lambda a: float(jnp.mean(jnp.sum(a * y, axis=1) / jnp.linalg.norm(a, axis=1)))
     assert cosine(after) > cosine(g)  # towards what is left unexplained
 
@@ -68,9 +68,9 @@ def test_dead_latents_switch_the_ghost_term_on(getkey):
     p = random_params(getkey)
     x, y = jax.random.normal(getkey(), (8, 5)), jax.random.normal(getkey(), (8, 4))
     lam = jnp.asarray(0.1)
-    plain, _ = objectives.gated_loss(p, x, y, lam)
-    none, _ = objectives.gated_loss(p, x, y, lam, jnp.zeros(12, bool), key=getkey())
-    some, _ = objectives.gated_loss(p, x, y, lam, jnp.arange(12) < 6, key=getkey())
+    plain, _ = icl_sfc.loss(p, x, y, lam)
+    none, _ = icl_sfc.loss(p, x, y, lam, jnp.zeros(12, bool), key=getkey())
+    some, _ = icl_sfc.loss(p, x, y, lam, jnp.arange(12) < 6, key=getkey())
     assert float(plain) == float(none) < float(some)
 
 
@@ -113,9 +113,9 @@ def test_one_after_the_other_equals_vmap(getkey, monkeypatch):
     settings = dict(d_sae=32, sparsity=0.1, key=getkey(), n_steps=20, batch_size=64, dead_after=5, progress=None)
     a = train_suite(acts, [R0, R1], **settings)
     monkeypatch.setattr(training, "_over_saes", lambda f, *xs: jax.vmap(f)(*xs))
-    training._run_chunk.clear_cache()
+    training._run.clear_cache()
     b = train_suite(acts, [R0, R1], **settings)
-    training._run_chunk.clear_cache()
+    training._run.clear_cache()
     np.testing.assert_allclose(a[R1].W_enc, b[R1].W_enc, atol=2e-3)
 
 

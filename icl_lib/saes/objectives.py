@@ -1,17 +1,19 @@
-r"""The training objective of the paper's gated SAEs, for one SAE and one batch; training.py runs many at once.
+r"""Training objectives of SAEs as published, for one SAE and one batch; training.py runs many at once.
 
-With $h = x W_{enc}$, gate pre-activation $\pi = h + b_{gate}$ and target $y$ (= $x$, or another activation for a transcoder)
+Inputs $x$ and targets $y$ (= $x$, or another activation for a transcoder) arrive scaled to a mean norm of $\sqrt d$.
+With $p = x W_{enc} + b_{enc}$, $\hat y(f) = f W_{dec} + b_{dec}$ (plus $x W_{skip}^T$ if there is a skip), $w_i = \|W_{dec,i}\|$, means
+over the tokens of the batch and $E(f) = \mathrm{mean} \|y - \hat y(f)\|^2$,
 
-$$ f = 1[\pi > 0]\,\mathrm{ReLU}(h e^{r} + b_{mag}), \qquad
-   R(\hat y) = \mathrm{mean}_{tokens} \frac{\|\hat y - y\|^2}{\|y - \bar y\|}, $$
-$$ L = R(f W_{dec} + b_{dec}) + 2 \lambda\, \mathrm{mean}_{tokens} \sum_i \mathrm{ReLU}(\pi_i)\,\|W_{dec,i}\|
-     + R(\mathrm{ReLU}(\pi) W_{dec} + b_{dec}) + \tfrac14 L_{ghost}. $$
+- standard: $f = \mathrm{ReLU}(p)$ and $L = E(f) + \lambda\, \mathrm{mean} \sum_i f_i w_i$ (Conerly et al., April 2024);
+- gated: $L = E(f) + \lambda\, \mathrm{mean} \sum_i \mathrm{ReLU}(p_i) w_i + E'(\mathrm{ReLU}(p))$, with $f$ as in `SAE` and the decoder of
+  $E'$ held constant (Rajamanoharan et al., 2024, "Gated SAEs", Eq. 8);
+- jumprelu: $f = p\,1[p > \theta]$ and $L = E(f) + \lambda\, \mathrm{mean} \|f\|_0$, $\theta$ learned by straight-through
+  gradients (the same authors, 2024, "Jumping Ahead", Eqs. 9 to 12);
+- topk, batchtopk: $f$ is $\mathrm{ReLU}(p)$ where it is among the $k$ largest of a token, or the $nk$ largest of $n$ tokens, and
+  $L = \mathrm{FVU}(f) + \alpha\, \mathrm{FVU}_{aux}$, the latter of the error by the `k_aux` largest dead latents (Gao et al.,
+  2024, Sec. 2.4; Bussmann et al., 2024).
 
-$\bar y$ is the mean of the batch. The norm of a decoder row is free, since the penalty weighs by it, and the decoder is not
-held constant in the gate's reconstruction. Inputs and targets arrive scaled to a mean norm of $\sqrt d$.
-
-Source: Kharlapenko et al. (2025), App. B, and their trainer. Ours differs in that the magnitude's scale is $e^r$ (Gated
-SAEs, Eq. 7; theirs softplus) and that ghost gradients see a part of the batch and of the dead latents at a time.
+The encoder reads $x$ and not $x - b_{dec}$: the same functions, as $b_{enc}$ is free. It starts at $-\bar x W_{enc}$.
 """
 
 import math
@@ -19,23 +21,24 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-GHOST_COEFFICIENT = 0.25
-# Ghost gradients look at this part of the batch, and at this part of the dictionary: cheap, and all dead latents get turns.
-GHOST_BATCH, GHOST_LATENTS = 4, 8
+from icl_lib.saes.recipes import Recipe
+
 _EPS = 1e-6
 
 
 class Params(NamedTuple):
-    """Trainable weights of one gated SAE; a leading axis when several are stacked."""
+    """Trainable weights of one SAE, those its objective has; a leading axis when several are stacked."""
 
     W_enc: Float[Array, "*saes d_in d_sae"]
     W_dec: Float[Array, "*saes d_sae d_out"]
-    b_gate: Float[Array, "*saes d_sae"]
-    b_mag: Float[Array, "*saes d_sae"]
-    r_mag: Float[Array, "*saes d_sae"]
+    b_enc: Float[Array, "*saes d_sae"]  # of the gate, if there is one
+    b_mag: Float[Array, "*saes d_sae"] | None
+    r_mag: Float[Array, "*saes d_sae"] | None
     b_dec: Float[Array, "*saes d_out"]
+    log_threshold: Float[Array, "*saes d_sae"] | None = None
+    W_skip: Float[Array, "*saes d_out d_in"] | None = None
 
 
 class Stats(NamedTuple):
@@ -44,28 +47,39 @@ class Stats(NamedTuple):
     l0: Float[Array, ""]
     fvu: Float[Array, ""]
     fired: Array  # (d_sae,) bool
+    least: Float[Array, ""] | None = None  # batchtopk: smallest feature that was kept
 
 
-def init(x: Float[Array, "tokens d_in"], y: Float[Array, "tokens d_out"], d_sae: int, *, key: PRNGKeyArray) -> Params:
+def init(x: Float[Array, "tokens d_in"], y: Float[Array, "tokens d_out"], d_sae: int, recipe: Recipe, *, key: PRNGKeyArray) -> Params:
     r"""Start of training from a sample of (scaled) activations.
 
-    The encoder is orthogonal and the decoder its transpose, as in the paper. We add what keeps latents from
-    being born dead in a short run: encoder columns of unit norm too, $b_{dec}$ the mean target, and gate and magnitude biases
-    $-\bar x W_{enc}$, so that every latent fires on about half of the tokens at first.
-    A transcoder whose input and output widths differ gets an independent orthogonal decoder.
+    Decoder rows are random directions of norm 1 (`unit_norm`) or 0.1, the encoder is the transpose; $b_{dec}$ is the mean target.
+    A transcoder whose input and output widths differ gets an independent encoder of the same norm.
     """
     d_in, d_out = x.shape[1], y.shape[1]
     enc_key, dec_key = jax.random.split(key)
-    W_enc = _orthogonal(enc_key, d_in, d_sae)
-    W_dec = W_enc.T if d_in == d_out else _orthogonal(dec_key, d_out, d_sae).T
-    bias = -(jnp.mean(x, axis=0) @ W_enc)
-    # a dense start would overshoot by the number of latents in the same direction, d_sae / d / 2 when half of them fire
-    return Params(W_enc, W_dec * min(1.0, d_out / d_sae), bias, bias, jnp.zeros(d_sae), jnp.mean(y, axis=0))
+    scale = 1.0 if recipe.unit_norm else 0.1
+    W_dec = scale * unit_rows(jax.random.normal(dec_key, (d_sae, d_out)))
+    rows = W_dec if d_in == d_out else scale * unit_rows(jax.random.normal(enc_key, (d_sae, d_in)))
+    bias = -(rows @ jnp.mean(x, axis=0))
+    gated, jump = recipe.objective == "gated", recipe.objective == "jumprelu"
+    dtype = jnp.dtype(recipe.dtype)
+    return Params(
+        W_enc=rows.T.astype(dtype),
+        W_dec=W_dec.astype(dtype),
+        b_enc=bias,
+        b_mag=bias if gated else None,
+        r_mag=jnp.zeros(d_sae) if gated else None,
+        b_dec=jnp.mean(y, axis=0),
+        log_threshold=jnp.full(d_sae, math.log(recipe.threshold * math.sqrt(d_in))) if jump else None,
+        W_skip=jnp.zeros((d_out, d_in), dtype) if recipe.skip else None,
+    )
 
 
-def _orthogonal(key, d: int, d_sae: int) -> Float[Array, "d d_sae"]:
-    W = jax.nn.initializers.orthogonal()(key, (d, d_sae))
-    return W / jnp.linalg.norm(W, axis=0, keepdims=True)
+def unit_rows(W: Float[Array, "rows d"]) -> Float[Array, "rows d"]:
+    """Each row at norm 1, in float32."""
+    W = W.astype(jnp.float32)
+    return W / (jnp.linalg.norm(W, axis=1, keepdims=True) + 1e-12)
 
 
 def target_norm(y: Float[Array, "tokens d_out"]) -> Float[Array, " tokens"]:
@@ -73,71 +87,133 @@ def target_norm(y: Float[Array, "tokens d_out"]) -> Float[Array, " tokens"]:
     return jnp.linalg.norm(y - jnp.mean(y, axis=0, keepdims=True), axis=1) + _EPS
 
 
-def gated_loss(
-    params: Params,
-    x: Float[Array, "tokens d_in"],
-    y: Float[Array, "tokens d_out"],
-    sparsity: Float[Array, ""],
-    dead: Array | None = None,
-    *,
-    key: PRNGKeyArray | None = None,
-) -> tuple[Float[Array, ""], Stats]:
-    r"""The loss $L$ above and the batch's statistics. `sparsity` is $\lambda$; `dead` (d_sae,) bool turns ghost gradients on
-    and needs a `key`, which draws the dead latents that get them.
+@jax.custom_vjp
+def matmul(a: Float[Array, "n m"], W: Float[Array, "m p"]) -> Float[Array, "n p"]:
+    """`a @ W` in the dtype of W with sums in float32; so are both products of its gradient."""
+    return jnp.matmul(a.astype(W.dtype), W, preferred_element_type=jnp.float32)
+
+
+def _matmul_forward(a, W):
+    return matmul(a, W), (a.astype(W.dtype), W)
+
+
+def _matmul_backward(saved, g):
+    a, W = saved
+    g = g.astype(W.dtype)
+    da = jnp.matmul(g, W.T, preferred_element_type=jnp.float32)
+    return da, jnp.matmul(a.T, g, preferred_element_type=jnp.float32).astype(W.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def loss(
+    params: Params, x: Float[Array, "tokens d_in"], y: Float[Array, "tokens d_out"], sparsity: Float[Array, ""],
+    dead: Array | None, recipe: Recipe, k_max: int,
+) -> tuple[Float[Array, ""], Stats]:  # fmt: skip
+    r"""The loss of `recipe.objective` and the batch's statistics.
+
+    `sparsity` is $\lambda$, or $k$ up to the static `k_max`. `dead` (d_sae,) bool turns the auxiliary loss on, `None` off.
     """
-    h = x @ params.W_enc  # computed once: gate and magnitude share it
-    pi = h + params.b_gate[None]
-    open_gate = jax.nn.relu(pi)
-    f = jnp.where(pi > 0, jax.nn.relu(h * jnp.exp(params.r_mag)[None] + params.b_mag[None]), 0)
-    scale = target_norm(y)
+    pre = matmul(x, params.W_enc) + params.b_enc[None]
     target = y - params.b_dec[None]
-    err = target - f @ params.W_dec
-    gate_err = target - open_gate @ params.W_dec
-    reconstruction = jnp.mean(jnp.sum(err**2, axis=1) / scale)
-    gate_reconstruction = jnp.mean(jnp.sum(gate_err**2, axis=1) / scale)
-    penalty = 2 * sparsity * jnp.dot(jnp.mean(open_gate, axis=0), jnp.linalg.norm(params.W_dec, axis=1))
-    loss = reconstruction + penalty + gate_reconstruction
-    if dead is not None:
-        loss = loss + _ghost(params, x, err, scale, dead, key)
+    if params.W_skip is not None:
+        target = target - matmul(x, params.W_skip.T)
+    least = None
+    if recipe.objective in ("topk", "batchtopk"):
+        return _top(params, pre, target, y, sparsity, dead, recipe, k_max)
+    norms = jnp.linalg.norm(params.W_dec.astype(jnp.float32), axis=1)
+    if recipe.objective == "jumprelu":
+        theta, width = jnp.exp(params.log_threshold), recipe.bandwidth * math.sqrt(x.shape[1])
+        f = jump(pre, theta, width)
+        penalty = jnp.mean(jnp.sum(step(pre, theta, width), axis=1))
+    elif recipe.objective == "gated":
+        h = pre - params.b_enc[None]
+        open_gate = jax.nn.relu(pre)
+        f = jnp.where(pre > 0, jax.nn.relu(h * jnp.exp(params.r_mag)[None] + params.b_mag[None]), 0)
+        penalty = jnp.dot(jnp.mean(open_gate, axis=0), norms)
+    else:
+        f = jax.nn.relu(pre)
+        penalty = jnp.dot(jnp.mean(f, axis=0), norms)
+    err = target - matmul(f, params.W_dec)
+    total = _mean_square(err) + sparsity * penalty
+    if recipe.objective == "gated":
+        frozen = jax.lax.stop_gradient((params.W_dec, target))
+        total = total + _mean_square(frozen[1] - matmul(open_gate, frozen[0]))
+    return total, _stats(f, err, y, least)
+
+
+def _mean_square(err):
+    return jnp.mean(jnp.sum(err**2, axis=1))
+
+
+def _stats(f, err, y, least=None) -> Stats:
     fired = f > 0
     l0 = jnp.mean(jnp.sum(fired, axis=1, dtype=jnp.float32))
-    return loss, Stats(l0, jnp.sum(err**2) / jnp.sum(scale**2), jnp.any(fired, axis=0))
+    return Stats(l0, jnp.sum(err**2) / jnp.sum(target_norm(y) ** 2), jnp.any(fired, axis=0), least)
 
 
-def _ghost(params, x, err, scale, dead, key):
-    """Ghost loss where a latent is dead, skipped by `cond` where none is."""
-    n = math.ceil(x.shape[0] / GHOST_BATCH)
-    err = jax.lax.stop_gradient(err[:n])
-    k = math.ceil(dead.shape[0] / GHOST_LATENTS)
-    # random order among the dead, so that stubborn ones do not keep others waiting
-    rank, latents = jax.lax.top_k(jnp.where(dead, jax.random.uniform(key, dead.shape), -1.0), k)
-    fraction = jnp.mean(dead.astype(jnp.float32))
-    return jax.lax.cond(
-        jnp.any(dead),
-        lambda p: GHOST_COEFFICIENT * fraction * ghost_loss(p, x[:n], err, scale[:n], latents, rank >= 0),
-        lambda p: jnp.zeros(()),
-        params,
-    )
+@jax.custom_vjp
+def step(pre: Float[Array, "tokens d_sae"], theta: Float[Array, " d_sae"], width: float) -> Float[Array, "tokens d_sae"]:
+    r"""$1[p > \theta]$; to $\theta$ it passes the straight-through gradient $-K((p - \theta) / \epsilon) / \epsilon$.
 
-
-def ghost_loss(
-    params: Params,
-    x: Float[Array, "tokens d_in"],
-    err: Float[Array, "tokens d_out"],
-    scale: Float[Array, " tokens"],
-    latents: Int[Array, " k"],
-    dead: Array,
-) -> Float[Array, ""]:
-    r"""How well dead latents would explain the error of the living ones.
-
-    $g = \mathrm{softplus}(\pi) W_{dec}$ over the dead among `latents`, rescaled per token to half of the error's norm, is
-    compared with the error; the loss is scaled to the size of the reconstruction loss. Neither scale carries a gradient.
-    Source: Jermyn and Templeton, "Ghost grads", Transformer Circuits updates (January 2024); softplus for exp as in ICL-SFC.
+    $K$ is 1 between -1/2 and 1/2, $\epsilon$ is `width`; nothing passes to $p$.
     """
-    pi = x @ params.W_enc[:, latents] + params.b_gate[latents][None]
-    g = jnp.where(dead[None], jax.nn.softplus(pi), 0) @ params.W_dec[latents]
-    norm = jnp.linalg.norm(jax.lax.stop_gradient(g), axis=1, keepdims=True)
-    half = jnp.linalg.norm(err, axis=1, keepdims=True) / (2 * norm + _EPS)
-    ghost = jnp.mean(jnp.sum((g * half - err) ** 2, axis=1) / scale)
-    reconstruction = jnp.mean(jnp.sum(err**2, axis=1) / scale)
-    return ghost * jax.lax.stop_gradient(reconstruction / (ghost + _EPS))
+    return (pre > theta[None]).astype(pre.dtype)
+
+
+@jax.custom_vjp
+def jump(pre: Float[Array, "tokens d_sae"], theta: Float[Array, " d_sae"], width: float) -> Float[Array, "tokens d_sae"]:
+    r"""$p\,1[p > \theta]$; to $\theta$ it passes the straight-through gradient $-\theta K((p - \theta) / \epsilon) / \epsilon$."""
+    return jnp.where(pre > theta[None], pre, 0)
+
+
+def _window(pre, theta, width):
+    return (jnp.abs(pre - theta[None]) < width / 2).astype(pre.dtype)
+
+
+def _step_backward(saved, g):
+    pre, theta, width = saved
+    return jnp.zeros_like(pre), -jnp.sum(g * _window(pre, theta, width), axis=0) / width, None
+
+
+def _jump_backward(saved, g):
+    pre, theta, width = saved
+    return jnp.where(pre > theta[None], g, 0), -theta * jnp.sum(g * _window(pre, theta, width), axis=0) / width, None
+
+
+step.defvjp(lambda pre, theta, width: (step(pre, theta, width), (pre, theta, width)), _step_backward)
+jump.defvjp(lambda pre, theta, width: (jump(pre, theta, width), (pre, theta, width)), _jump_backward)
+
+
+def _top(params, pre, target, y, k, dead, recipe: Recipe, k_max: int):
+    """Loss of topk and batchtopk."""
+    positive = jax.nn.relu(pre)
+    least = kth_largest(jax.lax.stop_gradient(positive), k, k_max, whole=recipe.objective == "batchtopk")
+    f = jnp.where(positive >= least, positive, 0)
+    err = target - matmul(f, params.W_dec)
+    scale = jnp.sum(target_norm(y) ** 2)
+    total = jnp.sum(err**2) / scale
+    if dead is not None:
+        total = total + recipe.aux * _auxiliary(params, positive, jax.lax.stop_gradient(err), dead, recipe.k_aux)
+    smallest = jnp.min(jnp.where(f > 0, f, jnp.inf))
+    return total, _stats(f, err, y, smallest)
+
+
+def kth_largest(f: Float[Array, "tokens d_sae"], k: Float[Array, ""], k_max: int, whole: bool) -> Float[Array, "#tokens 1"]:
+    """The k-th largest value of each row, or, of the `whole`, the (tokens x k)-th."""
+    if whole:
+        count = jnp.round(k * f.shape[0]).astype(jnp.int32)
+        top = jax.lax.top_k(f.ravel(), min(k_max * f.shape[0], f.size))[0]
+        return jnp.take(top, count - 1)[None, None]
+    top = jax.lax.top_k(f, k_max)[0]
+    return jnp.min(jnp.where(jnp.arange(k_max)[None] < k, top, jnp.inf), axis=1, keepdims=True)
+
+
+def _auxiliary(params: Params, positive, err, dead, k_aux: int):
+    """FVU of the error `err`, held constant, by the `k_aux` largest of the dead latents; 0 if there are none."""
+    f = jnp.where(dead[None], positive, 0)
+    least = kth_largest(jax.lax.stop_gradient(f), jnp.float32(k_aux), min(k_aux, f.shape[1]), whole=False)
+    f = jnp.where(f >= least, f, 0)
+    missing = err - matmul(f, params.W_dec)
+    return jnp.sum(missing**2) / (jnp.sum(target_norm(err) ** 2) + _EPS)

@@ -1,7 +1,8 @@
 """Training a whole suite of SAEs at once: equal shapes are stacked, and every step of all of them is one compiled program.
 
-Inside a chunk of steps nothing is read by the host: rows of the activations are drawn, each SAE takes one optimiser step,
-dead latents are counted, statistics are summed. Between chunks a line of progress is printed and a NaN ends the run.
+`init_state(suite, buffer)` gives a `State`, one pytree of arrays that holds all that training carries; `run_steps` takes a number of
+steps on rows of the buffer, drawn at random; `finish` folds the result into SAEs of raw activations. Inside `run_steps` nothing is
+read by the host: rows are drawn, each SAE takes one optimiser step, dead latents are counted, statistics are summed.
 """
 
 import dataclasses
@@ -14,62 +15,340 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
 from icl_lib.models import Site
-from icl_lib.saes import objectives
+from icl_lib.saes import icl_sfc, objectives
 from icl_lib.saes.activations import needed_sites, output_site
 from icl_lib.saes.objectives import Params
+from icl_lib.saes.recipes import Recipe, TrainingError, make_recipe
 from icl_lib.saes.sae import SAE
 
-NORM_DECAY = 0.99  # of the running mean norms
-BETA2 = 0.99  # Adam's second decay; the first is 0, there is no momentum
+AXIS = "sae"  # of the mesh
 _SAMPLE = 4096  # tokens that the start of training looks at
 
+Buffer = Mapping[Site, Array]
 Activations = Mapping[Site, np.ndarray | Array]
 
 
-class TrainingError(ValueError):
-    """Training cannot start, or met a loss that is not finite."""
+@dataclasses.dataclass(frozen=True, order=True)
+class Member:
+    r"""One SAE of a suite. `sparsity` is $\lambda$, or $k$ for topk and batchtopk."""
+
+    site: Site
+    d_sae: int
+    sparsity: float
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How to train; hashable, because it is static under `jit`. Counts are in optimiser steps.
+class Suite:
+    """What is trained and how; plain and hashable, because it is static under `jit`.
 
-    `learning_rate` rises over `warmup` and falls along a cosine to a tenth; `sparsity` rises over `sparsity_warmup`;
-    a latent that has not fired for `dead_after` gets ghost gradients. Gradients are clipped to norm `clip` SAE by SAE.
+    `widths` gives the last axis of every site in `sites`, as a mapping or pairs. With a `mesh` that has an axis "sae", the SAEs of
+    equal shape are divided over it (`shard="sae"`), or the latents of each ("latent").
+    Raises `TrainingError` if there are no members, two are equal, a width is missing, or a number of latents cannot be.
     """
 
-    n_steps: int
-    batch_size: int
-    learning_rate: float
-    warmup: int
-    sparsity_warmup: int
-    dead_after: int
-    clip: float
+    members: Sequence[Member]
+    recipe: Recipe
+    widths: Mapping[Site, int] | tuple[tuple[Site, int], ...]
+    mesh: Mesh | None = None
+    shard: str = "sae"
 
     def __post_init__(self):
-        for name in ("n_steps", "batch_size", "learning_rate", "dead_after", "clip"):
-            if getattr(self, name) <= 0:
-                raise TrainingError(f"{name} must be above 0, got {getattr(self, name)}")
+        object.__setattr__(self, "members", tuple(self.members))
+        object.__setattr__(self, "widths", tuple(sorted(dict(self.widths).items())))
+        if not self.members or len(set(self.members)) != len(self.members):
+            raise TrainingError(
+                f"sites must be different and at least one (or their d_sae or sparsity), got {[str(m.site) for m in self.members]}"
+            )
+        if missing := [str(s) for s in self.sites if s not in dict(self.widths)]:
+            raise TrainingError(f"no activations for {', '.join(missing)}: harvest needed_sites(sites), inputs and targets")
+        for m in self.members:
+            whole = not self.top or float(m.sparsity).is_integer() and 1 <= m.sparsity <= m.d_sae
+            if m.d_sae < 1 or not m.sparsity >= 0 or not whole:
+                wanted = f"a whole k from 1 to d_sae = {m.d_sae}" if self.top else "0 or more"
+                raise TrainingError(f"sparsity of a {self.recipe.objective} SAE must be {wanted}, got {m.sparsity} at {m.site}")
+        self._check_mesh()
 
-    def rate(self, step: Array) -> Array:
-        """Learning rate at a step, from 0."""
-        done = (step + 1).astype(jnp.float32)
-        rise = jnp.minimum(1.0, done / max(1, min(self.warmup, self.n_steps // 4)))
-        return self.learning_rate * rise * (0.55 + 0.45 * jnp.cos(jnp.pi * done / self.n_steps))
+    def _check_mesh(self):
+        if self.shard not in ("sae", "latent"):
+            raise TrainingError(f"shard must be 'sae' or 'latent', got {self.shard!r}")
+        if self.mesh is None:
+            return
+        if AXIS not in self.mesh.shape:
+            raise TrainingError(f"the mesh needs an axis {AXIS!r}, it has {', '.join(self.mesh.shape)}")
+        n = self.mesh.shape[AXIS]
+        for group in self.groups:
+            size, what = (len(group), "SAEs of one shape") if self.shard == "sae" else (self.members[group[0]].d_sae, "latents")
+            if size % n:
+                raise TrainingError(f"the mesh divides {what} by {n}, which {size} is no multiple of: choose another mesh or shard")
+
+    @property
+    def top(self) -> bool:
+        """Whether sparsity is a number of latents."""
+        return self.recipe.objective in ("topk", "batchtopk")
+
+    @property
+    def sites(self) -> list[Site]:
+        """Sites that a buffer must have: inputs and targets, each once."""
+        return needed_sites(m.site for m in self.members)
+
+    @property
+    def groups(self) -> list[tuple[int, ...]]:
+        """Members of equal input, output and dictionary width, by their position; these are stacked."""
+        width, groups = dict(self.widths), {}
+        for i, m in enumerate(self.members):
+            groups.setdefault((width[m.site], width[output_site(m.site)], m.d_sae), []).append(i)
+        return [tuple(g) for g in groups.values()]
+
+
+class Stack(NamedTuple):
+    """What training carries for SAEs of one shape; every leaf has a leading axis over them."""
+
+    params: Params
+    first: Params | None  # running mean of gradients, if beta1 > 0
+    second: Params  # running mean of squared gradients
+    silent: Array  # (d_sae,) int32 steps since a latent last fired
+    norm_in: Array  # () mean norm of the input
+    norm_out: Array  # () mean norm of the target
+    threshold: Array  # () batchtopk: running mean of the smallest feature kept, -1 before the first step
+    bad_step: Array  # () int32 first step with a loss that is not finite, or -1
 
 
 class State(NamedTuple):
-    """What training carries from step to step; every leaf has a leading axis over SAEs."""
+    """All that training carries from step to step."""
 
-    params: Params
-    second: Params  # running mean of squared gradients
-    silent: Array  # (d_sae,) int32 steps since a latent last fired
-    norm_in: Array  # () running mean norm of the input
-    norm_out: Array  # () running mean norm of the target
-    bad_step: Array  # () int32 first step with a loss that is not finite, or -1
+    step: Array  # () int32 steps done
+    key: Array  # data of the PRNG key that, with the step, gives each step's rows
+    stacks: tuple[Stack, ...]  # in the order of `Suite.groups`
+
+
+class Means(NamedTuple):
+    """Statistics of a chunk of steps, (n_members,) each in the order of `Suite.members`."""
+
+    l0: Array  # mean over the chunk
+    fvu: Array  # mean over the chunk
+    dead: Array  # fraction of latents, now
+    bad_step: Array  # int32 first step with a loss that is not finite, or -1
+
+
+def init_state(suite: Suite, buffer: Buffer, *, key: PRNGKeyArray) -> State:
+    """Start of training, from a sample of the buffer; made in place on its shards if there is a mesh.
+
+    Raises `TrainingError` if the buffer lacks a site, its sites differ in their number of tokens, or the mesh does not divide the SAEs.
+    """
+    _check_buffer(suite, buffer)
+    buffer = {site: buffer[site] for site in suite.sites}
+    start = functools.partial(_start, suite=suite)
+    if suite.mesh is None:
+        return jax.jit(start)(buffer, key)
+    return jax.jit(start, out_shardings=shardings(suite, jax.eval_shape(start, buffer, key)))(buffer, key)
+
+
+def shardings(suite: Suite, state: State) -> State:
+    """The `NamedSharding` of every leaf of a state (arrays or shapes), for a suite with a mesh."""
+
+    def leaf(array, d_sae):
+        if suite.shard == "sae":
+            return NamedSharding(suite.mesh, PartitionSpec(AXIS))
+        axes = [AXIS if size == d_sae and axis else None for axis, size in enumerate(array.shape)]
+        return NamedSharding(suite.mesh, PartitionSpec(*axes[: axes.index(AXIS) + 1] if AXIS in axes else ()))
+
+    whole = NamedSharding(suite.mesh, PartitionSpec())
+    stacks = tuple(jax.tree.map(lambda a, d=s.silent.shape[1]: leaf(a, d), s) for s in state.stacks)
+    return State(whole, whole, stacks)
+
+
+def run_steps(state: State, buffer: Buffer, n: int, suite: Suite) -> tuple[State, Means]:
+    """`n` optimiser steps of every SAE on rows of the buffer; `state` is given up. A new `n` needs no compilation.
+
+    `buffer[site]` is (n_tokens, d) in any float type, row i the same token at every site, for the sites in `suite.sites`.
+    Step t draws `batch_size` rows with replacement by a key folded with t: chunks of any length give the same bits.
+    """
+    return _run(state, {site: buffer[site] for site in suite.sites}, jnp.int32(n), suite)
+
+
+def finish(state: State, suite: Suite, metadata: Mapping[str, str | int | float | bool] | None = None) -> dict[Member, SAE]:
+    """The SAEs, with both normalisations folded into the weights, and the norms of decoder rows too (exact).
+
+    They take and give raw activations; a latent is in units of the norm that it writes (not for topk, whose choice would change).
+    """
+    done = {}
+    for stack, group in zip(state.stacks, suite.groups, strict=True):
+        for row, i in enumerate(group):
+            done[i] = _fold(jax.tree.map(lambda leaf, row=row: leaf[row], stack), suite.members[i], suite.recipe, metadata or {})
+    return {m: done[i] for i, m in enumerate(suite.members)}
+
+
+def _check_buffer(suite: Suite, buffer: Buffer) -> None:
+    shapes = {str(s): tuple(buffer[s].shape) for s in suite.sites if s in buffer}
+    if missing := [str(s) for s in suite.sites if s not in buffer]:
+        raise TrainingError(f"no activations for {', '.join(missing)}: harvest needed_sites(sites), inputs and targets")
+    if any(len(shape) != 2 for shape in shapes.values()) or len({shape[0] for shape in shapes.values()}) > 1:
+        raise TrainingError(f"every site needs activations (n_tokens, d) of the same tokens, got {shapes}")
+    for site, width in suite.widths:
+        if site in buffer and buffer[site].shape[1] != width:
+            raise TrainingError(f"activations at {site} must be {width} wide as the suite says, got {buffer[site].shape[1]}")
+
+
+def _rows(buffer: Buffer, index: Array, sites: Sequence[Site]) -> dict[Site, Array]:
+    """Rows `index` of each site, float32."""
+    return {site: buffer[site][index].astype(jnp.float32) for site in sites}
+
+
+def _pairs(rows: Mapping[Site, Array], suite: Suite, group: Sequence[int]) -> tuple[Array, Array]:
+    """Inputs and targets (n_saes, tokens, d) of a group."""
+    sites = [suite.members[i].site for i in group]
+    return jnp.stack([rows[s] for s in sites]), jnp.stack([rows[output_site(s)] for s in sites])
+
+
+def _start(buffer: Buffer, key: PRNGKeyArray, suite: Suite) -> State:
+    """Data-dependent start from a sample of the first buffer; see `objectives.init` and `icl_sfc.init`."""
+    init_key, step_key = jax.random.split(key)
+    init_key, index_key = jax.random.split(init_key)
+    n_tokens = buffer[suite.sites[0]].shape[0]
+    rows = _rows(buffer, jax.random.randint(index_key, (_SAMPLE,), 0, n_tokens), suite.sites)
+    keys = jax.random.split(init_key, len(suite.members))
+    stacks = tuple(
+        _start_stack(*_pairs(rows, suite, g), keys[np.asarray(g)], suite.members[g[0]].d_sae, suite.recipe) for g in suite.groups
+    )
+    return State(jnp.int32(0), jax.random.key_data(step_key), stacks)
+
+
+def _start_stack(x, y, keys, d_sae: int, recipe: Recipe) -> Stack:
+    norm_in, norm_out = _mean_norm(x), _mean_norm(y)
+    n = x.shape[0]
+
+    def one(x, y, norm_in, norm_out, key):
+        x, y = _scale(x, norm_in), _scale(y, norm_out)
+        return (icl_sfc if recipe.objective == "icl-sfc" else objectives).init(x, y, d_sae, recipe, key=key)
+
+    params = jax.vmap(one)(x, y, norm_in, norm_out, keys)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    first = zeros if recipe.beta1 else None
+    return Stack(params, first, zeros, jnp.zeros((n, d_sae), jnp.int32), norm_in, norm_out, jnp.full(n, -1.0), jnp.full(n, -1))
+
+
+def _mean_norm(x: Array) -> Array:
+    return jnp.mean(jnp.linalg.norm(x, axis=-1), axis=-1)
+
+
+def _scale(x, norm):
+    """To a mean norm of sqrt(d)."""
+    return x * (math.sqrt(x.shape[-1]) / norm)
+
+
+@functools.partial(jax.jit, static_argnames="suite", donate_argnames="state")
+def _run(state: State, buffer: Buffer, n: Array, suite: Suite) -> tuple[State, Means]:
+    n_tokens = buffer[suite.sites[0]].shape[0]
+    zeros = tuple(jnp.zeros(len(g)) for g in suite.groups)
+    key = jax.random.wrap_key_data(state.key)
+
+    def step(i, carry):
+        stacks, l0, fvu = carry
+        index_key, ghost_key = jax.random.split(jax.random.fold_in(key, i))
+        rows = _rows(buffer, jax.random.randint(index_key, (suite.recipe.batch_size,), 0, n_tokens), suite.sites)
+        keys = jax.random.split(ghost_key, len(suite.members))
+        done = [_step_stack(s, rows, keys[np.asarray(g)], i, suite, g) for s, g in zip(stacks, suite.groups, strict=True)]
+        stacks, stats = tuple(d[0] for d in done), [d[1] for d in done]
+        l0 = tuple(a + s.l0 for a, s in zip(l0, stats, strict=True))
+        return stacks, l0, tuple(a + s.fvu for a, s in zip(fvu, stats, strict=True))
+
+    # the bounds are traced, so that a last chunk of another length needs no second compilation
+    stacks, l0, fvu = jax.lax.fori_loop(state.step, state.step + n, step, (state.stacks, zeros, zeros))
+    dead = [jnp.mean(s.silent >= suite.recipe.dead_after, axis=1) for s in stacks]
+    order = np.argsort(np.concatenate([np.asarray(g) for g in suite.groups]))
+
+    def flat(parts):
+        return jnp.concatenate(parts)[order]
+
+    means = Means(flat(l0) / n, flat(fvu) / n, flat(dead), flat([s.bad_step for s in stacks]))
+    return State(state.step + n, state.key, stacks), means
+
+
+def _step_stack(stack: Stack, rows, keys, i, suite: Suite, group) -> tuple[Stack, objectives.Stats]:
+    """One step of all SAEs of a group."""
+    x, y = _pairs(rows, suite, group)
+    sparsity = jnp.asarray([suite.members[j].sparsity for j in group], jnp.float32)
+    k_max = int(max(suite.members[j].sparsity for j in group)) if suite.top else 0
+    ramp = jnp.float32(1) if suite.top else suite.recipe.ramp(i)
+    one = functools.partial(_step_one, step=i, ramp=ramp, recipe=suite.recipe, k_max=k_max)
+    if suite.mesh is None:
+        return _over_saes(one, stack, x, y, sparsity, keys)
+    if suite.shard == "sae":
+        spec = PartitionSpec(AXIS)
+        each = jax.shard_map(
+            functools.partial(_over_saes, one), mesh=suite.mesh, in_specs=spec, out_specs=spec, axis_names={AXIS}, check_vma=False
+        )
+        return each(stack, x, y, sparsity, keys)
+    stack, stats = _over_saes(one, stack, x, y, sparsity, keys)
+    where = shardings(suite, State(i, i, (stack,))).stacks[0]
+    return jax.lax.with_sharding_constraint(stack, where), stats
+
+
+def _over_saes(function, *stacked):
+    """`vmap` on accelerators. On a CPU one SAE after the other, so that its (batch, d_sae) arrays stay in the cache: 2-3 x faster."""
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(lambda args: function(*args), stacked)
+    return jax.vmap(function)(*stacked)
+
+
+def _step_one(stack: Stack, x, y, sparsity, key, step, ramp, recipe: Recipe, k_max: int) -> tuple[Stack, objectives.Stats]:
+    """One optimiser step of one SAE on one batch."""
+    decay = recipe.norm_decay
+    norm_in = decay * stack.norm_in + (1 - decay) * _mean_norm(x)
+    norm_out = decay * stack.norm_out + (1 - decay) * _mean_norm(y)
+    dead = stack.silent >= recipe.dead_after
+    x, y, sparsity = _scale(x, norm_in), _scale(y, norm_out), sparsity * ramp
+    if recipe.objective == "icl-sfc":
+        (loss, stats), grads = jax.value_and_grad(icl_sfc.loss, has_aux=True)(stack.params, x, y, sparsity, dead, key=key)
+    else:
+        dead = dead if recipe.k_aux else None
+        (loss, stats), grads = jax.value_and_grad(objectives.loss, has_aux=True)(stack.params, x, y, sparsity, dead, recipe, k_max)
+    params, first, second = _adam(stack, grads, recipe, step)
+    silent = jnp.where(stats.fired, 0, stack.silent + 1)
+    bad_step = jnp.where((stack.bad_step < 0) & ~jnp.isfinite(loss), step, stack.bad_step)
+    return Stack(params, first, second, silent, norm_in, norm_out, stack.threshold, bad_step), stats
+
+
+def _adam(stack: Stack, grads: Params, recipe: Recipe, step) -> tuple[Params, Params | None, Params]:
+    """Adam on the clipped gradient of one SAE, bias-corrected."""
+    norm = jnp.sqrt(sum(jnp.sum(g.astype(jnp.float32) ** 2) for g in jax.tree.leaves(grads)))
+    shrink = jnp.minimum(1.0, recipe.clip / (norm + 1e-12))
+    b1, b2 = recipe.beta1, recipe.beta2
+    done = (step + 1).astype(jnp.float32)
+    second = jax.tree.map(lambda s, g: b2 * s + (1 - b2) * (shrink * g) ** 2, stack.second, grads)
+    correction = 1 - b2**done
+    if not b1:
+        rate = recipe.rate(step) * shrink
+        return jax.tree.map(lambda p, g, s: p - rate * g / (jnp.sqrt(s / correction) + 1e-8), stack.params, grads, second), None, second
+    first = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * (shrink * g), stack.first, grads)
+    rate = recipe.rate(step) / (1 - b1**done)
+    return jax.tree.map(lambda p, m, s: p - rate * m / (jnp.sqrt(s / correction) + 1e-8), stack.params, first, second), first, second
+
+
+def _fold(one: Stack, member: Member, recipe: Recipe, metadata: Mapping) -> SAE:
+    """An SAE of raw activations from one row of a stack."""
+    p = one.params
+    gain_in = math.sqrt(p.W_enc.shape[0]) / one.norm_in
+    gain_out = math.sqrt(p.W_dec.shape[1]) / one.norm_out
+    W_dec = p.W_dec / gain_out
+    norms = jnp.linalg.norm(W_dec, axis=1) + 1e-12
+    meta = {"training_steps": recipe.n_steps, "training_batch": recipe.batch_size} | dict(metadata)
+    return SAE(
+        W_enc=p.W_enc * gain_in,
+        b_enc=p.b_enc,
+        W_dec=W_dec / norms[:, None],
+        b_dec=p.b_dec / gain_out,
+        r_mag=p.r_mag + jnp.log(norms),
+        b_mag=p.b_mag * norms,
+        site_in=member.site,
+        site_out=output_site(member.site),
+        architecture="gated",
+        metadata=tuple(sorted((meta | {"sparsity": member.sparsity}).items())),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,183 +406,44 @@ def train_suite(
     Raises `TrainingError` before any step if an activation is missing or shapes differ; later, with step and site, on NaN.
     """
     ramp = n_steps // 5 if sparsity_warmup is None else sparsity_warmup
-    recipe = Recipe(n_steps, batch_size, learning_rate, warmup, ramp, dead_after, clip)
-    sites = list(sites)
-    layout = _Layout(sites)
-    lambdas = jnp.asarray([sparsity[s] if isinstance(sparsity, Mapping) else sparsity for s in sites], jnp.float32)
-    buffers = _buffers(acts, layout)
+    recipe = make_recipe(
+        "icl-sfc", n_steps=n_steps, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup, sparsity_warmup=ramp,
+        dead_after=dead_after, clip=clip,
+    )  # fmt: skip
+    members = tuple(Member(s, d_sae, sparsity[s] if isinstance(sparsity, Mapping) else sparsity) for s in sites)
+    buffers = _buffers(acts)
     buffer = next(buffers)
-    init_key, step_key = jax.random.split(key)
-    state = _start(buffer, layout, d_sae, init_key)
+    suite = Suite(members, recipe, {site: buffer[site].shape[-1] for site in needed_sites(sites) if site in buffer})
+    state = init_state(suite, buffer, key=key)
     for first in range(0, n_steps, chunk):
         last, began = min(first + chunk, n_steps), time.perf_counter()
-        state, sums = _run_chunk(state, buffer, lambdas, step_key, first, last, recipe, layout)
-        _stop_if_bad(state, sites)
+        state, means = run_steps(state, buffer, last - first, suite)
+        stop_if_bad(means, suite)
         if progress is not None:
             speed = (last - first) * batch_size / (time.perf_counter() - began)
-            progress(_progress(state, sums, last, last - first, speed, recipe, sites))
+            values = [dict(zip(sites, np.asarray(v).tolist(), strict=True)) for v in (means.l0, means.fvu, means.dead)]
+            progress(Progress(last, n_steps, speed, *values))
         buffer = next(buffers) if last < n_steps else buffer
-    meta = {"training_steps": n_steps, "training_batch": batch_size} | dict(metadata or {})
-    return {site: _finish(state, i, site, meta, float(lambdas[i])) for i, site in enumerate(sites)}
+    return {member.site: sae for member, sae in finish(state, suite, metadata).items()}
 
 
-class _Layout:
-    """Which buffer row feeds which SAE; hashable by its sites, as it is static under `jit`."""
-
-    def __init__(self, sites: Sequence[Site]):
-        if not sites or len(set(sites)) != len(sites):
-            raise TrainingError(f"sites must be different and at least one, got {[str(s) for s in sites]}")
-        self.sites = tuple(sites)
-        self.needed = tuple(needed_sites(sites))
-        self.inputs = tuple(self.needed.index(s) for s in sites)
-        self.targets = tuple(self.needed.index(output_site(s)) for s in sites)
-
-    def __eq__(self, other):
-        return isinstance(other, _Layout) and self.sites == other.sites
-
-    def __hash__(self):
-        return hash(self.sites)
-
-    def rows(self, buffer: tuple[Array, ...], index: Array) -> tuple[Array, Array]:
-        """Inputs and targets (n_saes, tokens, d) in float32 of the rows `index`."""
-        picked = [a[index].astype(jnp.float32) for a in buffer]
-        return jnp.stack([picked[i] for i in self.inputs]), jnp.stack([picked[i] for i in self.targets])
-
-
-def _buffers(acts, layout: _Layout) -> Iterator[tuple[Array, ...]]:
-    """Checked device buffers, one for each chunk: the same one for ever, or the next of an iterator."""
+def _buffers(acts) -> Iterator[Buffer]:
+    """Device buffers, one for each chunk: the same one for ever, or the next of an iterator."""
     if isinstance(acts, Mapping):
-        buffer = _check_buffer(acts, layout)
+        buffer = {site: jnp.asarray(a) for site, a in acts.items()}
         while True:
             yield buffer
     for each in acts:
-        yield _check_buffer(each, layout)
+        yield {site: jnp.asarray(a) for site, a in each.items()}
     raise TrainingError("the iterator of activations ended before the last step: give more buffers, fewer steps or a longer chunk")
 
 
-def _check_buffer(acts: Activations, layout: _Layout) -> tuple[Array, ...]:
-    missing = [str(s) for s in layout.needed if s not in acts]
-    if missing:
-        raise TrainingError(f"no activations for {', '.join(missing)}: harvest needed_sites(sites), inputs and targets")
-    shapes = {s: acts[s].shape for s in layout.needed}
-    if any(len(shape) != 2 or shape[0] != shapes[layout.needed[0]][0] for shape in shapes.values()):
-        raise TrainingError(f"every site needs activations (n_tokens, d) of the same tokens, got { {str(k): v for k, v in shapes.items()} }")
-    if len({(shapes[s][1], shapes[output_site(s)][1]) for s in layout.sites}) > 1:
-        widths = {str(s): shapes[s][1] for s in layout.needed}
-        raise TrainingError(f"SAEs that are trained together need equal widths, got {widths}: call train_suite once per width")
-    return tuple(jnp.asarray(acts[s]) for s in layout.needed)
-
-
-def _mean_norm(x: Array) -> Array:
-    return jnp.mean(jnp.linalg.norm(x, axis=-1), axis=-1)
-
-
-@functools.partial(jax.jit, static_argnames=("layout", "d_sae"))
-def _start(buffer, layout: _Layout, d_sae: int, key) -> State:
-    """Data-dependent start from a sample of the first buffer; see `objectives.init`."""
-    init_key, index_key = jax.random.split(key)
-    index = jax.random.randint(index_key, (_SAMPLE,), 0, buffer[0].shape[0])
-    x, y = layout.rows(buffer, index)
-    norm_in, norm_out = _mean_norm(x), _mean_norm(y)
-
-    def one(x, y, norm_in, norm_out, key):
-        return objectives.init(_scale(x, norm_in), _scale(y, norm_out), d_sae, key=key)
-
-    n = len(layout.sites)
-    params = jax.vmap(one)(x, y, norm_in, norm_out, jax.random.split(init_key, n))
-    second = jax.tree.map(jnp.zeros_like, params)
-    return State(params, second, jnp.zeros((n, d_sae), jnp.int32), norm_in, norm_out, jnp.full(n, -1))
-
-
-def _scale(x, norm):
-    """To a mean norm of sqrt(d)."""
-    return x * (math.sqrt(x.shape[-1]) / norm)
-
-
-def _step_one(state: State, x, y, sparsity, step, key, recipe: Recipe) -> tuple[State, objectives.Stats]:
-    """One optimiser step of one SAE on one batch."""
-    norm_in = NORM_DECAY * state.norm_in + (1 - NORM_DECAY) * _mean_norm(x)
-    norm_out = NORM_DECAY * state.norm_out + (1 - NORM_DECAY) * _mean_norm(y)
-    dead = state.silent >= recipe.dead_after
-    (loss, stats), grads = jax.value_and_grad(objectives.gated_loss, has_aux=True)(
-        state.params, _scale(x, norm_in), _scale(y, norm_out), sparsity, dead, key=key
-    )
-    params, second = _adam(state.params, state.second, grads, recipe, step)
-    silent = jnp.where(stats.fired, 0, state.silent + 1)
-    bad_step = jnp.where((state.bad_step < 0) & ~jnp.isfinite(loss), step, state.bad_step)
-    return State(params, second, silent, norm_in, norm_out, bad_step), stats
-
-
-def _adam(params: Params, second: Params, grads: Params, recipe: Recipe, step) -> tuple[Params, Params]:
-    """Adam with b1 = 0 on the clipped gradient of one SAE, bias-corrected."""
-    norm = jnp.sqrt(sum(jnp.sum(g**2) for g in grads))
-    shrink = jnp.minimum(1.0, recipe.clip / (norm + 1e-12))
-    second = jax.tree.map(lambda s, g: BETA2 * s + (1 - BETA2) * (shrink * g) ** 2, second, grads)
-    correction = 1 - BETA2 ** (step + 1).astype(jnp.float32)
-    rate = recipe.rate(step) * shrink
-    return jax.tree.map(lambda p, g, s: p - rate * g / (jnp.sqrt(s / correction) + 1e-8), params, grads, second), second
-
-
-def _over_saes(function, *stacked):
-    """`vmap` on accelerators. On a CPU one SAE after the other, so that its (batch, d_sae) arrays stay in the cache: 2-3 x faster."""
-    if jax.default_backend() == "cpu":
-        return jax.lax.map(lambda args: function(*args), stacked)
-    return jax.vmap(function)(*stacked)
-
-
-@functools.partial(jax.jit, static_argnames=("recipe", "layout"), donate_argnames="state")
-def _run_chunk(state: State, buffer, sparsity, key, first, last, recipe: Recipe, layout: _Layout):
-    """Steps first .. last - 1 of all SAEs; also L0 and FVU summed over them, (n_saes,) each."""
-    n_saes, n_tokens = len(layout.sites), buffer[0].shape[0]
-
-    def step(i, carry):
-        state, l0, fvu = carry
-        index_key, ghost_key = jax.random.split(jax.random.fold_in(key, i))
-        x, y = layout.rows(buffer, jax.random.randint(index_key, (recipe.batch_size,), 0, n_tokens))
-        ramp = jnp.minimum(1.0, (i + 1) / max(1, recipe.sparsity_warmup))
-        each = functools.partial(_step_one, step=i, recipe=recipe)
-        keys = jax.random.split(ghost_key, n_saes)
-        state, stats = _over_saes(lambda s, x, y, lam, k: each(s, x, y, lam * ramp, key=k), state, x, y, sparsity, keys)
-        return state, l0 + stats.l0, fvu + stats.fvu
-
-    # the bounds are traced, so that a last chunk of another length needs no second compilation
-    state, l0, fvu = jax.lax.fori_loop(first, last, step, (state, jnp.zeros(n_saes), jnp.zeros(n_saes)))
-    return state, (l0, fvu)
-
-
-def _stop_if_bad(state: State, sites: Sequence[Site]) -> None:
-    bad = np.asarray(state.bad_step)
+def stop_if_bad(means: Means, suite: Suite) -> None:
+    """Raises `TrainingError` with the step and site of the first loss that was not finite."""
+    bad = np.asarray(means.bad_step)
     if (bad >= 0).any():
         i = int(np.argmin(np.where(bad >= 0, bad, np.iinfo(bad.dtype).max)))
         raise TrainingError(
-            f"the loss of the SAE at {sites[i]} is not finite at step {bad[i]}: check its activations for inf or NaN "
+            f"the loss of the SAE at {suite.members[i].site} is not finite at step {bad[i]}: check its activations for inf or NaN "
             "(float16 overflows at 65504), or lower the learning rate; nothing was saved"
         )
-
-
-def _progress(state: State, sums, step: int, n: int, speed: float, recipe: Recipe, sites) -> Progress:
-    dead = np.mean(np.asarray(state.silent) >= recipe.dead_after, axis=1)
-    l0, fvu = (np.asarray(s) / n for s in sums)
-    by_site = [dict(zip(sites, map(float, values), strict=True)) for values in (l0, fvu, dead)]
-    return Progress(step, recipe.n_steps, speed, *by_site)
-
-
-def _finish(state: State, i: int, site: Site, meta: Mapping, sparsity: float) -> SAE:
-    """SAE i with both normalisations and the norms of its decoder rows folded into the weights (exact)."""
-    p = Params(*(w[i] for w in state.params))
-    gain_in = math.sqrt(p.W_enc.shape[0]) / state.norm_in[i]
-    gain_out = math.sqrt(p.W_dec.shape[1]) / state.norm_out[i]
-    W_dec = p.W_dec / gain_out
-    norms = jnp.linalg.norm(W_dec, axis=1) + 1e-12
-    return SAE(
-        W_enc=p.W_enc * gain_in,
-        b_enc=p.b_gate,
-        W_dec=W_dec / norms[:, None],
-        b_dec=p.b_dec / gain_out,
-        r_mag=p.r_mag + jnp.log(norms),
-        b_mag=p.b_mag * norms,
-        site_in=site,
-        site_out=output_site(site),
-        architecture="gated",
-        metadata=tuple(sorted((dict(meta) | {"sparsity": sparsity}).items())),
-    )

@@ -1,0 +1,121 @@
+r"""The objective and the start of the paper's own gated SAEs, for one SAE and one batch; the published others are in objectives.py.
+
+With $h = x W_{enc}$, gate pre-activation $\pi = h + b_{gate}$ and target $y$ (= $x$, or another activation for a transcoder)
+
+$$ f = 1[\pi > 0]\,\mathrm{ReLU}(h e^{r} + b_{mag}), \qquad
+   R(\hat y) = \mathrm{mean}_{tokens} \frac{\|\hat y - y\|^2}{\|y - \bar y\|}, $$
+$$ L = R(f W_{dec} + b_{dec}) + 2 \lambda\, \mathrm{mean}_{tokens} \sum_i \mathrm{ReLU}(\pi_i)\,\|W_{dec,i}\|
+     + R(\mathrm{ReLU}(\pi) W_{dec} + b_{dec}) + \tfrac14 L_{ghost}. $$
+
+$\bar y$ is the mean of the batch. The norm of a decoder row is free, since the penalty weighs by it, and the decoder is not
+held constant in the gate's reconstruction. Inputs and targets arrive scaled to a mean norm of $\sqrt d$.
+
+Source: Kharlapenko et al. (2025), App. B, and their trainer. Ours differs in that the magnitude's scale is $e^r$ (Gated
+SAEs, Eq. 7; theirs softplus) and that ghost gradients see a part of the batch and of the dead latents at a time.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from icl_lib.saes.objectives import Params, Stats, matmul, target_norm
+from icl_lib.saes.recipes import Recipe
+
+GHOST_COEFFICIENT = 0.25
+# Ghost gradients look at this part of the batch, and at this part of the dictionary: cheap, and all dead latents get turns.
+GHOST_BATCH, GHOST_LATENTS = 4, 8
+_EPS = 1e-6
+
+
+def init(x: Float[Array, "tokens d_in"], y: Float[Array, "tokens d_out"], d_sae: int, recipe: Recipe, *, key: PRNGKeyArray) -> Params:
+    r"""Start of training from a sample of (scaled) activations.
+
+    The encoder is orthogonal and the decoder its transpose, as in the paper. We add what keeps latents from
+    being born dead in a short run: encoder columns of unit norm too, $b_{dec}$ the mean target, and gate and magnitude biases
+    $-\bar x W_{enc}$, so that every latent fires on about half of the tokens at first.
+    A transcoder whose input and output widths differ gets an independent orthogonal decoder.
+    """
+    d_in, d_out = x.shape[1], y.shape[1]
+    enc_key, dec_key = jax.random.split(key)
+    W_enc = _orthogonal(enc_key, d_in, d_sae)
+    W_dec = W_enc.T if d_in == d_out else _orthogonal(dec_key, d_out, d_sae).T
+    bias = -(jnp.mean(x, axis=0) @ W_enc)
+    # a dense start would overshoot by the number of latents in the same direction, d_sae / d / 2 when half of them fire
+    return Params(W_enc, W_dec * min(1.0, d_out / d_sae), bias, bias, jnp.zeros(d_sae), jnp.mean(y, axis=0))
+
+
+def _orthogonal(key, d: int, d_sae: int) -> Float[Array, "d d_sae"]:
+    W = jax.nn.initializers.orthogonal()(key, (d, d_sae))
+    return W / jnp.linalg.norm(W, axis=0, keepdims=True)
+
+
+def loss(
+    params: Params,
+    x: Float[Array, "tokens d_in"],
+    y: Float[Array, "tokens d_out"],
+    sparsity: Float[Array, ""],
+    dead: Array | None = None,
+    *,
+    key: PRNGKeyArray | None = None,
+) -> tuple[Float[Array, ""], Stats]:
+    r"""The loss $L$ above and the batch's statistics. `sparsity` is $\lambda$; `dead` (d_sae,) bool turns ghost gradients on
+    and needs a `key`, which draws the dead latents that get them.
+    """
+    h = matmul(x, params.W_enc)  # computed once: gate and magnitude share it
+    pi = h + params.b_enc[None]
+    open_gate = jax.nn.relu(pi)
+    f = jnp.where(pi > 0, jax.nn.relu(h * jnp.exp(params.r_mag)[None] + params.b_mag[None]), 0)
+    scale = target_norm(y)
+    target = y - params.b_dec[None]
+    err = target - matmul(f, params.W_dec)
+    gate_err = target - matmul(open_gate, params.W_dec)
+    reconstruction = jnp.mean(jnp.sum(err**2, axis=1) / scale)
+    gate_reconstruction = jnp.mean(jnp.sum(gate_err**2, axis=1) / scale)
+    penalty = 2 * sparsity * jnp.dot(jnp.mean(open_gate, axis=0), jnp.linalg.norm(params.W_dec.astype(jnp.float32), axis=1))
+    total = reconstruction + penalty + gate_reconstruction
+    if dead is not None:
+        total = total + _ghost(params, x, err, scale, dead, key)
+    fired = f > 0
+    l0 = jnp.mean(jnp.sum(fired, axis=1, dtype=jnp.float32))
+    return total, Stats(l0, jnp.sum(err**2) / jnp.sum(scale**2), jnp.any(fired, axis=0))
+
+
+def _ghost(params, x, err, scale, dead, key):
+    """Ghost loss where a latent is dead, skipped by `cond` where none is."""
+    n = math.ceil(x.shape[0] / GHOST_BATCH)
+    err = jax.lax.stop_gradient(err[:n])
+    k = math.ceil(dead.shape[0] / GHOST_LATENTS)
+    # random order among the dead, so that stubborn ones do not keep others waiting
+    rank, latents = jax.lax.top_k(jnp.where(dead, jax.random.uniform(key, dead.shape), -1.0), k)
+    fraction = jnp.mean(dead.astype(jnp.float32))
+    return jax.lax.cond(
+        jnp.any(dead),
+        lambda p: GHOST_COEFFICIENT * fraction * ghost_loss(p, x[:n], err, scale[:n], latents, rank >= 0),
+        lambda p: jnp.zeros(()),
+        params,
+    )
+
+
+def ghost_loss(
+    params: Params,
+    x: Float[Array, "tokens d_in"],
+    err: Float[Array, "tokens d_out"],
+    scale: Float[Array, " tokens"],
+    latents: Int[Array, " k"],
+    dead: Array,
+) -> Float[Array, ""]:
+    r"""How well dead latents would explain the error of the living ones.
+
+    $g = \mathrm{softplus}(\pi) W_{dec}$ over the dead among `latents`, rescaled per token to half of the error's norm, is
+    compared with the error; the loss is scaled to the size of the reconstruction loss. Neither scale carries a gradient.
+    Source: Jermyn and Templeton, "Ghost grads", Transformer Circuits updates (January 2024); softplus for exp as in ICL-SFC.
+    """
+    pi = matmul(x, params.W_enc[:, latents]) + params.b_enc[latents][None]
+    g = matmul(jnp.where(dead[None], jax.nn.softplus(pi), 0), params.W_dec[latents])
+    norm = jnp.linalg.norm(jax.lax.stop_gradient(g), axis=1, keepdims=True)
+    half = jnp.linalg.norm(err, axis=1, keepdims=True) / (2 * norm + _EPS)
+    ghost = jnp.mean(jnp.sum((g * half - err) ** 2, axis=1) / scale)
+    reconstruction = jnp.mean(jnp.sum(err**2, axis=1) / scale)
+    return ghost * jax.lax.stop_gradient(reconstruction / (ghost + _EPS))
