@@ -8,18 +8,21 @@ import pytest
 
 from icl_lib.models import Site
 from icl_lib.saes import SAE
+from icl_lib.saes.sae import ARCHITECTURES, top_k
 
 SITE = Site("resid_pre", 2)
 
 
-def make(architecture, getkey, d_in=6, d_sae=20, d_out=6, site_out=SITE):
+def make(architecture, getkey, d_in=6, d_sae=20, d_out=6, site_out=SITE, skip=False):
     def normal(*shape):
         return jax.random.normal(getkey(), shape)
 
-    extra = {"gated": {"r_mag": 0.5 * normal(d_sae), "b_mag": normal(d_sae)}, "jumprelu": {"threshold": jnp.abs(normal(d_sae))}}
+    threshold = {"threshold": jnp.abs(normal(d_sae))}
+    gate = {"r_mag": 0.5 * normal(d_sae), "b_mag": normal(d_sae)}
+    extra = {"gated": gate, "jumprelu": threshold, "batchtopk": threshold, "topk": {"k": 4}}
     return SAE(
         W_enc=normal(d_in, d_sae), b_enc=normal(d_sae), W_dec=normal(d_sae, d_out), b_dec=normal(d_out),
-        site_in=SITE, site_out=site_out, architecture=architecture, **extra.get(architecture, {}),
+        W_skip=normal(d_in, d_out) if skip else None, site_in=SITE, site_out=site_out, architecture=architecture, **extra.get(architecture, {}),
     )  # fmt: skip
 
 
@@ -35,12 +38,15 @@ def by_hand(sae, x):
             else:
                 p = h + w["b_enc"][i]
                 f[t, i] = p if p > w.get("threshold", np.zeros(sae.d_sae))[i] else 0
-    return f, f @ w["W_dec"] + w["b_dec"]
+        if sae.architecture == "topk":
+            f[t, np.argsort(f[t])[: -sae.k]] = 0
+    return f, f @ w["W_dec"] + w["b_dec"] + (x @ w["W_skip"] if "W_skip" in w else 0)
 
 
-@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
-def test_encode_decode(architecture, getkey):
-    sae = make(architecture, getkey)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("skip", [False, True])
+def test_encode_decode(architecture, skip, getkey):
+    sae = make(architecture, getkey, d_out=5, site_out=Site("mlp_out", 2), skip=skip)
     x = jax.random.normal(getkey(), (50, 6))
     f, x_hat = by_hand(sae, x)
     assert 0.05 < (f > 0).mean() < 0.95
@@ -49,14 +55,44 @@ def test_encode_decode(architecture, getkey):
     np.testing.assert_allclose(sae.activate(sae.pre(x)), f, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
-def test_fold_is_the_same_function(architecture, getkey):
-    sae = make(architecture, getkey, d_out=4, site_out=Site("mlp_out", 2))
+def relative(a, b):
+    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "topk"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_fold_is_the_same_function(architecture, skip, getkey):
+    sae = make(architecture, getkey, d_out=4, site_out=Site("mlp_out", 2), skip=skip)
     folded = sae.fold()
     x = jax.random.normal(getkey(), (3, 200, 6))
     assert folded.architecture == "jumprelu" and folded.site_out == sae.site_out
-    np.testing.assert_allclose(folded.encode(x), sae.encode(x), atol=1e-5)
-    np.testing.assert_allclose(folded(x), sae(x), atol=1e-4)
+    assert (sae.encode(x) > 0).mean() > 0.1
+    assert relative(folded.encode(x), sae.encode(x)) < 1e-5
+    assert relative(folded(x), sae(x)) < 1e-5
+    assert relative(folded.fold()(x), sae(x)) < 1e-5
+
+
+def test_topk(getkey):
+    """Never more than k, also with ties, and only k where more are positive; gradients pass where a latent is on."""
+    sae = make("topk", getkey)
+    tied = jnp.array([[1.0, 2.0, 2.0, 2.0, 2.0, 2.0, -1.0], [-1.0, -2.0, 0.5, -1.0, -1.0, -1.0, -1.0]])
+    np.testing.assert_array_equal((top_k(tied, 3) > 0).sum(axis=1), [3, 1])
+    np.testing.assert_array_equal(top_k(tied, 3)[1], jnp.maximum(tied[1], 0))
+    x = jax.random.normal(getkey(), (40, 6))
+    pre = sae.pre(x)
+    np.testing.assert_array_equal(jax.grad(lambda p: sae.activate(p).sum())(pre), sae.activate(pre) > 0)
+    with pytest.raises(ValueError, match="topk SAE at blocks.2.hook_resid_pre has no jumprelu form"):
+        sae.fold()
+
+
+def test_skip_needs_the_input(getkey):
+    sae = make("standard", getkey, site_out=Site("mlp_out", 2), skip=True)
+    x = jax.random.normal(getkey(), (3, 6))
+    with pytest.raises(ValueError, match="skip matrix"):
+        sae.decode(sae.encode(x))
+    np.testing.assert_array_equal(sae.decode(sae.encode(x), x), sae(x))
+    with pytest.raises(ValueError, match="W_skip is for transcoders"):
+        make("standard", getkey, skip=True)
 
 
 def test_gate_and_magnitude_disagree(getkey):
@@ -86,5 +122,10 @@ def test_errors(getkey):
         SAE(**weights, site_in=SITE, site_out=SITE, architecture="jumprelu")
     with pytest.raises(ValueError, match="has no b_mag"):
         SAE(**weights, b_mag=sae.b_mag, site_in=SITE, site_out=SITE, architecture="standard")
+    for k in (None, 0, 21):
+        with pytest.raises(ValueError, match=r"needs k in 1\.\.20"):
+            SAE(**weights, k=k, site_in=SITE, site_out=SITE, architecture="topk")
+    with pytest.raises(ValueError, match="other architectures have none; got k = 3"):
+        SAE(**weights, k=3, site_in=SITE, site_out=SITE, architecture="standard")
     with pytest.raises(ValueError, match="architecture must be one of"):
-        SAE(**weights, site_in=SITE, site_out=SITE, architecture="topk")
+        SAE(**weights, site_in=SITE, site_out=SITE, architecture="temporal")

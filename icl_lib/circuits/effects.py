@@ -110,7 +110,7 @@ def clean_pass(model: Transformer, suite: Suite, prompts: Prompts, metric: Metri
 def latents_and_error(sae: SAE, x: Float[Array, "b s d_in"], y: Float[Array, "b s d_out"]) -> tuple[Array, Array]:
     """f (b, s, d_sae) and what the SAE does not explain of its output, err = y - decode(f) (b, s, d_out)."""
     f = sae.encode(x.astype(sae.W_enc.dtype))
-    return f.astype(jnp.float32), y - sae.decode(f).astype(jnp.float32)
+    return f.astype(jnp.float32), y - sae.decode(f, x).astype(jnp.float32)
 
 
 class Effects(eqx.Module):

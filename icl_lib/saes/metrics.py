@@ -208,7 +208,7 @@ def _parts(sae: SAE, mean: Array, cache: dict[Site, Array], mask: Array, d_sae: 
     w = mask.astype(jnp.float32)
     f, y = sae.encode(cache[sae.site_in]), cache[sae.site_out].astype(jnp.float32)
     fired = jnp.einsum("bs,bsf->f", w, (f > 0).astype(jnp.float32))
-    err, centred = y - sae.decode(f), y - jnp.broadcast_to(mean, y.shape)
+    err, centred = y - sae.decode(f, cache[sae.site_in]), y - jnp.broadcast_to(mean, y.shape)
     fired = jnp.pad(fired, (0, d_sae - sae.d_sae))
     return {"fired": fired, "err": jnp.einsum("bs,bsd->", w, err**2), "var": jnp.einsum("bs,bsd->", w, centred**2)}
 

@@ -1,4 +1,4 @@
-"""One sparse autoencoder (or transcoder) at one site of a model, in the three forms that the experiments meet."""
+"""One sparse autoencoder (or transcoder) at one site of a model, in every form that the experiments and public files have."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from jaxtyping import Array, Float
 
 from icl_lib.models import Site
 
-ARCHITECTURES = ("standard", "jumprelu", "gated")
+ARCHITECTURES = ("standard", "gated", "jumprelu", "topk", "batchtopk")
 # what each form has beyond the two matrices and their biases
-_EXTRA = {"standard": (), "jumprelu": ("threshold",), "gated": ("r_mag", "b_mag")}
+_EXTRA = {"standard": (), "gated": ("r_mag", "b_mag"), "jumprelu": ("threshold",), "topk": (), "batchtopk": ("threshold",)}
 
 
 def along(vector: Float[Array, " n"], x: Array) -> Array:
@@ -24,21 +24,32 @@ def jumprelu(pre: Float[Array, "*batch d_sae"], threshold: Float[Array, " d_sae"
     return jnp.where(pre > along(jnp.maximum(threshold, 0), pre), pre, 0)
 
 
+def top_k(pre: Float[Array, "*batch d_sae"], k: int) -> Float[Array, "*batch d_sae"]:
+    """The k largest entries along the last axis where they are positive, zero elsewhere; never more than k, also where values tie."""
+    values, index = jax.lax.top_k(pre, k)
+    return jnp.put_along_axis(jnp.zeros_like(pre), index, jax.nn.relu(values), axis=-1, inplace=False)
+
+
 class SAE(eqx.Module):
     r"""A sparse autoencoder of the activations at `site_in`, or a transcoder from them to those at `site_out`.
 
-    $\hat x = f W_{dec} + b_{dec}$, and with $h = x W_{enc}$ the features are, by `architecture`,
+    $\hat x = f W_{dec} + b_{dec}$, to which a transcoder may add $x W_{skip}$. With $h = x W_{enc}$ the features are, by `architecture`,
 
     - standard: $f = \mathrm{ReLU}(h + b_{enc})$
+    - gated: $f = 1[h + b_{enc} > 0]\,\mathrm{ReLU}(h\,e^{r_{mag}} + b_{mag})$, so that `b_enc` is the bias of the gate
     - jumprelu: $f = \mathrm{ReLU}(h + b_{enc})\,1[h + b_{enc} > \theta]$
-    - gated: $f = 1[h + b_{enc} > 0]\,\mathrm{ReLU}(h\,e^{r_{mag}} + b_{mag})$, so that `b_enc` is the bias of the gate.
+    - topk: the `k` largest entries of $\mathrm{ReLU}(h + b_{enc})$ of each token
+    - batchtopk: the same as jumprelu. Training kept the largest of a whole batch, and $\theta$ is the smallest that this keeps.
 
-    Row $i$ of `W_dec` is what latent $i$ writes, in units of `site_out`. There is no normalisation of input or output:
-    training folds it into the weights. `metadata` is a tuple of (name, value) pairs, kept in files.
+    Row $i$ of `W_dec` is what latent $i$ writes, in units of `site_out`. There is no normalisation of input or output, and no
+    bias is taken from the input: training and file readers fold all that into the weights. `metadata` is a tuple of (name,
+    value) pairs, kept in files.
 
     Raises `ValueError` at construction if shapes disagree or a weight of the architecture is missing or too many.
-    Source: Rajamanoharan et al. (2024), "Improving Dictionary Learning with Gated Sparse Autoencoders", Eqs. (6) to (8);
-    jumprelu: the same authors (2024), "Jumping Ahead", Eq. (3).
+    Sources: Rajamanoharan et al. (2024), "Improving Dictionary Learning with Gated Sparse Autoencoders", Eqs. (6) to (8);
+    the same authors (2024), "Jumping Ahead", Eq. (3); Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Sec. 2.3;
+    Bussmann et al. (2024), "BatchTopK Sparse Autoencoders"; Dunefsky et al. (2024) and Paulo et al. (2025), "Transcoders Beat
+    Sparse Autoencoders for Interpretability", for transcoders without and with a skip matrix.
     """
 
     W_enc: Float[Array, "d_in d_sae"]
@@ -51,14 +62,17 @@ class SAE(eqx.Module):
     threshold: Float[Array, " d_sae"] | None = None
     r_mag: Float[Array, " d_sae"] | None = None
     b_mag: Float[Array, " d_sae"] | None = None
+    W_skip: Float[Array, "d_in d_out"] | None = None
+    k: int | None = eqx.field(static=True, default=None)
     metadata: tuple[tuple[str, Any], ...] = eqx.field(static=True, default=())
 
     def __check_init__(self):
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
-        d_sae = self.W_enc.shape[1]
-        wanted = {"b_enc": (d_sae,), "W_dec": (d_sae, self.W_dec.shape[1]), "b_dec": (self.W_dec.shape[1],)}
+        (d_in, d_sae), d_out = self.W_enc.shape, self.W_dec.shape[1]
+        wanted = {"b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
         wanted |= {name: (d_sae,) for name in _EXTRA[self.architecture]}
+        wanted |= {} if self.W_skip is None else {"W_skip": (d_in, d_out)}
         for name, shape in wanted.items():
             value = getattr(self, name)
             if value is None or value.shape != shape:
@@ -67,6 +81,10 @@ class SAE(eqx.Module):
         for name in {"threshold", "r_mag", "b_mag"} - set(_EXTRA[self.architecture]):
             if getattr(self, name) is not None:
                 raise ValueError(f"a {self.architecture} SAE has no {name}: leave it out or choose another architecture")
+        if (self.k is None) == (self.architecture == "topk") or (self.k is not None and not 1 <= self.k <= d_sae):
+            raise ValueError(f"a topk SAE needs k in 1..{d_sae}, other architectures have none; got k = {self.k} for {self.architecture}")
+        if self.W_skip is not None and not self.is_transcoder:
+            raise ValueError(f"W_skip is for transcoders: with it, an SAE of {self.site_in} could copy its input")
 
     @property
     def d_in(self) -> int:
@@ -98,7 +116,7 @@ class SAE(eqx.Module):
 
     def activate(self, pre: Float[Array, "*batch d_sae"]) -> Float[Array, "*batch d_sae"]:
         """Features of the pre-activations that `pre` returns."""
-        return jumprelu(pre, self._magnitude_threshold())
+        return top_k(pre, self.k) if self.architecture == "topk" else jumprelu(pre, self._magnitude_threshold())
 
     def encode(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
         """Features of activations, at least 0. Raises `ValueError` if the last axis is not d_in."""
@@ -107,23 +125,40 @@ class SAE(eqx.Module):
             return jnp.where(h + along(self.b_enc, h) > 0, jax.nn.relu(self._magnitude(h)), 0)
         return self.activate(h + along(self.b_enc, h))
 
-    def decode(self, f: Float[Array, "*batch d_sae"]) -> Float[Array, "*batch d_out"]:
-        """Reconstruction, in units of `site_out`. Raises `ValueError` if the last axis is not d_sae."""
+    def decode(self, f: Float[Array, "*batch d_sae"], x: Float[Array, "*batch d_in"] | None = None) -> Float[Array, "*batch d_out"]:
+        """Reconstruction, in units of `site_out`. The skip matrix of a transcoder that has one acts on `x`, the encoded input.
+
+        Raises `ValueError` if the last axis is not d_sae, or if `x` is needed and missing.
+        """
         if f.shape[-1] != self.d_sae:
-            raise ValueError(f"decode takes features with last axis d_sae = {self.d_sae}, got shape {f.shape}: was f encoded by another SAE?")
+            raise ValueError(
+                f"decode takes features with last axis d_sae = {self.d_sae}, got shape {f.shape}: was f encoded by another SAE?"
+            )
         x_hat = f.astype(self.W_dec.dtype) @ self.W_dec
-        return x_hat + along(self.b_dec, x_hat)
+        x_hat = x_hat + along(self.b_dec, x_hat)
+        if self.W_skip is None:
+            return x_hat
+        if x is None:
+            raise ValueError(f"the transcoder at {self.site_in} has a skip matrix, which acts on the input: call decode(f, x)")
+        return x_hat + x.astype(self.W_skip.dtype) @ self.W_skip
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
-        """`decode(encode(x))`."""
-        return self.decode(self.encode(x))
+        """Reconstruction of activations: `decode(encode(x), x)`."""
+        return self.decode(self.encode(x), x)
 
     def fold(self) -> "SAE":
-        r"""The same function as a jumprelu SAE.
+        r"""The same function as a jumprelu SAE, a skip matrix kept beside it.
 
         For a gated SAE $W'_{enc} = W_{enc} e^{r}$, $b'_{enc} = b_{mag}$ and $\theta = \max(0, b_{mag} - b_{enc} e^{r})$: the
-        gate $h > -b_{enc}$ becomes a threshold on the magnitude's pre-activation. Exact but for rounding.
+        gate $h > -b_{enc}$ becomes a threshold on the magnitude's pre-activation. Exact but for rounding. A batchtopk SAE has its threshold.
+
+        Raises `ValueError` for a topk SAE: which latents are on depends on the others, so no threshold per latent does the same.
         """
+        if self.architecture == "topk":
+            raise ValueError(
+                f"the topk SAE at {self.site_in} has no jumprelu form, since its latents compete for {self.k} places: methods that fold "
+                "(cleaning, ablation, links) need an SAE whose latents are on or off by themselves"
+            )
         gated = self.architecture == "gated"
         return SAE(
             W_enc=self.W_enc * jnp.exp(self.r_mag)[None, :] if gated else self.W_enc,
@@ -131,6 +166,7 @@ class SAE(eqx.Module):
             W_dec=self.W_dec,
             b_dec=self.b_dec,
             threshold=self._magnitude_threshold(),
+            W_skip=self.W_skip,
             site_in=self.site_in,
             site_out=self.site_out,
             architecture="jumprelu",
