@@ -19,7 +19,7 @@ torch.set_num_threads(1)  # the tensors are tiny, and the tests may run side by 
 
 CONFIGS = Path(__file__).parents[1].parent / "shared" / "data" / "hf_configs"  # where a checkout comes with them
 SIZES = {
-    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 40, "vocab_size": 50,
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40, "vocab_size": 50,
     "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
 }  # fmt: skip
 LLAMA3 = {
@@ -36,7 +36,7 @@ FORMS = {
     "phi3": {"num_key_value_heads": 2, "sliding_window": 5},
     "gpt_neox": {"rotary_pct": 0.5},
     "gpt_neox, serial": {"rotary_pct": 0.25, "use_parallel_residual": False},
-    "qwen2": {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, "tie_word_embeddings": True},
+    "qwen2": {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "tie_word_embeddings": True},
     "qwen2, untied": {"num_key_value_heads": 2, "tie_word_embeddings": False},
     "llama": {"num_key_value_heads": 2, "rope_parameters": LLAMA3},
     "llama, biases, tied": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
@@ -139,13 +139,13 @@ def test_right_padded_batches_agree_where_there_is_text(form, folders):
     np.testing.assert_allclose(np.asarray(logits)[mask > 0], expected[mask > 0], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["gemma2", "phi3", "gpt_neox", "qwen2", "llama"])
 def test_bfloat16_is_as_close_to_float32_as_torch_is(form, tmp_path):
     """Rounding of the weights is shared; the rounding of the activations must not be larger than torch's."""
     theirs = torch_model(form, torch.bfloat16)
     theirs.save_pretrained(tmp_path)
     half, full = load_model(tmp_path, dtype="bfloat16"), load_model(tmp_path)
-    tokens, last = some_tokens(), Site("resid_post", 3)
+    tokens, last = some_tokens(), Site("resid_post", 1)
     exact, exact_cache = run_with_cache(full, jnp.asarray(tokens), [last])
     logits, cache = run_with_cache(half, jnp.asarray(tokens), [last])
     their_logits, _ = torch_run(theirs, tokens)
@@ -159,7 +159,7 @@ def test_bfloat16_is_as_close_to_float32_as_torch_is(form, tmp_path):
 def test_a_saved_model_is_read_by_transformers_and_by_us(form, folders, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    _, folder = folders(form)
+    first, folder = folders(form)
     ours = load_model(folder)
     save_model(ours, tmp_path, dtype="float32")
     again = load_model(tmp_path)
@@ -167,9 +167,8 @@ def test_a_saved_model_is_read_by_transformers_and_by_us(form, folders, tmp_path
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(ours), strict=True):
         np.testing.assert_array_equal(a, b)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    tokens = some_tokens()
-    expected, _ = torch_run(theirs, tokens)
-    np.testing.assert_allclose(run_with_cache(ours, jnp.asarray(tokens), [])[0], expected, rtol=0, atol=1e-4)
+    expected, found = (torch_run(model, some_tokens())[0] for model in (first, theirs))
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("form", ["gemma2", "phi3", "gpt_neox"])

@@ -238,4 +238,6 @@ def tiny_config(family: str = "gemma", **overrides) -> ModelConfig:
     }  # fmt: skip
     if family == "gpt_neox":
         sizes |= {"n_kv_heads": 2, "rotary_dim": 4, "norm_eps": 1e-5}
+    if family == "gemma2":
+        sizes["attn_scale"] = 8**-0.5
     return ModelConfig(**(sizes | TRAITS.get(family, {}) | overrides))
