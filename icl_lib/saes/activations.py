@@ -3,11 +3,13 @@
 import math
 from collections.abc import Iterable, Mapping
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from icl_lib.models import Site, Transformer, run_with_cache
+from icl_lib.models import Site, Transformer, record
+from icl_lib.models.sites import check_sites
 
 
 def output_site(site_in: Site) -> Site:
@@ -25,10 +27,10 @@ def needed_sites(sites: Iterable[Site]) -> list[Site]:
     return list(dict.fromkeys(site for s in sites for site in (s, output_site(s))))
 
 
-def token_mask(tokens: np.ndarray | Array, config) -> np.ndarray:
+def token_mask(tokens: np.ndarray | Array, config) -> np.ndarray | Array:
     """True where a token is neither BOS nor padding: the tokens that SAEs are trained and judged on."""
-    tokens = np.asarray(tokens)
-    return (tokens != config.bos_id) & (tokens != config.pad_id)
+    real = tokens != config.pad_id
+    return real if config.bos_id is None else real & (tokens != config.bos_id)
 
 
 def check_tokens(tokens: np.ndarray | Array, config) -> None:
@@ -54,7 +56,7 @@ def harvest(
     `mask` defaults to `token_mask`. Row i is the same token at every site. float16 halves the memory (n_tokens x d_model x
     2 bytes a site). Raises `ValueError` if nothing is left, if a layer or token id does not exist, or if a value overflows `dtype`.
     """
-    sites = list(dict.fromkeys(sites))
+    sites = check_sites(model.config, dict.fromkeys(sites))
     tokens = np.asarray(tokens, dtype=np.int32)
     mask = token_mask(tokens, model.config) if mask is None else np.asarray(mask)
     if mask.shape != tokens.shape:
@@ -66,7 +68,7 @@ def harvest(
     acts: dict[Site, np.ndarray] = {}
     start = 0
     for rows, keep in _batches(tokens, mask, batch_size):
-        _, cache = run_with_cache(model, rows, sites)
+        cache = _activations(model, rows, sites)
         stop = start + int(keep.sum())
         for site in sites:
             values = np.asarray(cache[site])[keep].astype(dtype)
@@ -76,6 +78,14 @@ def harvest(
         start = stop
     _check_finite(acts)
     return acts
+
+
+@eqx.filter_jit
+def _activations(model: Transformer, tokens: Array, sites: tuple[Site, ...]) -> dict[Site, Array]:
+    """What `sites` see. The compiler drops what they do not need: the layers above them and the logits."""
+    cache: dict[Site, Array] = {}
+    model(tokens, tap=record(sites, cache))
+    return cache
 
 
 def _batches(tokens: np.ndarray, mask: np.ndarray, batch_size: int):

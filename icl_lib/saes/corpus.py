@@ -1,12 +1,12 @@
 """Text for training SAEs: documents from a hub or from files, tokenised, packed into contexts, resumable to the token.
 
 A corpus gives contexts of one length, (n, seq) int32, each with BOS in front; documents follow each other with a BOS between
-them. BOS and padding are what `token_mask` leaves out of losses and statistics. `state_dict` is JSON: a corpus that loads
+them (a model without BOS: neither). BOS and padding are what `token_mask` leaves out of losses and statistics. `state_dict` is JSON: a corpus that loads
 it goes on with the very context that would have come next.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,14 +88,15 @@ class TextCorpus:
         tokenizer,
         seq: int,
         *,
-        bos_id: int,
+        bos_id: int | None,
         text_column: str = "text",
         epochs: int = 1,
         name: str = "text",
     ):
         if seq < 2:
             raise CorpusError(f"a context is BOS and at least one token, got seq = {seq}")
-        self.seq, self.bos_id, self.text_column, self.epochs, self.name = seq, bos_id, text_column, epochs, name
+        self._front = [] if bos_id is None else [bos_id]  # of a context, and between documents
+        self.seq, self.text_column, self.epochs, self.name = seq, text_column, epochs, name
         self._tokenizer = tokenizer
         self._check_columns(stream)
         self._stream = split_dataset_by_node(stream, jax.process_index(), jax.process_count()).repeat(epochs)
@@ -105,7 +106,7 @@ class TextCorpus:
 
     def batch(self, n: int) -> Int[np.ndarray, "n seq"]:
         """The next `n` contexts. Raises `CorpusError` where less text is left."""
-        need = n * (self.seq - 1)
+        need = n * (self.seq - len(self._front))
         parts, have = [self._rest], len(self._rest)
         while have < need:
             more = self._read()
@@ -119,8 +120,7 @@ class TextCorpus:
         tokens = np.concatenate(parts)
         self._rest = tokens[need:]
         self._given += n
-        rows = tokens[:need].reshape(n, self.seq - 1)
-        return np.concatenate([np.full((n, 1), self.bos_id, np.int32), rows], axis=1)
+        return np.concatenate([np.tile(np.asarray(self._front, np.int32), (n, 1)), tokens[:need].reshape(n, -1)], axis=1)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next context starts: the stream's own state and the tokens that wait."""
@@ -152,5 +152,5 @@ class TextCorpus:
         if not texts:
             return None
         ids = self._tokenizer([t for t in texts if t], add_special_tokens=False, verbose=False)["input_ids"] if any(texts) else []
-        flat = [token for document in ids for token in (*document, self.bos_id)]
+        flat = [token for document in ids for token in (*document, *self._front)]
         return np.asarray(flat, np.int32)

@@ -1,0 +1,211 @@
+"""The job that trains a suite of SAEs on a language model and a corpus, from one pass of the model for all of them.
+
+Language-model passes and SAE steps alternate on the device: a pass replaces the oldest part of the activation buffer, then
+every SAE takes some steps. Meanwhile the host tokenises the next contexts. Everything the job carries is in its checkpoints,
+so that one that was killed goes on as if nothing had happened: in float32 on a CPU to the same bits.
+"""
+
+import dataclasses
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from icl_lib.models import Site, Transformer
+from icl_lib.saes.activations import needed_sites
+from icl_lib.saes.buffer import ActivationBuffer
+from icl_lib.saes.checkpoints import Checkpoints
+from icl_lib.saes.corpus import Corpus
+from icl_lib.saes.formats import save_suite
+from icl_lib.saes.progress import Curves, JobProgress, Reporter
+from icl_lib.saes.recipes import Recipe, TrainingError
+from icl_lib.saes.sae import SAE
+from icl_lib.saes.training import Means, Member, State, Suite, finish, init_state, run_steps, shardings, stop_if_bad
+
+
+def train_suite(
+    model: Transformer,
+    corpus: Corpus,
+    members: Sequence[Member],
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    contexts: int = 32,
+    passes: int = 16,
+    steps_per_pass: int = 4,
+    dtype: str | None = None,
+    save_every: int = 1000,
+    keep: int = 2,
+    mesh: Mesh | None = None,
+    shard: str = "sae",
+    metadata: Mapping[str, str | int | float | bool] | None = None,
+    log: Callable[[JobProgress], None] | None = print,
+    log_seconds: float = 5.0,
+) -> dict[Member, SAE]:
+    """Train `members` by `recipe` on activations of `model` over `corpus`; the same call goes on with a run that was interrupted.
+
+    One pass takes `contexts` contexts of `corpus.seq` tokens, the buffer holds `passes` of them (in `dtype`, by default the
+    model's), and after each pass every SAE takes `steps_per_pass` steps of `recipe.batch_size` rows: with n tokens a pass, a
+    token is drawn steps_per_pass x batch_size / n times on average. `mesh` and `shard` are those of `Suite`.
+
+    Writes into `folder`: `checkpoints/` every `save_every` steps and at the end (the last `keep`), `curves.parquet`, and `saes/`
+    in SAELens layout, one folder a member. `log` gets a line every `log_seconds` (None: silent).
+
+    Raises `TrainingError` before any step if model, corpus, members and recipe do not fit, or if `folder` holds a run of another
+    configuration (`CheckpointError`, naming the fields); later, with step and site, if an activation or a loss is not finite, and
+    `CheckpointError` if a checkpoint cannot be written. The last good checkpoint stays, and the next call goes on from it.
+    """
+    if corpus.seq > model.config.n_ctx:
+        raise TrainingError(
+            f"contexts of {corpus.seq} tokens are longer than the model's {model.config.n_ctx}: make the corpus with a shorter seq"
+        )
+    if steps_per_pass < 1 or save_every < 1:
+        raise TrainingError(f"steps_per_pass and save_every must be at least 1, got {steps_per_pass} and {save_every}")
+    dtype = dtype or str(model.embed.dtype)
+    sites = needed_sites(m.site for m in members)
+    suite = Suite(tuple(members), recipe, {s: model.config.width(s.name) for s in sites}, mesh, shard)
+    buffer = ActivationBuffer(model, corpus, suite.sites, contexts=contexts, passes=passes, dtype=dtype, mesh=mesh)
+    config = _config(model, corpus, suite, seed, {"contexts": contexts, "passes": passes, "steps_per_pass": steps_per_pass, "dtype": dtype})
+    job = _Job(suite, buffer, Checkpoints(Path(folder) / "checkpoints", config, keep), Curves(suite.members, recipe.n_steps))
+    try:
+        job.start(jax.random.key(seed))
+        job.run(steps_per_pass, save_every, log, log_seconds)
+    finally:
+        job.checkpoints.close()
+    trained = finish(job.state, suite, metadata)
+    if jax.process_index() == 0:
+        _write(trained, job.curves, Path(folder))
+    return trained
+
+
+class _Job:
+    """The moving parts, and the order in which they move."""
+
+    def __init__(self, suite: Suite, buffer: ActivationBuffer, checkpoints: Checkpoints, curves: Curves):
+        self.suite, self.buffer, self.checkpoints, self.curves = suite, buffer, checkpoints, curves
+        self.state: State
+        self.step = 0
+
+    def start(self, key: Array) -> None:
+        """From the last checkpoint, or from nothing."""
+        restored = self.checkpoints.restore({"state": self._abstract(key), "tokens": self.buffer.abstract_tokens()})
+        if restored is None:
+            self.buffer.fill()
+            self._check_data()
+            self.state = init_state(self.suite, self.buffer.rows, key=key)
+            return
+        self.step, arrays, data = restored
+        self.state = arrays["state"]
+        self.curves.points = data["curves"]
+        if self.step < self.suite.recipe.n_steps:
+            self.buffer.load(data["buffer"], arrays["tokens"])
+
+    def run(self, steps_per_pass: int, save_every: int, log, log_seconds: float) -> None:
+        """To the last step. The host is never more than one pass ahead of the device."""
+        n_steps = self.suite.recipe.n_steps
+        reporter = Reporter(self.step, n_steps, self.suite.recipe.batch_size, log, log_seconds)
+        try:
+            while self.step < n_steps:
+                before, self.step = self.step, min(self.step + steps_per_pass, n_steps)
+                self.state, means = run_steps(self.state, self.buffer.rows, self.step - before, self.suite)
+                if self.step < n_steps:
+                    self.buffer.refill(self.step)
+                if self.curves.due(before, self.step):
+                    self.curves.add(self.step, means)
+                if reporter.due(self.step):
+                    self._check(means)
+                    reporter.report(self.step, means)
+                if before // save_every != self.step // save_every or self.step == n_steps:
+                    self._check(means)
+                    self._save()
+                jax.block_until_ready(means)
+        finally:
+            reporter.close()
+        self.checkpoints.wait()
+
+    def _save(self) -> None:
+        data, tokens = self.buffer.state()
+        self.checkpoints.save(self.step, {"state": self.state, "tokens": tokens}, {"buffer": data, "curves": self.curves.points})
+
+    def _abstract(self, key: Array) -> State:
+        """Shapes and shardings of the state, without computing it."""
+        shapes = jax.eval_shape(lambda rows: init_state(self.suite, rows, key=key), self.buffer.rows)
+        if self.suite.mesh is None:
+            return shapes
+        place = lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+        return jax.tree.map(place, shapes, shardings(self.suite, shapes))
+
+    def _check(self, means: Means) -> None:
+        """Raises `TrainingError` if data or losses are not finite. Waits for the device."""
+        self._check_data()
+        try:
+            stop_if_bad(means, self.suite)
+        except TrainingError as err:
+            raise TrainingError(f"{err}; {self._kept()}") from None
+        if not bool(_finite(self.state)):
+            raise TrainingError(f"a weight is not finite after step {self.step - 1}: lower the learning rate; {self._kept()}")
+
+    def _check_data(self) -> None:
+        if (bad := self.buffer.first_bad()) is not None:
+            site, step = bad
+            dtype = self.buffer.rows[site].dtype
+            raise TrainingError(
+                f"activations at {site} are not finite in {dtype}, from the pass at step {step} on: check the model's weights, "
+                f"or take a dtype of wider range (float16 overflows at 65504); {self._kept()}"
+            )
+
+    def _kept(self) -> str:
+        last = self.checkpoints.latest()
+        return (
+            "there is no checkpoint yet" if last is None else f"the last good checkpoint, of step {last}, is in {self.checkpoints.folder}"
+        )
+
+
+@jax.jit
+def _finite(state: State) -> Array:
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+
+def _config(model: Transformer, corpus: Corpus, suite: Suite, seed: int, passes: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides the result, as JSON. The model is known by its sizes and by a sum over its weights."""
+    members = {f"{m.site} d_sae={m.d_sae} sparsity={m.sparsity:g}": True for m in suite.members}
+    mesh = None if suite.mesh is None else {name: int(size) for name, size in suite.mesh.shape.items()} | {"shard": suite.shard}
+    return {
+        "model": dataclasses.asdict(model.config) | {"dtype": str(model.embed.dtype), "weights": _fingerprint(model)},
+        "corpus": corpus.describe(),
+        "members": members,
+        "recipe": dataclasses.asdict(suite.recipe),
+        "buffer": dict(passes),
+        "mesh": mesh,
+        "seed": seed,
+    }
+
+
+def _fingerprint(model: Transformer) -> str:
+    """Tells models of equal sizes apart: some digits of the sum of |w| of the embedding and the last MLP."""
+    leaves = [model.embed, *jax.tree.leaves(model.blocks[-1])]
+    return f"{float(sum(jnp.sum(jnp.abs(w), dtype=jnp.float32) for w in leaves)):.4g}"
+
+
+def _write(trained: Mapping[Member, SAE], curves: Curves, folder: Path) -> None:
+    """The SAEs and the training curves. A suite with several SAEs at one site has a folder for each width and sparsity."""
+    groups: dict[str, dict[Site, SAE]] = {}
+    several = len({m.site for m in trained}) < len(trained)
+    for member, sae in trained.items():
+        name = f"d_sae_{member.d_sae}_sparsity_{member.sparsity:g}" if several else ""
+        groups.setdefault(name, {})[member.site] = sae
+    for name, suite in groups.items():
+        save_suite(suite, folder / "saes" / name)
+    data = io.BytesIO()
+    curves.table().to_parquet(data, index=False)
+    temporary = folder / ".curves.parquet.part"
+    temporary.write_bytes(data.getvalue())
+    os.replace(temporary, folder / "curves.parquet")
