@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import itertools
 import string
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -140,7 +141,7 @@ def _owners(layout: Sequence[Span], text: str, offsets: Sequence[tuple[int, int]
     visible = np.flatnonzero([not c.isspace() for c in text])
     no_blank = np.flatnonzero([c not in BLANKS for c in text])
     found = []
-    for start, end in offsets:
+    for start, end in _by_character(text, offsets):
         inside = visible[slice(*np.searchsorted(visible, (start, end)))]
         if len(inside) and owner[inside[0]] != owner[inside[-1]]:
             roles = [layout[k].role.name for k in np.unique(owner[inside])]
@@ -154,6 +155,22 @@ def _owners(layout: Sequence[Span], text: str, offsets: Sequence[tuple[int, int]
         found.append(int(owner[inside[0] if len(inside) else no_blank[-1]]))
     _check_complete(layout, found, tokenizer)
     return found
+
+
+def _by_character(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Offsets in which the bytes of unknown characters are told apart.
+
+    A unigram tokenizer with byte fallback takes a run of unknown characters, line ends too, as one piece, and gives each of
+    the bytes the place of the whole piece.
+    """
+    out: list[tuple[int, int]] = []
+    for (start, end), run in itertools.groupby(offsets):
+        n_bytes = [len(c.encode()) for c in text[start:end]]
+        if len(same := list(run)) == sum(n_bytes) and len(n_bytes) > 1:
+            out += [(start + i, start + i + 1) for i, n in enumerate(n_bytes) for _ in range(n)]
+        else:
+            out += same
+    return out
 
 
 def _check_complete(layout: Sequence[Span], found: Sequence[int], tokenizer):
