@@ -24,7 +24,7 @@ from icl_lib.circuits import (
 )
 from icl_lib.circuits.effects import clean_pass, suite_in_layers
 from icl_lib.circuits.ranking import UNRANKED, compact
-from icl_lib.models import Site, Transformer, tiny_config
+from icl_lib.models import Site, Transformer, compose, perturb, record, tiny_config
 from icl_lib.saes import SAE
 from icl_lib.tasks import Prompts, Role, Template, stack_prompts
 from icl_lib.tasks.metrics import pair_logprob
@@ -249,12 +249,7 @@ def test_nodes_to_halve_is_a_crossing(world, effects):
     assert not reached.any() and (limited == 7).all()
 
 
-SITES = {"residual": "resid_pre", "attn_out": "attn_out", "transcoder": "mlp_in"}
-FEEDS = {"residual": "resid_pre", "attn_out": "resid_pre", "transcoder": "resid_mid"}
-
-
-@pytest.fixture(scope="module")
-def drawn(world, effects):
+def draw(world, effects) -> Circuit:
     """The two strongest nodes of each kind and layer, and the error nodes, with all edges between them."""
     model, suite, prompts = world
     nodes = Circuit.from_effects(effects.task(0), errors=True).nodes
@@ -263,51 +258,99 @@ def drawn(world, effects):
     return circuit.with_edges(edge_effects(model, suite, first_task(prompts), circuit), per_node=100)
 
 
-def test_edges_agree_with_a_change_along_the_residual_stream(world, clean, drawn):
-    """Move the residual by eps times what the source writes, and watch the target's activation through its own module."""
+@pytest.fixture(scope="module")
+def drawn(world, effects):
+    return draw(world, effects)
+
+
+@eqx.filter_jit
+def seen_with(model, tokens, shift, at, wanted):
+    """The activation at `wanted` when `shift` is added at the site `at`."""
+    cache = {}
+    model(tokens, tap=compose(perturb({at: shift}), record([wanted], cache)))
+    return cache[wanted]
+
+
+def check_edges(world, drawn, kinds, layers=LAYERS, every=2):
+    """Move the residual by eps times what the source writes, and watch the target's activation through its own module.
+
+    `kinds` gives for each kind of node, in the order of computation, the site its SAE reads and the residual it is fed by.
+    """
     model, suite, prompts = world
     prompts = first_task(prompts)
+    suite = suite_in_layers(model, suite, layers)
+    clean = clean_pass(model, suite, prompts, pair_logprob)
     edges = drawn.edges.set_index(["source", "target"]).effect
     roles, eps = np.asarray(node_roles(prompts)), np.float32(1e-2)
     f = {site: np.asarray(sae.encode(clean.reads[site])) for site, sae in suite.items()}
-
-    @eqx.filter_jit
-    def seen(shift, feed, wanted):
-        cache = {}
-
-        def tap(site, x):
-            x = x + shift if site == feed else x
-            if site == wanted:
-                cache[site] = x
-            return x
-
-        model(prompts.tokens, tap=tap)
-        return suite[wanted].pre(cache[wanted])
+    site_of = lambda node: Site(kinds[node.kind][0], node.layer)
 
     def written(node):
-        site, here = Site(SITES[node.kind], node.layer), (roles == int(Role[node.role]))[..., None]
+        site, here = site_of(node), (roles == int(Role[node.role]))[..., None]
         if node.latent >= 0:
             return here * f[site][..., node.latent, None] * np.asarray(suite[site].W_dec)[node.latent]
         return here * (np.asarray(clean.writes[site]) - np.asarray(suite[site].decode(jnp.asarray(f[site]))))
 
-    def place(node):
-        return node.layer, list(SITES).index(node.kind)
+    def in_the_residual(node):
+        step = eps * written(node).astype(np.float32)
+        if site_of(node).name != "z":
+            return step
+        out = lambda sign: seen_with(model, prompts.tokens, sign * step, site_of(node), Site("attn_out", node.layer))
+        return (out(1.0) - out(-1.0)) / 2
+
+    def reaches(source, target):
+        order = list(kinds)
+        if source.layer != target.layer or model.config.parallel:
+            return source.layer < target.layer or (source.layer == target.layer and source.kind == "residual" != target.kind)
+        return order.index(source.kind) < order.index(target.kind)
 
     checked = 0
-    for source in drawn.nodes.iloc[::2].itertuples():
-        step = eps * written(source).astype(np.float32)
+    for source in drawn.nodes.iloc[::every].itertuples():
+        step = in_the_residual(source)
         for target in drawn.nodes[drawn.nodes.latent >= 0].itertuples():
-            if place(source) >= place(target):
+            if not reaches(source, target):
                 assert (source.Index, target.Index) not in edges.index
                 continue
-            site, feed = Site(SITES[target.kind], target.layer), Site(FEEDS[target.kind], target.layer)
+            site, feed = site_of(target), Site(kinds[target.kind][1], target.layer)
             weight = np.asarray(clean.grads[site]) @ np.asarray(suite[site].W_dec)[target.latent]
             weight = weight * (f[site][..., target.latent] > 0) * (roles == int(Role[target.role]))
-            change = np.asarray(seen(step, feed, site) - seen(-step, feed, site))[..., target.latent] / (2 * eps)
-            slope = (change * weight).sum()
+            up, down = (suite[site].pre(seen_with(model, prompts.tokens, s * step, feed, site)) for s in (1.0, -1.0))
+            slope = (np.asarray(up - down)[..., target.latent] / (2 * eps) * weight).sum()
             np.testing.assert_allclose(edges.get((source.Index, target.Index), 0.0), slope, rtol=0.03, atol=2e-4)
             checked += abs(slope) > 1e-3
-    assert checked > 20
+    assert checked > 40 / every
+
+
+def test_edges_agree_with_a_change_along_the_residual_stream(world, drawn):
+    fed = {"residual": ("resid_pre", "resid_pre"), "attn_out": ("attn_out", "resid_pre"), "transcoder": ("mlp_in", "resid_mid")}
+    check_edges(world, drawn, fed)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neox"])
+def test_edges_of_mixed_values_and_of_parallel_blocks(family):
+    """SAEs as Gemma Scope has them (z, the normalised MLP input) and as Pythia's (MLP output, both branches fed alike)."""
+    config, layers = tiny_config(family, n_heads=2, n_kv_heads=2, d_head=6, rotary_dim=4), (0, 1)
+    keys = iter(jax.random.split(jax.random.key(5), 9))
+    model = jax.tree.map(lambda w: w * 1.5 if w.ndim == 2 else w, Transformer.init(config, key=next(keys)))
+    mlp = ("transcoder", "mlp_normalized") if family == "gemma2" else ("mlp_out", "mlp_out")
+    kinds = {
+        "residual": ("resid_pre",) * 2,
+        "attn_out": ("z", "resid_pre"),
+        mlp[0]: (mlp[1], "resid_pre" if config.parallel else "resid_mid"),
+    }
+    suite = {}
+    for site in (Site(name, layer) for layer in layers for name, _ in kinds.values()):
+        out = Site("mlp_out", site.layer) if site.name.startswith("mlp") else site
+        suite[site] = make_sae(next(keys), site, out, d=config.width(site.name))
+    world = model, suite, stack_prompts([make(0)])
+    check_edges(world, draw(world, node_effects(*world, layers)), kinds, layers, every=5)
+
+
+def test_two_saes_of_one_kind_and_layer_are_refused(world):
+    model, suite, _ = world
+    twin = make_sae(jax.random.key(0), Site("z", 1), Site("z", 1))
+    with pytest.raises(ValueError, match=r"are both the attn_out of layer 1: leave one out"):
+        suite_in_layers(model, suite | {Site("z", 1): twin}, LAYERS)
 
 
 def test_circuit_tables_and_graph(world, effects, drawn):

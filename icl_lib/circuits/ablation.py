@@ -149,7 +149,9 @@ def prepare(
     without SAEs, prompts that are not stacked or too short, or missing effects.
     """
     if prompts.tokens.ndim != 3:
-        raise ValueError(f"ablations take stacked prompts (task, batch, seq), got tokens of shape {prompts.tokens.shape}: use stack_prompts")
+        raise ValueError(
+            f"ablations take stacked prompts (task, batch, seq), got tokens of shape {prompts.tokens.shape}: use stack_prompts"
+        )
     if patch not in ("zero", "mean") or empty not in ("all", "positive"):
         raise ValueError(f"patch must be 'zero' or 'mean' and empty 'all' or 'positive', got {patch!r} and {empty!r}")
     if effects is None and (patch == "mean" or empty == "positive"):
@@ -159,9 +161,7 @@ def prepare(
     n_tasks = prompts.tokens.shape[0]
     means = {site: effects.means[site] for site in suite} if patch == "mean" else None
     unknown = jnp.zeros(n_tasks)
-    setting = Setting(
-        model, suite, prompts, node_roles(prompts), _prefix(model, prompts, first), means, unknown, unknown, first, metric
-    )
+    setting = Setting(model, suite, prompts, node_roles(prompts), _prefix(model, prompts, first), means, unknown, unknown, first, metric)
     if empty == "positive":
         ranking = restrict(rank_nodes(effects), suite)
     else:
@@ -284,7 +284,9 @@ def brute_force_effects(setting: Setting, nodes: pd.DataFrame) -> Float[np.ndarr
     What `node_effects` approximates, with the same sign: positive means that the node helps.
     """
     if setting.full.shape[0] != 1:
-        raise ValueError(f"brute_force_effects takes a setting of one task, got {setting.full.shape[0]}: prepare it with stack_prompts([prompts])")
+        raise ValueError(
+            f"brute_force_effects takes a setting of one task, got {setting.full.shape[0]}: prepare it with stack_prompts([prompts])"
+        )
     index = {(site.layer, KINDS[site.name]): i for i, site in enumerate(setting.suite)}
     if lost := {(layer, kind) for layer, kind in zip(nodes.layer, nodes.kind, strict=True)} - set(index):
         raise ValueError(f"nodes at {sorted(lost)} are outside of the setting, which has {sorted(index)}: prepare it with these layers")

@@ -5,12 +5,13 @@ effect is $\sum_{b, t \in k} \hat g_{b,t} f_n$. We differentiate that sum in the
 
 $$r = \nabla_{resid} \sum_{b,\,t \in k} \hat g_{b,t}\, f_n(x(resid)),$$
 
-through RMSNorm for a transcoder, through the whole attention (patterns included) for an attention output, directly for a
+through the norm for a transcoder, through the whole attention (patterns included) for an attention output, directly for a
 residual node. An upstream node u of role j that writes f_u W_dec,u into that residual gets the edge
 
 $$e_{u \to n} = \sum_{b,\, t \in j} f_u(x_{b,t})\; W_{dec,u} \cdot r_{b,t},$$
 
-and an error node the same with its err. The path is the straight one along the residual stream; what passes through other
+and an error node the same with its err. For an SAE of the mixed values z, r is first taken back through the output matrix
+(and Gemma 2's second norm). The path is the straight one along the residual stream; what passes through other
 modules is not counted. Sources are at most `window` layers before the target. In units of the metric.
 
 Source: ICL-SFC, App. E; SFC, Sec. 3.1 and App. A.1.
@@ -39,22 +40,26 @@ from icl_lib.models import Site, Transformer, compose, perturb, record
 from icl_lib.tasks import Prompts, Role
 from icl_lib.tasks.metrics import pair_logprob
 
-FEEDS = {"resid_pre": "resid_pre", "attn_out": "resid_pre", "mlp_in": "resid_mid"}  # the residual that a module reads
+
+def feed_of(site: Site, parallel: bool) -> Site:
+    """The residual that the module of a site reads; in a parallel block the MLP, too, reads the block's input."""
+    return Site("resid_mid" if site.name.startswith("mlp") and not parallel else "resid_pre", site.layer)
 
 
 def place(site: Site) -> int:
-    """When an SAE writes, counted along the residual stream: resid_pre, attn_out, transcoder of layer 0, 1, ..."""
+    """When an SAE writes, counted along the residual stream: residual, attention, MLP of layer 0, 1, ..."""
     return len(KINDS) * site.layer + list(KINDS).index(site.name)
 
 
-def sources_of(target: Site, suite: Suite, window: int) -> list[Site]:
+def sources_of(target: Site, suite: Suite, window: int, parallel: bool = False) -> list[Site]:
     """The sites that write into the residual before `target` reads it, at most `window` layers earlier."""
-    return [s for s in suite if place(s) < place(target) and s.layer >= target.layer - window]
+    before = place(Site("resid_pre", target.layer)) + 1 if parallel else place(target)  # attention and MLP side by side
+    return [s for s in suite if place(s) < min(before, place(target)) and s.layer >= target.layer - window]
 
 
 def _pull(model: Transformer, site: Site, resid_pre: Array):
     """The map from cotangents at what the SAE at `site` reads to gradients in the residual that feeds its module."""
-    feed = Site(FEEDS[site.name], site.layer)
+    feed = feed_of(site, model.config.parallel)
 
     def read(delta):
         cache: dict[Site, Array] = {}
@@ -64,10 +69,26 @@ def _pull(model: Transformer, site: Site, resid_pre: Array):
     return jax.vjp(read, jnp.zeros(resid_pre.shape))[1]
 
 
+def _lift(model: Transformer, site: Site, resid_pre: Array):
+    """The map from gradients in the residual that a source writes into to gradients in what its SAE writes."""
+    if site.name != "z":
+        return lambda r: r
+
+    def write(delta):
+        cache: dict[Site, Array] = {}
+        out = Site("attn_out", site.layer)
+        model.run_from(site.layer, resid_pre, tap=compose(perturb({site: delta}), record([out], cache)))
+        return cache[out].astype(jnp.float32)
+
+    back = jax.vjp(write, jnp.zeros((*resid_pre.shape[:-1], model.config.width("z"))))[1]
+    return lambda r: back(r)[0]
+
+
 def _into(model, suite, target: Site, resid_pre, clean: CleanPass, roles, nodes, sources):
     """Edges into the nodes (latent, role) of one site: for each source site (latents, roles) -> (n_targets, n_sources)."""
     sae, x = suite[target], clean.reads[target]
-    pull = _pull(model, target, resid_pre)
+    pull = _pull(model, target, resid_pre[target.layer])
+    lift = {site: _lift(model, site, resid_pre[site.layer]) for site in sources}
     indicator = role_indicator(roles)
     grad_f = clean.grads[target] @ sae.W_dec.astype(jnp.float32).T
     # A JumpReLU latent has the derivative W_enc where it is on and none where it is off.
@@ -87,7 +108,7 @@ def _into(model, suite, target: Site, resid_pre, clean: CleanPass, roles, nodes,
         latent, role = node
         weight = grad_pre[:, :, latent] * indicator[:, :, role]
         (r,) = pull(weight[:, :, None] * sae.W_enc[:, latent].astype(jnp.float32)[None, None, :])
-        return {site: strength(site, r, *sources[site]) for site in sources}
+        return {site: strength(site, lift[site](r), *sources[site]) for site in sources}
 
     return jax.lax.map(one, nodes)
 
@@ -96,13 +117,10 @@ def _into(model, suite, target: Site, resid_pre, clean: CleanPass, roles, nodes,
 def _edges(model, suite, prompts, metric, targets, sources):
     clean = clean_pass(model, suite, prompts, metric)
     cache: dict[Site, Array] = {}
-    starts = [Site("resid_pre", site.layer) for site in targets]
-    model(prompts.tokens, tap=record(starts, cache))
+    model(prompts.tokens, tap=record([Site("resid_pre", site.layer) for site in suite], cache))
+    resid_pre = {site.layer: x for site, x in cache.items()}
     roles = node_roles(prompts)
-    return {
-        site: _into(model, suite, site, cache[Site("resid_pre", site.layer)], clean, roles, targets[site], sources[site])
-        for site in targets
-    }
+    return {site: _into(model, suite, site, resid_pre, clean, roles, targets[site], sources[site]) for site in targets}
 
 
 def _table(circuit: Circuit, site: Site) -> pd.DataFrame:
@@ -146,8 +164,9 @@ def edge_effects(
         raise ValueError(f"the circuit has nodes at {sorted(lost)}, where the suite has no SAE")
     tables = {site: _table(circuit, site) for site in suite}
     targets = {site: table[table.latent != ERROR] for site, table in tables.items()}
-    targets = {site: table for site, table in targets.items() if len(table) and sources_of(site, suite, window)}
-    sources = {site: {s: _with_errors(tables[s], s) for s in sources_of(site, suite, window)} for site in targets}
+    before = {site: sources_of(site, suite, window, model.config.parallel) for site in suite}
+    targets = {site: table for site, table in targets.items() if len(table) and before[site]}
+    sources = {site: {s: _with_errors(tables[s], s) for s in before[site]} for site in targets}
     if not targets:
         return pd.DataFrame(columns=EDGE_COLUMNS)
     to_arrays = lambda tree: jax.tree.map(_arrays, tree, is_leaf=lambda node: isinstance(node, pd.DataFrame))

@@ -30,7 +30,11 @@ Suite = dict[Site, SAE]  # keyed by site_in
 Patch = Literal["zero", "mean"]
 
 N_ROLES = len(Role)
-KINDS = {"resid_pre": "residual", "attn_out": "attn_out", "mlp_in": "transcoder"}  # in the order of computation
+# What an SAE that reads a site is called in a circuit; sites in the order of computation.
+KINDS = {
+    "resid_pre": "residual", "z": "attn_out", "attn_out": "attn_out", "mlp_normalized": "transcoder", "mlp_in": "transcoder",
+    "mlp_out": "mlp_out",
+}  # fmt: skip
 
 
 def suite_in_layers(model: Transformer, suite: Suite, layers: Iterable[int]) -> Suite:
@@ -52,11 +56,16 @@ def suite_in_layers(model: Transformer, suite: Suite, layers: Iterable[int]) -> 
     if unknown:
         raise ValueError(f"circuits use SAEs at {', '.join(order)}, but the suite has {', '.join(unknown)}: leave these out of it")
     sites = sorted((s for s in suite if s.layer in layers), key=lambda s: (s.layer, order.index(s.name)))
+    kinds: dict[tuple, Site] = {}
     for site in sites:
-        if suite[site].d_in != model.config.d_model:
+        if suite[site].d_in != model.config.width(site.name):
             raise ValueError(
-                f"the SAE at {site} reads d_in = {suite[site].d_in}, but the model has d_model = {model.config.d_model}: "
+                f"the SAE at {site} reads d_in = {suite[site].d_in}, but the model has {model.config.width(site.name)} there: "
                 "was it trained on another model?"
+            )
+        if (twin := kinds.setdefault((site.layer, KINDS[site.name]), site)) != site:
+            raise ValueError(
+                f"the SAEs at {twin} and {site} are both the {KINDS[site.name]} of layer {site.layer}: leave one out of the suite"
             )
     return {site: suite[site].fold() for site in sites}
 

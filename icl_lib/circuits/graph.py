@@ -36,7 +36,7 @@ def _rows(table: np.ndarray, layer: int, kind: str, error: bool) -> pd.DataFrame
 class Circuit:
     """Nodes and edges with their effects on the metric (positive helps), strongest first.
 
-    `nodes` has the columns layer, kind (residual, attn_out, transcoder), latent (-1 for an error node), role and effect,
+    `nodes` has the columns layer, kind (residual, attn_out, transcoder, mlp_out), latent (-1 for an error node), role and effect,
     and readable names as its index; `edges` has source, target (such names) and effect.
     """
 

@@ -17,7 +17,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from icl_lib.figures.style import ROLE_COLOURS, ink, kind_name, need_columns, role_name
 
-KINDS = ("residual", "attention", "transcoder")
+KINDS = ("residual", "attention", "transcoder", "mlp")
 SLOTS = 12  # boxes side by side in 9 inches
 BOX, ROW = (0.84, 0.62), 0.30  # box in units of a slot; inches per row
 

@@ -44,9 +44,13 @@ KIND_COLOURS = {
     "residual": OKABE_ITO["blue"],
     "attention": OKABE_ITO["vermillion"],
     "transcoder": OKABE_ITO["green"],
+    "mlp": OKABE_ITO["purple"],
 }
-# The sites at which the three kinds of SAE read, as the suites name them.
-KIND_OF_SITE = {"resid_pre": "residual", "attn_out": "attention", "mlp_in": "transcoder"}
+# What an SAE that reads a site is called in figures.
+KIND_OF_SITE = {
+    "resid_pre": "residual", "resid_mid": "residual", "resid_post": "residual", "z": "attention", "attn_out": "attention",
+    "mlp_normalized": "transcoder", "mlp_in": "transcoder", "mlp_out": "mlp",
+}  # fmt: skip
 
 
 def use_style() -> None:
@@ -56,7 +60,7 @@ def use_style() -> None:
 
 
 def kind_name(kind: object) -> str:
-    """`residual`, `attention` or `transcoder` from that name or from the site the SAE reads (`resid_pre`, ...)."""
+    """`residual`, `attention`, `transcoder` or `mlp` from that name or from the site the SAE reads (`resid_pre`, ...)."""
     return KIND_OF_SITE.get(str(kind), str(kind))
 
 

@@ -230,7 +230,10 @@ def _switched(saes: tuple[SAE, ...], means: list[Array], mask: Array, which: Arr
     return tap
 
 
-_KINDS = {"resid_pre": "residual", "resid_mid": "residual", "resid_post": "residual", "attn_out": "attention", "mlp_in": "transcoder"}
+_KINDS = {
+    "resid_pre": "residual", "resid_mid": "residual", "resid_post": "residual", "z": "attention", "attn_out": "attention",
+    "mlp_normalized": "transcoder", "mlp_in": "transcoder", "mlp_out": "mlp",
+}  # fmt: skip
 
 
 def _row(sae: SAE, values: Mapping[str, np.ndarray]) -> dict:
