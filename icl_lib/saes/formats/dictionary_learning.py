@@ -1,0 +1,158 @@
+"""Files of the library dictionary_learning: a folder with `ae.pt`, the state of one of its classes, and `config.json`.
+
+`ae.pt` is read without PyTorch, and nothing in it is run. Which class it is shows in the names of the tensors, so a lone
+`ae.pt` is enough; `config.json` adds where it sits. Features are as the released version 0.1 computes them; two of its
+classes multiplied them by the norms of the decoder rows before, with the same reconstruction.
+
+Source: dictionary_learning 0.1.0, with which tests/golden compares.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icl_lib.models import Site
+from icl_lib.saes.formats import files
+from icl_lib.saes.formats.files import Sites, Weights
+from icl_lib.saes.formats.torch_file import read_torch
+from icl_lib.saes.sae import SAE
+
+CONFIG, WEIGHTS = "config.json", "ae.pt"
+FILES = (CONFIG, WEIGHTS)
+_LINEAR = {"encoder.weight": "W_enc F d", "encoder.bias": "b_enc F", "decoder.weight": "W_dec d F"}
+_PLAIN = {"W_enc": "W_enc d F", "b_enc": "b_enc F", "W_dec": "W_dec F d", "b_dec": "b_dec d"}
+_CUT = {"k": "k", "threshold": "threshold"}
+# Its classes: the names of their tensors, ours, and axes. TopK and BatchTopK have the same; config.json tells them apart.
+_CLASSES = {
+    "AutoEncoder": _LINEAR | {"bias": "b_dec d"},
+    "AutoEncoderNew": _LINEAR | {"decoder.bias": "b_dec d"},
+    "GatedAutoEncoder": {
+        "encoder.weight": "W_enc F d", "decoder.weight": "W_dec d F", "decoder_bias": "b_dec d",
+        "gate_bias": "b_enc F", "r_mag": "r_mag F", "mag_bias": "b_mag F",
+    },
+    "AutoEncoderTopK": _LINEAR | {"b_dec": "b_dec d"} | _CUT,
+    "BatchTopKSAE": _LINEAR | {"b_dec": "b_dec d"} | _CUT,
+    "MatryoshkaBatchTopKSAE": _PLAIN | _CUT | {"group_sizes": "group_sizes g"},
+    "JumpReluAutoEncoder": _PLAIN | {"threshold": "threshold F"},
+}  # fmt: skip
+_FORMS = {
+    "AutoEncoder": "standard", "AutoEncoderNew": "standard", "GatedAutoEncoder": "gated", "AutoEncoderTopK": "topk",
+    "BatchTopKSAE": "batchtopk", "MatryoshkaBatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu",
+}  # fmt: skip
+_INPUT_AS_IT_IS = ("AutoEncoderNew", "JumpReluAutoEncoder")  # the others encode x - b_dec
+
+
+def read(path: Path, site: Sites | None = None, variant: str | None = None) -> SAE:
+    """The SAE in a folder or in one `.pt` file; see `load_sae`.
+
+    `variant="threshold"` reads a TopK SAE with the threshold that was recorded in training, as the library's
+    `encode(x, use_threshold=True)` does: unlike topk it folds.
+    """
+    folder, file = (path, path / WEIGHTS) if path.is_dir() else (path.parent, path)
+    config = files.read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    trainer = config.get("trainer", config)
+    found = _state(file)
+    name = _class(found, trainer.get("dict_class"), file)
+    sites = site or _sites(trainer, folder)
+    spec = {
+        theirs: entry for theirs, entry in _CLASSES[name].items() if theirs != "threshold" or theirs in found or name != "AutoEncoderTopK"
+    }
+    w = files.take(found, spec, file)  # an early TopK has no threshold
+    k, form = w.pop("k", None), _FORMS[name]
+    w.pop("group_sizes", None)
+    if form == "topk":
+        threshold = w.pop("threshold", np.float32(-1))
+        if variant == "threshold":
+            form, w = "batchtopk", w | {"threshold": threshold}
+    if form == "batchtopk":
+        w = _with_threshold(w, name, file)
+    if name not in _INPUT_AS_IT_IS:
+        w = files.fold_input_shift(w, w["b_dec"])
+    if name == "AutoEncoder":  # from_pretrained gives its decoder rows norm 1
+        w = files.fold_feature_scale(w, np.linalg.norm(w["W_dec"], axis=1), file)
+    meta = {"dict_class": name} | {ours: trainer[theirs] for ours, theirs in (("model_name", "lm_name"), ("k", "k")) if theirs in trainer}
+    return files.build(w, (sites[0], sites[1]), form, file, meta, k=int(k) if form == "topk" else None)
+
+
+def write(sae: SAE, folder: str | Path) -> Path:
+    """Write an SAE of one site as dictionary_learning does. Needs PyTorch, unlike reading.
+
+    standard becomes AutoEncoderNew, gated GatedAutoEncoder, topk AutoEncoderTopK, jumprelu and batchtopk JumpReluAutoEncoder.
+    """
+    import torch
+
+    if sae.is_transcoder:
+        raise ValueError(f"dictionary_learning has no class for a transcoder ({sae.site_in} to {sae.site_out})")
+    sae = sae.fold() if sae.architecture == "batchtopk" else sae
+    classes = {"standard": "AutoEncoderNew", "gated": "GatedAutoEncoder", "topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder"}
+    name, folder = classes[sae.architecture], Path(folder)
+    w = {key: np.asarray(value, np.float32) for key, value in vars(sae).items() if hasattr(value, "shape")}
+    if name not in _INPUT_AS_IT_IS:
+        w = files.fold_input_shift(w, -w["b_dec"])
+    state: dict[str, Any] = {}
+    for theirs, entry in _CLASSES[name].items():
+        ours, *axes = entry.split()
+        if theirs == "k":
+            state[theirs] = torch.tensor(sae.k, dtype=torch.int)
+        elif theirs == "threshold" and not axes:
+            state[theirs] = torch.tensor(-1.0)
+        else:
+            state[theirs] = torch.tensor(w[ours].T.copy() if axes in (["F", "d"], ["d", "F"]) and "." in theirs else w[ours])
+    trainer = {"dict_class": name, "activation_dim": sae.d_in, "dict_size": sae.d_sae, "layer": sae.site_in.layer}
+    trainer |= {"lm_name": str(dict(sae.metadata).get("model_name", "unknown")), "submodule_name": _submodule(sae.site_in)}
+    trainer |= {"k": sae.k} if sae.k else {}
+    files.replace_file(folder / WEIGHTS, lambda partial: torch.save(state, partial))
+    files.write_json(folder / CONFIG, {"trainer": trainer, "buffer": {"d_submodule": sae.d_in, "ctx_len": 128}})
+    return folder
+
+
+def _state(file: Path) -> dict[str, np.ndarray]:
+    """The tensors of a state dict as float32. Raises `ValueError` on anything else, e.g. the state of a training run."""
+    found = read_torch(file)
+    if isinstance(found, dict) and "ae" in found:
+        raise ValueError(
+            f"{file} is the backup of a training run (at step {found.get('step')}) that was stopped before it wrote its SAE: take one of "
+            f"its checkpoints/ae_*.pt, or the state under 'ae' if the activations were not normalised in training"
+        )
+    if not isinstance(found, dict) or not all(isinstance(value, np.ndarray) for value in found.values()):
+        raise ValueError(f"{file} holds no state dict (names and tensors) but {type(found).__name__}")
+    return {name: value.astype(np.float32) for name, value in found.items()}
+
+
+def _class(found: dict[str, np.ndarray], named: str | None, file: Path) -> str:
+    if named is not None and named not in _CLASSES:
+        raise ValueError(f"{file}: config.json names the class {named!r}; we read {', '.join(_CLASSES)}")
+    if named is not None:
+        return named
+    tells = {"bias": "AutoEncoder", "decoder.bias": "AutoEncoderNew", "decoder_bias": "GatedAutoEncoder"}
+    tells |= {"group_sizes": "MatryoshkaBatchTopKSAE", "k": "", "threshold": "JumpReluAutoEncoder"}
+    name = next((name for key, name in tells.items() if key in found), None)
+    if name is None:
+        raise ValueError(f"{file} has the tensors {', '.join(found) or 'none'}, which are those of no class of dictionary_learning")
+    if not name:
+        raise ValueError(f"{file} is a TopK or a BatchTopK SAE, which have the same tensors: its config.json, which tells, is missing")
+    return name
+
+
+def _with_threshold(w: Weights, name: str, file: Path) -> Weights:
+    if w["threshold"] < 0:
+        raise ValueError(
+            f"{file}: its threshold was never set ({float(w['threshold'])}), because training stopped before threshold_start_step; a {name} "
+            "cannot be evaluated token by token without one"
+        )
+    return w | {"threshold": np.full(len(w["b_enc"]), w["threshold"])}
+
+
+def _sites(trainer: dict[str, Any], folder: Path) -> Sites:
+    names = [str(trainer.get("submodule_name")), *reversed(folder.absolute().parts[-3:])]
+    found = next((site for site in map(files.place, names) if site), None)
+    if found is None:
+        raise files.no_site(folder)
+    return found, found
+
+
+def _submodule(site: Site) -> str:
+    if site.layer is None:
+        return site.name
+    return f"{site.name}_layer_{site.layer}"

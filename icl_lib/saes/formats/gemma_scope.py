@@ -1,0 +1,118 @@
+r"""Gemma Scope: `layer_20/width_16k/average_l0_71/params.npz` in one repository per model and kind of site.
+
+JumpReLU, $f = p\,1[p > \theta]$ with $p = x W_{enc} + b_{enc}$, for activations as they are. Which site an SAE sits at is known
+from the repository: `res` after block L, `att` at the heads' outputs before the output matrix, `mlp` and `transcoders` behind the
+MLP's second norm; transcoders read the MLP's norm before its gain. Embedding SAEs were trained on rows of the
+embedding; our site "embed" is these times $\sqrt d$, which is folded in.
+
+`gemma_scope.tsv` lists what the hub has. An id ends with `average_l0_71` or with `canonical`, which is the one that SAELens
+gives this name to, or else (a width without one) the one closest to 100; for SAELens' own that is the same rule.
+Sources: Lieberum et al. (2024), "Gemma Scope"; the cards of the repositories; the registry of SAELens (2025-10-22).
+"""
+
+import csv
+import functools
+import math
+import re
+import zipfile
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from icl_lib.models import Site
+from icl_lib.saes.formats import files
+from icl_lib.saes.formats.files import Sites
+from icl_lib.saes.sae import SAE
+
+WEIGHTS = "params.npz"
+FILES = (WEIGHTS,)
+_SPEC = {"W_enc": "W_enc d F", "b_enc": "b_enc F", "W_dec": "W_dec F o", "b_dec": "b_dec o", "threshold": "threshold F"}
+_KINDS = {
+    "res": ("resid_post", "resid_post"), "att": ("z", "z"), "mlp": ("mlp_out", "mlp_out"), "transcoders": ("mlp_normalized", "mlp_out"),
+}  # fmt: skip
+_RELEASE = re.compile(r"(gemma-scope-\w+-\w+-(res|att|mlp|transcoders))(?:-canonical)?/")
+_PLACE = re.compile(r"(?:layer_(\d+)|(embedding))/width_(\w+)/(canonical|average_l0_\d+)")
+
+
+@functools.cache
+def table() -> dict[tuple[str, str, str], tuple[str, tuple[int, ...]]]:
+    """By release, layer (or "embedding") and width: the canonical L0 ("" if there is none) and all that the hub has."""
+    with resources.files("icl_lib.saes.formats").joinpath("gemma_scope.tsv").open(encoding="utf-8") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        return {(r["release"], r["layer"], r["width"]): (r["canonical"], tuple(int(n) for n in r["average_l0"].split())) for r in rows}
+
+
+def resolve(name: str) -> str:
+    """`name` with `canonical` as its last part replaced by `average_l0_N`; other names as they are.
+
+    Raises `ValueError` if there is no canonical SAE of that name, with what there is instead.
+    """
+    if not name.rstrip("/").endswith("/canonical"):
+        return name
+    release, place = _RELEASE.search(name), _PLACE.search(name)
+    if not release or not place:
+        example = "google/gemma-scope-2b-pt-res/layer_12/width_16k/canonical"
+        raise ValueError(f"{name!r}: only SAEs of Gemma Scope have canonical in their name, as in {example}")
+    layer = place[1] or place[2]
+    if (release[1], layer, place[3]) not in table():
+        widths = [width for r, number, width in table() if (r, number) == (release[1], layer)]
+        has = f"layer {layer} has width {', '.join(widths)}" if widths else "there are " + _layers(release[1])
+        raise ValueError(f"{name!r} is not in Gemma Scope: {has}")
+    canonical, l0s = table()[release[1], layer, place[3]]
+    best = canonical or min(l0s, key=lambda n: abs(n - 100))
+    return name[: place.start(4)] + f"average_l0_{best}"
+
+
+def read(path: Path, site: Sites | None = None, variant: str | None = None) -> SAE:
+    """The SAE in a folder with `params.npz`; see `load_sae`."""
+    file = path / WEIGHTS if path.is_dir() else path
+    sites = site or _sites(file)
+    w = files.take(_read_npz(file), _SPEC, file)
+    if sites[0] == Site("embed"):
+        root = math.sqrt(w["W_enc"].shape[0])
+        w = files.fold_output_scale(files.fold_input_scale(w, 1 / root), root)
+    place = _PLACE.search(file.absolute().as_posix())
+    meta = {"folder": place[0]} if place else {}
+    return files.build(w, sites, "jumprelu", file, meta)
+
+
+def write(sae: SAE, folder: str | Path) -> Path:
+    """Write an SAE that folds as Gemma Scope does. The folder's path says where it sits, so it must look like one of theirs."""
+    folder, sae = Path(folder), sae.fold()
+    w = {key: np.asarray(value, np.float32) for key, value in vars(sae).items() if hasattr(value, "shape")}
+    if sae.W_skip is not None:
+        raise ValueError(f"Gemma Scope has no skip matrices, but the transcoder at {sae.site_in} has one")
+    if sae.site_in == Site("embed"):
+        root = math.sqrt(sae.d_in)
+        w = files.fold_output_scale(files.fold_input_scale(w, root), 1 / root)
+    files.replace_file(folder / WEIGHTS, lambda partial: np.savez(partial, **w))
+    return folder
+
+
+def _layers(release: str) -> str:
+    layers = sorted({int(layer) for r, layer, _ in table() if r == release and layer != "embedding"})
+    return f"layers {layers}" if layers else "releases " + ", ".join(sorted({r for r, _, _ in table()}))
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays by the names of our spec; some files spell w_enc, some have a scaling_factor of ones."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            found = {re.sub("^w_", "W_", name): archive[name].astype(np.float32) for name in archive.files}
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read as npz ({error}): is it cut short? Download it again") from error
+    if "scaling_factor" in found and not np.allclose(found.pop("scaling_factor"), 1):
+        raise ValueError(f"{path} has a scaling_factor other than 1: it is no published file of Gemma Scope")
+    return found
+
+
+def _sites(file: Path) -> Sites:
+    where = file.absolute().as_posix()
+    release, place = _RELEASE.search(where), _PLACE.search(where)
+    if place and place[2]:
+        return Site("embed"), Site("embed")
+    if not release or not place:
+        raise files.no_site(file)
+    site_in, site_out = (Site(name, int(place[1])) for name in _KINDS[release[2]])
+    return site_in, site_out

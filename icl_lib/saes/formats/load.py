@@ -1,0 +1,100 @@
+"""From the name of an SAE to the SAE: where its files are, which format they have, and the reader of that format."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from icl_lib.models import Site
+from icl_lib.models.hub import fetch_folder
+from icl_lib.saes.formats import dictionary_learning, gemma_scope, layer_files, llama_scope, saelens, saex, sparsify
+from icl_lib.saes.sae import SAE
+
+_READERS: dict[str, Callable[..., SAE]] = {
+    "saelens": saelens.read, "saex": saex.read, "gemma_scope": gemma_scope.read, "dictionary_learning": dictionary_learning.read,
+    "sparsify": sparsify.read, "llama_scope": llama_scope.read, "layer_files": layer_files.read,
+}  # fmt: skip
+_VARIANTS = {"saex": ("paper",), "dictionary_learning": ("threshold",)}
+# The file that gives a folder's format away, in the order in which we look.
+_MARKS = {
+    gemma_scope.WEIGHTS: "gemma_scope", llama_scope.CONFIG: "llama_scope", sparsify.WEIGHTS: "sparsify",
+    dictionary_learning.WEIGHTS: "dictionary_learning",
+}  # fmt: skip
+_FILES = [*saelens.FILES, *gemma_scope.FILES, *llama_scope.FILES, *sparsify.FILES, *dictionary_learning.FILES]
+_SUFFIXES = (".safetensors", ".npz", ".pt")
+
+
+def load_sae(
+    name: str | Path,
+    revision: str | None = None,
+    variant: str | None = None,
+    site: Site | tuple[Site, Site] | None = None,
+) -> SAE:
+    """The SAE or transcoder in a folder, or in `owner/repository/path` on the hub at `revision`; its weights become float32.
+
+    Formats, told by the files: SAELens (version 6, and flat before it), Gemma Scope (`canonical` may end the name),
+    dictionary_learning, sparsify, saex, Llama Scope, per-layer transcoders (name the file `layer_3.safetensors`). A `*` in
+    the last part stands for what is not known, such as a coefficient; the first match in sorted order is taken. What the
+    original does to its input and output is folded into the weights, so that the SAE takes plain activations of its site.
+
+    `site` says where the SAE sits, for files that do not, or in place of what they say; (input, output) for a transcoder.
+    `variant="paper"` reads saex in the form of the ICL-SFC experiments instead of the trained one; `variant="threshold"` reads
+    a TopK SAE of dictionary_learning with its recorded threshold.
+
+    Raises `FileNotFoundError` if files are missing, and `ValueError` on an architecture, activation or normalisation that we
+    cannot express, on missing, unknown or misshapen tensors, on values that are not finite, on files cut short, and on
+    pickles with anything but tensors in them.
+    """
+    path = _locate(str(name), revision)
+    kind = detect(path)
+    if kind is None:
+        raise FileNotFoundError(f"{path} holds no SAE that we can read: expected one of {', '.join(dict.fromkeys(_FILES))}")
+    if variant is not None and variant not in _VARIANTS.get(kind, ()):
+        has = ", ".join(f"{v!r} of {k}" for k, names in _VARIANTS.items() for v in names)
+        raise ValueError(f"variant {variant!r} is not one of {kind}, the format of {path}; there are {has}")
+    return _READERS[kind](path, (site, site) if isinstance(site, Site) else site, variant)
+
+
+def detect(path: Path) -> str | None:
+    """The format of a file or folder, None if it is that of no SAE."""
+    if path.is_file():
+        by_suffix = {".npz": "gemma_scope", ".pt": "dictionary_learning"}
+        return "layer_files" if layer_files.NAME.fullmatch(path.name) else by_suffix.get(path.suffix)
+    for file, kind in _MARKS.items():
+        if (path / file).is_file():
+            return kind
+    if not (path / saelens.CONFIG).is_file():
+        return "saelens" if (path / saelens.WEIGHTS).is_file() else None
+    try:
+        cfg = json.loads((path / saelens.CONFIG).read_text())
+    except ValueError:
+        return "saelens"  # whose reader says what is wrong with the file
+    ours = isinstance(cfg, dict) and "l1_coefficient" in cfg and not cfg.keys() & {"metadata", "hook_name", "hook_point"}
+    return "saex" if ours else "saelens"
+
+
+def _locate(name: str, revision: str | None) -> Path:
+    """The folder or file of that name, from the hub if it is not here."""
+    name = gemma_scope.resolve(name)
+    if found := _match(Path(name)):
+        return found
+    parts = name.strip("/").split("/")
+    if len(parts) < 2 or name.startswith(("/", ".", "~")):
+        raise FileNotFoundError(f"no folder {name!r} with an SAE in it: pass one, or owner/repository/path on the hub")
+    repo, inside = "/".join(parts[:2]), "/".join(parts[2:])
+    one_file = inside.endswith(_SUFFIXES)
+    patterns = [inside] if one_file else [f"{inside}/{file}".lstrip("/") for file in dict.fromkeys(_FILES)]
+    patterns += [f"{Path(inside).parent}/{dictionary_learning.CONFIG}"] if inside.endswith(".pt") else []
+    root = fetch_folder(repo, revision, patterns, "the files of an SAE")
+    if found := _match(root / inside):
+        return found
+    raise FileNotFoundError(
+        f"the repository {repo} has no {inside or 'SAE at its root'}{f' at {revision}' if revision else ''}: "
+        f"https://huggingface.co/{repo}/tree/{revision or 'main'} shows what it has"
+    )
+
+
+def _match(path: Path) -> Path | None:
+    """`path` if it exists; with `*` in its last part, the first that matches."""
+    if "*" in path.name:
+        return next(iter(sorted(path.parent.glob(path.name))), None)
+    return path if path.exists() else None

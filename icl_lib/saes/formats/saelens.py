@@ -1,0 +1,157 @@
+"""SAELens' files: a folder with `cfg.json` and `sae_weights.safetensors`, of version 6 or the flat form before it.
+
+Source: the loaders of sae-lens 6.54, with which tests/golden compares.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.flax import save_file
+
+from icl_lib.saes.formats import files
+from icl_lib.saes.formats.files import Sites, Weights
+from icl_lib.saes.sae import SAE
+
+CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
+FILES = (CONFIG, WEIGHTS, SCALER)
+LAYOUT_VERSION = "6.0.0"  # without one, sae-lens takes the file for an old, flat one
+_PLAIN = {"W_enc": "W_enc d F", "b_enc": "b_enc F", "W_dec": "W_dec F o", "b_dec": "b_dec o"}
+_JUMP = _PLAIN | {"threshold": "threshold F"}
+_GATED = {name: entry for name, entry in _PLAIN.items() if name != "b_enc"}
+_GATED |= {"b_gate": "b_enc F", "r_mag": "r_mag F", "b_mag": "b_mag F"}
+_SKIP = {"W_skip": "W_skip o d"}
+# SAELens' architectures that we read: our form, and our name and the axes of each tensor in the file
+_LAYOUTS = {
+    "standard": ("standard", _PLAIN),
+    "gated": ("gated", _GATED),
+    "jumprelu": ("jumprelu", _JUMP),
+    "topk": ("topk", _PLAIN),
+    "transcoder": ("standard", _PLAIN),
+    "skip_transcoder": ("standard", _PLAIN | _SKIP),
+    "jumprelu_transcoder": ("jumprelu", _JUMP),
+    "jumprelu_skip_transcoder": ("jumprelu", _JUMP | _SKIP),
+}
+# sqrt(d) / mean norm of the activations, which the old files want and do not carry: as in sae-lens' registry
+_KNOWN_SCALES = {"gemma_2b_blocks.12.hook_resid_post_16384": 0.21381938399317255}
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def read(folder: Path, site: Sites | None = None, variant: str | None = None) -> SAE:
+    """The SAE in a folder of SAELens; see `load_sae`."""
+    path = folder / CONFIG
+    cfg = _new_style(files.read_json(path), path)
+    form, spec = _LAYOUTS[cfg["architecture"]]
+    transcoder = "transcoder" in cfg["architecture"]
+    d_in, d_sae = (files.size(cfg, key, path) for key in ("d_in", "d_sae"))
+    sites = site or _sites(cfg, path, transcoder)
+    found = files.read_safetensors(folder / WEIGHTS)
+    if "scaling_factor" in found:  # an old addition, all ones unless the SAE was fine-tuned with it
+        if not np.allclose(found.pop("scaling_factor"), 1):
+            raise ValueError(f"{folder / WEIGHTS} has a scaling_factor other than 1: fine-tuned features are not part of our SAEs")
+    w = files.take(found, spec, folder / WEIGHTS, d=d_in, F=d_sae, o=cfg.get("d_out", d_in))
+    if cfg.get("apply_b_dec_to_input", False) and not transcoder:
+        w = files.fold_input_shift(w, w["b_dec"])
+    if form == "topk" and cfg.get("rescale_acts_by_decoder_norm", False):
+        w = files.fold_feature_scale(w, np.linalg.norm(w["W_dec"], axis=1), folder)
+    w = _unscaled(w, cfg, folder)
+    meta = {k: v for k, v in cfg["metadata"].items() if k not in ("hook_name", "hook_name_out", "sae_lens_version")}
+    return files.build(w, sites, form, folder, meta, k=files.size(cfg, "k", path) if form == "topk" else None)
+
+
+def write(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
+    """Write an SAE so that `load_sae` and SAELens read it; see `save_sae`."""
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    folder = Path(folder)
+    sae = sae.fold() if sae.architecture == "batchtopk" or (sae.is_transcoder and sae.architecture == "gated") else sae
+    name = _name(sae)
+    weights = {}
+    for theirs, entry in _LAYOUTS[name][1].items():
+        ours = entry.split()[0]
+        value = getattr(sae, ours)
+        weights[theirs] = (value.T if ours == "W_skip" else value).astype(dtype if value.ndim == 2 else "float32")
+    files.check_finite(weights, f"{folder} (as {dtype})")
+    files.replace_file(folder / WEIGHTS, lambda path: save_file(weights, path))
+    files.write_json(folder / CONFIG, _config(sae, name, dtype))
+    return folder
+
+
+def _name(sae: SAE) -> str:
+    if not sae.is_transcoder:
+        return sae.architecture
+    if sae.architecture == "topk":
+        raise ValueError(f"SAELens has no topk transcoder, and the one at {sae.site_in} cannot be folded: formats.sparsify writes it")
+    return {"standard": "", "jumprelu": "jumprelu_"}[sae.architecture] + ("skip_" if sae.W_skip is not None else "") + "transcoder"
+
+
+def _config(sae: SAE, architecture: str, dtype: str) -> dict[str, Any]:
+    meta = dict(sae.metadata) | {"hook_name": str(sae.site_in), "hook_head_index": None, "sae_lens_version": LAYOUT_VERSION}
+    cfg = {"architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": dtype, "device": "cpu"}
+    cfg |= {"apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none"}
+    if sae.site_in.name == "z":
+        cfg["reshape_activations"] = "hook_z"  # SAELens flattens the heads, as our site is
+    if sae.architecture == "topk":
+        cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    if sae.is_transcoder:
+        meta["hook_name_out"] = str(sae.site_out)
+        cfg |= {"d_out": sae.d_out, "hook_name_out": str(sae.site_out)}
+    return cfg | {"metadata": meta}
+
+
+def _new_style(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config in the form of version 6, with what we cannot read refused."""
+    if not isinstance(cfg.get("metadata"), dict):
+        hook = cfg.get("hook_name", cfg.get("hook_point"))
+        if hook is None:
+            raise ValueError(f"{path} lacks metadata with a hook_name, and hook_point as well: it is no config of SAELens")
+        head = cfg.get("hook_head_index", cfg.get("hook_point_head_index"))
+        activation = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
+        meta = {k: cfg[k] for k in ("model_name", "dataset_path", "context_size", "prepend_bos", "neuronpedia_id") if k in cfg}
+        cfg = (
+            {"architecture": "standard", "apply_b_dec_to_input": True}
+            | cfg
+            | {"metadata": meta | {"hook_name": hook, "hook_head_index": head}}
+        )
+        if activation == "topk":
+            cfg |= {"architecture": "topk", "k": (cfg.get("activation_fn_kwargs") or {}).get("k")}
+        elif activation != "relu":
+            raise ValueError(f"{path} has the activation function {activation!r}; we read relu and topk")
+    if cfg.get("architecture") not in _LAYOUTS:
+        raise ValueError(
+            f"{path} has architecture {cfg.get('architecture')!r}; we read {', '.join(_LAYOUTS)}. "
+            "sae-lens writes its other training SAEs as jumprelu with save_inference_model"
+        )
+    if cfg["metadata"].get("hook_head_index") is not None:
+        raise ValueError(f"{path} is for the single head {cfg['metadata']['hook_head_index']} of its hook; we read SAEs of whole sites")
+    return cfg
+
+
+def _sites(cfg: dict[str, Any], path: Path, transcoder: bool) -> Sites:
+    meta = cfg["metadata"]
+    site_in = files.hook(meta.get("hook_name"), path)
+    out = meta.get("hook_name_out") or cfg.get("hook_name_out")
+    if transcoder and not out:
+        raise ValueError(f"{path} is for a transcoder but names no hook_name_out: pass site=(input, output)")
+    return site_in, files.hook(out, path) if out else site_in
+
+
+def _unscaled(w: Weights, cfg: dict[str, Any], folder: Path) -> Weights:
+    """Folds the scaling of the input by its average norm. Other normalisations differ from token to token and are refused."""
+    how = cfg.get("normalize_activations")
+    if how in (None, False, "none"):
+        return w
+    if how not in (True, "expected_average_only_in"):
+        raise ValueError(
+            f"{folder / CONFIG} has normalize_activations = {how!r}: the SAE sees each token rescaled by its own norm, which no "
+            "fixed weights do; we read none and expected_average_only_in"
+        )
+    scaler = folder / SCALER
+    scale = files.read_json(scaler).get("scaling_factor") if scaler.is_file() else None
+    scale = scale or cfg.get("norm_scaling_factor") or _KNOWN_SCALES.get(folder.name)
+    if not isinstance(scale, float | int) or scale <= 0:
+        raise ValueError(
+            f"{folder / CONFIG} has normalize_activations = expected_average_only_in, but the scale is nowhere: write "
+            f'{{"scaling_factor": sqrt(d_in) / mean norm of the activations}} to {scaler}'
+        )
+    return files.fold_output_scale(files.fold_input_scale(w, float(scale)), 1 / float(scale))

@@ -1,0 +1,65 @@
+"""Files of the library sparsify: a folder named after its hookpoint, with `cfg.json` and `sae.safetensors`. All are topk.
+
+Source: eai-sparsify 1.3.3, with which tests/golden compares. (sae-lens transposes the decoder of these files by mistake.)
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from icl_lib.models import Site
+from icl_lib.saes.formats import files
+from icl_lib.saes.formats.files import Sites
+from icl_lib.saes.sae import SAE
+
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+FILES = (CONFIG, WEIGHTS)
+_SPEC = {"encoder.weight": "W_enc F d", "encoder.bias": "b_enc F", "W_dec": "W_dec F o", "b_dec": "b_dec o"}
+
+
+def read(folder: Path, site: Sites | None = None, variant: str | None = None) -> SAE:
+    """The SAE or transcoder in a folder of sparsify; see `load_sae`. An SAE encodes x - b_dec, a transcoder x."""
+    path = folder / CONFIG
+    cfg = files.read_json(path)
+    transcoder = bool(cfg.get("transcode", False))
+    d_in, k = files.size(cfg, "d_in", path), files.size(cfg, "k", path)
+    d_sae = cfg.get("num_latents") or d_in * files.size(cfg, "expansion_factor", path)
+    if cfg.get("activation", "topk") != "topk" or cfg.get("signed", False):
+        raise ValueError(f"{path} has activation {cfg.get('activation')!r}, signed {cfg.get('signed', False)}; we read topk, not signed")
+    spec = _SPEC | ({"W_skip": "W_skip o d"} if cfg.get("skip_connection", False) else {})
+    w = files.take(files.read_safetensors(folder / WEIGHTS), spec, folder / WEIGHTS, d=d_in, F=d_sae, o=d_in)
+    w = w if transcoder else files.fold_input_shift(w, w["b_dec"])
+    return files.build(w, site or _sites(folder, transcoder), "topk", folder, k=k)
+
+
+def write(sae: SAE, folder: str | Path) -> Path:
+    """Write a topk SAE or transcoder as sparsify does. The folder's name, `layers.3` or `layers.3.mlp`, says where it sits."""
+    if sae.architecture != "topk" or sae.d_in != sae.d_out:
+        raise ValueError(f"sparsify's files are for topk SAEs of one width, got a {sae.architecture} one, {sae.d_in} to {sae.d_out}")
+    folder = Path(folder)
+    w = {key: np.asarray(value, np.float32) for key, value in vars(sae).items() if hasattr(value, "shape")}
+    w = w if sae.is_transcoder else files.fold_input_shift(w, -w["b_dec"])
+    tensors = {"encoder.weight": w["W_enc"].T.copy(), "encoder.bias": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
+    tensors |= {"W_skip": w["W_skip"].T.copy()} if "W_skip" in w else {}
+    cfg = {"activation": "topk", "expansion_factor": 1, "num_latents": sae.d_sae, "k": sae.k, "d_in": sae.d_in, "multi_topk": False}
+    cfg |= {"normalize_decoder": False, "skip_connection": "W_skip" in w, "transcode": sae.is_transcoder}
+    files.replace_file(folder / WEIGHTS, lambda partial: save_file(tensors, partial))
+    files.write_json(folder / CONFIG, cfg)
+    return folder
+
+
+def _sites(folder: Path, transcoder: bool) -> Sites:
+    name = folder.absolute().name
+    found = files.place(name)
+    if transcoder:
+        match = re.fullmatch(r"(?:model\.)?layers[._](\d+)\.mlp", name)
+        if not match:
+            raise ValueError(
+                f"{folder}: the transcoder of a module other than layers.N.mlp has no default sites: pass site=(input, output)"
+            )
+        return Site("mlp_in", int(match[1])), Site("mlp_out", int(match[1]))
+    if found is None:
+        raise files.no_site(folder)
+    return found, found

@@ -1,0 +1,103 @@
+"""Suites: one SAE for each of many sites of a model, read from patterns, lists and folders, written as a folder of folders."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from icl_lib.models import ModelConfig, Site
+from icl_lib.saes.formats import layer_files, saelens
+from icl_lib.saes.formats.load import detect, load_sae
+from icl_lib.saes.sae import SAE
+
+_DEEPEST = 5  # folders below a suite's: dictionaries/model/place/run/ae.pt
+
+
+def load_suite(
+    source: str | Path | Sequence[str | Path],
+    config: ModelConfig | None = None,
+    layers: Iterable[int] | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> dict[Site, SAE]:
+    """SAEs keyed by the site they encode, in the order of sites.
+
+    `source` is a folder, of which all SAEs in any format of `load_sae` are taken; or a name for `load_sae` with `{layer}` in it,
+    such as "google/gemma-scope-2b-pt-res/layer_{layer}/width_16k/canonical"; or a list of these. `layers` are the numbers to
+    put there (default: all of the model) and in a folder the layers of the sites to keep.
+
+    With `config`, layers and widths are held to that model, and an SAE of the residual behind a block is keyed by the same
+    tensor's other name, "resid_pre" of the next block, if there is one. Raises `FileNotFoundError` if there is no SAE, and
+    `ValueError` if one does not fit the model or two encode the same site, besides what `load_sae` raises.
+    """
+    layers = None if layers is None else tuple(layers)
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    suite: dict[Site, SAE] = {}
+    for name in [name for each in sources for name in _names(str(each), config, layers)]:
+        sae = _renamed(load_sae(name, revision, variant), config)
+        if layers is not None and "{layer}" not in str(source) and sae.site_in.layer not in layers:
+            continue
+        if sae.site_in in suite:
+            raise ValueError(f"{name} encodes {sae.site_in}, and so does another SAE of {source}: keep one per site")
+        if config is not None:
+            check_fit(sae, config, name)
+        suite[sae.site_in] = sae
+    if not suite:
+        raise FileNotFoundError(f"{source} has no SAE in layers {layers}: leave layers out to see what it has")
+    return dict(sorted(suite.items()))
+
+
+def save_sae(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
+    """Write an SAE so that `load_sae` and SAELens read it; the matrices in `dtype`, the vectors always in float32.
+
+    SAELens has no batchtopk, which comes back as the jumprelu it is, and no gated transcoder: one is written as the
+    `jumprelu_transcoder` it folds to. Files appear whole or not at all. Raises `ValueError` if `dtype` is not float32, float16
+    or bfloat16, if a weight is not finite in it, or on a topk transcoder.
+    """
+    return saelens.write(sae, folder, dtype)
+
+
+def save_suite(suite: Mapping[Site, SAE], folder: str | Path, dtype: str = "float32") -> Path:
+    """Write each SAE of a suite to `folder/<site>.<layer>`; see `save_sae`."""
+    for site, sae in suite.items():
+        save_sae(sae, Path(folder) / (site.name if site.layer is None else f"{site.name}.{site.layer}"), dtype)
+    return Path(folder)
+
+
+def check_fit(sae: SAE, config: ModelConfig, name: str) -> None:
+    """Raises `ValueError` naming the SAE, its site and both sizes if it does not fit the model."""
+    for what, size, site in (("d_in", sae.d_in, sae.site_in), ("d_out", sae.d_out, sae.site_out)):
+        if site.layer is not None:
+            config.check_layer(site.layer, f"layer of the SAE {name} at {site}")
+        if size != config.width(site.name):
+            raise ValueError(
+                f"the SAE {name} at {site} has {what} = {size}, but there the model (d_model = {config.d_model}) is "
+                f"{config.width(site.name)} wide: it was trained on another model; pass the suite of this one or train one with train_suite"
+            )
+
+
+def _names(source: str, config: ModelConfig | None, layers: tuple[int, ...] | None) -> list[str]:
+    """Names for `load_sae` of what one source stands for."""
+    if "{layer}" in source:
+        if layers is None and config is None:
+            raise ValueError(f"{source!r} has a {{layer}} in it: say which with layers=[...], or pass the model's config for all")
+        return [source.replace("{layer}", str(layer)) for layer in (range(config.n_layers) if layers is None else layers)]
+    folder = Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {source!r}: a suite is a folder of SAEs, or names with {{layer}} in them, here or on the hub")
+    if detect(folder):
+        return [source]
+    inside = sorted(path for path in folder.rglob("*") if len(path.relative_to(folder).parts) <= _DEEPEST)
+    found = [path for path in inside if (path.is_dir() and detect(path)) or layer_files.NAME.fullmatch(path.name)]
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} has no sub-folder with a {saelens.CONFIG} or other files of an SAE: a suite is what save_suite writes"
+        )
+    return [str(path) for path in found]
+
+
+def _renamed(sae: SAE, config: ModelConfig | None) -> SAE:
+    """At "resid_pre" of the next block, if it reads "resid_post" of a block that has a next."""
+    site = sae.site_in
+    if config is None or site.name != "resid_post" or site.layer + 1 >= config.n_layers or sae.is_transcoder:
+        return sae
+    return dataclasses.replace(sae, site_in=Site("resid_pre", site.layer + 1), site_out=Site("resid_pre", site.layer + 1))
