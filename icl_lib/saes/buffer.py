@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from icl_lib.models import Site, Transformer, record
-from icl_lib.models.sites import check_sites
+from icl_lib.models.sites import GLOBAL_SITES, LAYER_SITES, check_sites
 from icl_lib.saes.activations import check_tokens, token_mask
 from icl_lib.saes.corpus import Corpus
 from icl_lib.saes.recipes import TrainingError
@@ -42,7 +42,7 @@ class ActivationBuffer:
         dtype: str = "float32",
         mesh: Mesh | None = None,
     ):
-        self.sites = check_sites(model.config, dict.fromkeys(sites))
+        self.sites = tuple(sorted(check_sites(model.config, set(sites)), key=_order))
         self._model, self._corpus, self._mesh = model, corpus, mesh
         n_processes, n_devices = jax.process_count(), 1 if mesh is None else mesh.size
         self._pass_rows = contexts * (corpus.seq - (model.config.bos_id is not None))
@@ -122,6 +122,11 @@ class ActivationBuffer:
         """Made on its shards; no device ever holds all of it."""
         sharding = None if self._mesh is None else NamedSharding(self._mesh, spec)
         return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+
+
+def _order(site: Site) -> tuple[int, int]:
+    """The order of computation, so that the first of several bad activations is the cause of the others."""
+    return -1 if site.layer is None else site.layer, [*LAYER_SITES, *GLOBAL_SITES].index(site.name)
 
 
 @eqx.filter_jit(donate="all-except-first")

@@ -4,6 +4,7 @@ A checkpoint is a folder that appears under its step by one rename when all of i
 moment finds whole checkpoints only. Each carries the configuration it was made with and is not given to another one.
 """
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +43,8 @@ class Checkpoints:
 
         Raises `CheckpointError` if this or the save before it fails; the checkpoints before are untouched.
         """
-        items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), job=ocp.args.JsonSave({"config": self.config, "data": dict(data)}))
+        job = json.loads(json.dumps({"config": self.config, "data": data}))  # as it is now: it is written later
+        items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), job=ocp.args.JsonSave(job))
         self._try(f"write step {step} to", lambda: self._manager.save(step, args=items))
 
     def restore(self, abstract: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:

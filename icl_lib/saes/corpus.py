@@ -8,7 +8,7 @@ it goes on with the very context that would have come next.
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import datasets
 import jax
@@ -30,6 +30,7 @@ class CorpusError(ValueError):
     """Text that cannot be read, has no text column, or is too short."""
 
 
+@runtime_checkable
 class Corpus(Protocol):
     """Where contexts come from. `describe` is held against a checkpoint's: data of another kind cannot go on with it."""
 

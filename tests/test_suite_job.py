@@ -1,0 +1,286 @@
+"""The suite job: what is in its buffer, that it learns, goes on after being killed to the same bits, and stops where it must."""
+
+import itertools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.numpy import load_file
+
+from icl_lib.models import Site, Transformer, run_with_cache, tiny_config
+from icl_lib.saes.activations import token_mask
+from icl_lib.saes.buffer import ActivationBuffer
+from icl_lib.saes.checkpoints import CheckpointError, Checkpoints, abstract_like, differences
+from icl_lib.saes.formats import load_suite
+from icl_lib.saes.jobs import train_suite
+from icl_lib.saes.recipes import TrainingError, make_recipe
+from icl_lib.saes.training import Member
+
+CONFIG = tiny_config(d_model=8, d_head=4, d_mlp=16)
+SITES = [Site("resid_pre", 1), Site("mlp_in", 0)]
+MEMBERS = [Member(site, 24, 0.1) for site in SITES]
+RECIPE = make_recipe("icl-sfc", n_steps=120, batch_size=32, learning_rate=3e-3, dead_after=30)
+SIZES = dict(contexts=4, passes=3, steps_per_pass=2, save_every=10)
+
+
+class Numbers:
+    """A corpus of random tokens, padded at the end of some rows; from pass `poison` on it holds the last token of the vocabulary."""
+
+    def __init__(self, seq: int = 10, poison: int = 10**9):
+        self.seq, self.poison, self.passes = seq, poison, 0
+
+    def batch(self, n: int) -> np.ndarray:
+        rng = np.random.default_rng(self.passes)
+        tokens = rng.integers(3, CONFIG.d_vocab - 1, (n, self.seq)).astype(np.int32)
+        tokens[:, 0], tokens[0, rng.integers(4, self.seq) :] = CONFIG.bos_id, CONFIG.pad_id
+        if self.passes >= self.poison:
+            tokens[0, 2] = CONFIG.d_vocab - 1
+        self.passes += 1
+        return tokens
+
+    def state_dict(self):
+        return {"passes": self.passes}
+
+    def load_state_dict(self, state):
+        self.passes = state["passes"]
+
+    def describe(self):
+        return {"corpus": "numbers", "seq": self.seq}
+
+
+def make_model() -> Transformer:
+    return Transformer.init(CONFIG, key=jax.random.key(0))
+
+
+def run(folder, corpus=None, model=None, members=MEMBERS, recipe=RECIPE, log=None, **changes):
+    model = make_model() if model is None else model
+    return train_suite(model, Numbers() if corpus is None else corpus, members, recipe, folder, log=log, **(SIZES | changes))
+
+
+def weights(folder) -> dict[str, np.ndarray]:
+    """Every array of every SAE that a job wrote."""
+    files = sorted(folder.rglob("sae_weights.safetensors"))
+    assert files
+    return {f"{f.parent.name}/{k}": v for f in files for k, v in load_file(f).items()}
+
+
+def assert_same_bits(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("job")
+    run(folder)
+    return folder
+
+
+def expected_rows(batches: list[np.ndarray], site: Site) -> np.ndarray:
+    """Activations of all tokens that count, sorted, computed pass by pass without the buffer."""
+    model, parts = make_model(), []
+    for tokens in batches:
+        _, cache = run_with_cache(model, jnp.asarray(tokens), [site])
+        parts.append(np.asarray(cache[site])[np.asarray(token_mask(tokens, CONFIG))])
+    return np.concatenate(parts)
+
+
+def test_buffer_is_a_ring_of_the_last_passes():
+    buffer = ActivationBuffer(make_model(), Numbers(), SITES, contexts=4, passes=3)
+    buffer.fill()
+    assert buffer.tokens_per_pass == 36 and all(x.shape == (108, CONFIG.d_model) for x in buffer.rows.values())
+    for step in range(2):
+        buffer.refill(step)
+    corpus = Numbers()
+    batches = [corpus.batch(4) for _ in range(5)]
+    for site in SITES:
+        rows = np.asarray(buffer.rows[site])
+        for slot, number in enumerate([3, 4, 2]):  # the oldest were replaced
+            expected = expected_rows(batches[number : number + 1], site)
+            got = rows[36 * slot : 36 * (slot + 1)]
+            np.testing.assert_allclose(got[: len(expected)], expected, atol=1e-5)
+            assert len(expected) < 36, "padding left room"
+            np.testing.assert_array_equal(got[len(expected) :], got[: 36 - len(expected)])  # which tokens of the same pass fill
+    assert buffer.first_bad() is None
+
+
+def test_buffer_comes_back_bit_for_bit():
+    first = ActivationBuffer(make_model(), Numbers(), SITES, contexts=4, passes=3)
+    first.fill()
+    for step in range(4):
+        first.refill(step)
+    state, tokens = first.state()
+    second = ActivationBuffer(make_model(), Numbers(), SITES, contexts=4, passes=3)
+    second.load(json.loads(json.dumps(state)), tokens)
+    for _ in range(2):
+        for site in SITES:
+            np.testing.assert_array_equal(first.rows[site], second.rows[site])
+        first.refill(9)
+        second.refill(9)
+
+
+def test_buffer_in_half_precision_and_its_limits():
+    model = make_model()
+    buffer = ActivationBuffer(model, Numbers(), SITES, contexts=2, passes=2, dtype="bfloat16")
+    buffer.fill()
+    assert {x.dtype for x in buffer.rows.values()} == {jnp.dtype("bfloat16")}
+    loud = eqx.tree_at(lambda m: m.blocks[0].ln2.weight, model, model.blocks[0].ln2.weight + 1e5)
+    buffer = ActivationBuffer(loud, Numbers(), SITES, contexts=2, passes=2, dtype="float16")
+    buffer.refill(step=7)
+    assert buffer.first_bad() == (Site("mlp_in", 0), 7), "float16 overflows where float32 does not"
+    with pytest.raises(TrainingError, match="got 0: change contexts or passes"):
+        ActivationBuffer(model, Numbers(), SITES, contexts=2, passes=0)
+
+
+def test_job_learns_and_writes(finished):
+    suite = load_suite(finished / "saes")
+    assert set(suite) == set(SITES) and suite[Site("mlp_in", 0)].site_out == Site("mlp_out", 0)
+    curves = pd.read_parquet(finished / "curves.parquet")
+    assert list(curves.columns) == ["step", "site", "d_sae", "sparsity", "l0", "fvu", "dead"]
+    for site in SITES:
+        fvu = curves[curves.site == str(site)].fvu
+        assert fvu.iloc[-10:].mean() < 0.75 * fvu.iloc[:5].mean(), "the SAEs learn"
+    steps = curves[curves.site == str(SITES[0])].step
+    assert list(steps) == sorted(set(steps)) and steps.iloc[-1] == 120
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["000000110", "000000120"], "the last two are kept"
+
+
+def test_a_finished_job_is_not_run_again(finished):
+    before = weights(finished)
+    log = []
+    trained = run(finished, log=log.append)
+    assert log == []
+    assert_same_bits(weights(finished), before)
+    assert list(trained) == MEMBERS
+
+
+def test_progress_lines(tmp_path):
+    log = []
+    run(tmp_path, log=log.append, log_seconds=0.0)
+    assert [p.step for p in log] == list(range(2, 121, 2)) and all(len(p.l0) == len(MEMBERS) for p in log)
+    text = str(log[-1])
+    assert text.startswith("step 120 / 120  ") and all(word in text for word in (" tokens/s ", " ETA 0:00:00 ", " L0 ", " FVU ", " dead "))
+
+
+def test_another_configuration_is_refused_by_field(finished):
+    before = weights(finished)
+    with pytest.raises(CheckpointError, match=r"recipe.learning_rate is 0.003 there, 0.002 here.*choose another folder"):
+        run(finished, recipe=make_recipe("icl-sfc", n_steps=120, batch_size=32, learning_rate=2e-3, dead_after=30))
+    with pytest.raises(CheckpointError, match=r"corpus.seq is 10 there, 9 here"):
+        run(finished, corpus=Numbers(seq=9))
+    other = eqx.tree_at(lambda m: m.embed, make_model(), make_model().embed * 1.1)
+    with pytest.raises(CheckpointError, match=r"model.weights is .* there"):
+        run(finished, model=other)
+    with pytest.raises(CheckpointError, match=r"members.blocks.1.hook_resid_pre d_sae=24 sparsity=0.2 is absent there, True here"):
+        run(finished, members=[Member(SITES[0], 24, 0.2), MEMBERS[1]])
+    assert_same_bits(weights(finished), before)
+    assert differences({"a": [1, 2], "b": {"c": None}}, {"a": [1, 3], "b": {"c": None}}) == ["a.1 is 2 there, 3 here"]
+
+
+def test_bad_data_stops_the_job_and_keeps_the_checkpoint(tmp_path):
+    model = make_model()
+    model = eqx.tree_at(lambda m: m.embed, model, model.embed.at[-1].set(jnp.inf))
+    with pytest.raises(
+        TrainingError, match=r"activations at blocks.\d.\S+ are not finite in float32, from the pass at step 0.*no checkpoint yet"
+    ):
+        run(tmp_path / "a", corpus=Numbers(poison=1), model=model)
+    # pass 3 + 13 follows step 26: by the checkpoint of step 30 it is found
+    with pytest.raises(
+        TrainingError, match=r"blocks.\d.\S+ are not finite in float32, from the pass at step 28 on.*last good checkpoint, of step 20"
+    ):
+        run(tmp_path / "b", corpus=Numbers(poison=16), model=model)
+    with pytest.raises(TrainingError, match="step 28"):  # it goes on from step 20 and meets the same data
+        run(tmp_path / "b", corpus=Numbers(poison=16), model=model)
+
+
+def test_bad_loss_stops_the_job_and_keeps_the_checkpoint(tmp_path):
+    recipe = make_recipe("icl-sfc", n_steps=120, batch_size=32, learning_rate=1e30, warmup=0, dead_after=30)
+    with pytest.raises(TrainingError, match=r"(loss of the SAE at blocks.\d\S+ is|a weight is) not finite.*no checkpoint yet"):
+        run(tmp_path, recipe=recipe)
+
+
+def test_a_disk_that_is_full(tmp_path):
+    """A limit on the size of files fails a save half way, as a full disk does."""
+    state = {"w": jax.random.normal(jax.random.key(1), (200_000,))}
+    checkpoints = Checkpoints(tmp_path, {"a": 1})
+    checkpoints.save(1, state, {"k": 1})
+    checkpoints.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"could not .* Whole checkpoints there: 1\. Is the disk full\?"):
+            checkpoints.save(2, {"w": state["w"] + 1}, {"k": 2})
+            checkpoints.wait()
+        checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    again = Checkpoints(tmp_path, {"a": 1})
+    step, arrays, data = again.restore(abstract_like(state))
+    assert (step, data) == (1, {"k": 1})
+    np.testing.assert_array_equal(arrays["w"], state["w"])
+    again.save(2, state, {"k": 2})
+    again.wait()
+    assert again.latest() == 2 and sorted(p.name for p in tmp_path.iterdir()) == ["000000001", "000000002"], "nothing half written stays"
+    again.close()
+
+
+def test_a_save_does_not_see_later_steps(tmp_path):
+    """The state is given up to the next step while it is still being written."""
+    add = jax.jit(lambda s: s + 1, donate_argnums=0)
+    checkpoints, state = Checkpoints(tmp_path, {}, keep=3), jnp.zeros(3_000_000)
+    for step in range(3):
+        checkpoints.save(step, {"w": state}, {})
+        for _ in range(5):
+            state = add(state)
+    checkpoints.wait()
+    arrays = checkpoints.restore({"w": jax.ShapeDtypeStruct(state.shape, state.dtype)})[1]
+    checkpoints.close()
+    np.testing.assert_array_equal(arrays["w"], 10.0)
+
+
+def test_impossible_jobs(tmp_path):
+    with pytest.raises(TrainingError, match="contexts of 65 tokens are longer than the model's 64"):
+        run(tmp_path, corpus=Numbers(seq=65))
+    with pytest.raises(TrainingError, match="steps_per_pass and save_every must be at least 1"):
+        run(tmp_path, steps_per_pass=0)
+    with pytest.raises(ValueError, match="layer of site"):
+        run(tmp_path, members=[Member(Site("resid_pre", 9), 24, 0.1)])
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, finished):
+    """SIGKILL at random moments, in the middle of a save as like as not; then the run that is left alone finishes."""
+    rng = np.random.default_rng(int.from_bytes(os.urandom(4)))
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, __file__, str(tmp_path / "run")]
+    reached, kills = 0, 0
+    for attempt in itertools.count():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        target = None if attempt == 3 else reached + rng.integers(1, 30)
+        for line in process.stdout:
+            step = int(line.split()[1])
+            assert step > reached - 21, "it goes on from a checkpoint at most two saves ago"
+            if target is not None and step >= target:
+                process.send_signal(signal.SIGKILL)
+                kills, reached = kills + 1, step
+                break
+        process.communicate()
+        if process.returncode != -signal.SIGKILL:
+            break
+    assert process.returncode == 0 and kills >= 2
+    assert_same_bits(weights(tmp_path / "run"), weights(finished))
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "run" / "curves.parquet"), pd.read_parquet(finished / "curves.parquet"))
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], log=lambda progress: print(progress, flush=True), log_seconds=0.0)
