@@ -21,8 +21,8 @@ from icl_lib.saes.sae import SAE
 
 Weights = dict[str, np.ndarray]
 Sites = tuple[Site, Site]  # what is encoded, what is reconstructed
-# Axes of our matrices: d of the input, F latents, o of the output. A spec that names them the other way round transposes.
-_AXES = {"W_enc": "d F", "W_dec": "F o", "W_skip": "d o"}
+# The first axis of our matrices (d, F, o: width of the input, latents, width of the output). Others are transposed.
+_FIRST_AXIS = {"W_enc": "d", "W_dec": "F", "W_skip": "d"}
 # Names of modules and folders by which other libraries say where an SAE sits
 _PLACES = (
     (r"resid_(?:post|out)_?layer_?(\d+)", "resid_post"),
@@ -90,7 +90,7 @@ def take(found: Mapping[str, np.ndarray], spec: Mapping[str, str], path: Path, *
             shape = ", ".join(f"{axis} = {sizes[axis]}" if axis in sizes else axis for axis in axes)
             expected = expected if -1 not in expected else f"({shape})"
             problems.append(f"{theirs} has shape {value.shape}, expected {expected}")
-        weights[ours] = value.T if len(axes) == 2 and " ".join(axes) != _AXES.get(ours, " ".join(axes)) else value
+        weights[ours] = value.T if len(axes) == 2 and axes[0] != _FIRST_AXIS[ours] else value
     if problems:
         raise ValueError(f"{path} does not hold the tensors of its kind of SAE: {'; '.join(problems)}")
     return weights
