@@ -280,9 +280,11 @@ class Transformer(eqx.Module):
     def __call__(self, tokens: Int[Array, "batch seq"], tap: Tap | None = None) -> Float[Array, "batch seq d_vocab"]:
         if tokens.ndim != 2:
             raise ValueError(f"the model takes tokens of shape (batch, seq), got {tokens.shape}; is tokens[None] meant?")
-        # Gemma rounds the factor to the activation dtype before it multiplies.
-        scale = jnp.asarray(self.config.embed_scale, self.embed.dtype)
-        return self.run_from(0, _checked(tap)(Site("embed"), self.embed[tokens] * scale), tap)
+        return self.run_from(0, _checked(tap)(Site("embed"), self.embedding(tokens)), tap)
+
+    def embedding(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq d_model"]:
+        """What the first block reads. Gemma rounds the factor to the activation dtype before it multiplies."""
+        return self.embed[tokens] * jnp.asarray(self.config.embed_scale, self.embed.dtype)
 
     def run_from(
         self,
