@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from icl_lib.saes.objectives import Params, Stats, matmul, target_norm
+from icl_lib.saes.objectives import Params, Stats, draw_dead, matmul, target_norm
 from icl_lib.saes.recipes import Recipe
 
 GHOST_COEFFICIENT = 0.25
@@ -59,9 +59,10 @@ def loss(
     dead: Array | None = None,
     *,
     key: PRNGKeyArray | None = None,
+    revive: Array | None = None,
 ) -> tuple[Float[Array, ""], Stats]:
     r"""The loss $L$ above and the batch's statistics. `sparsity` is $\lambda$; `dead` (d_sae,) bool turns ghost gradients on
-    and needs a `key`, which draws the dead latents that get them.
+    and needs a `key`, which draws the dead latents that get them. Where `revive` is false they are skipped (default: if none is dead).
     """
     h = matmul(x, params.W_enc)  # computed once: gate and magnitude share it
     pi = h + params.b_enc[None]
@@ -76,23 +77,21 @@ def loss(
     penalty = 2 * sparsity * jnp.dot(jnp.mean(open_gate, axis=0), jnp.linalg.norm(params.W_dec.astype(jnp.float32), axis=1))
     total = reconstruction + penalty + gate_reconstruction
     if dead is not None:
-        total = total + _ghost(params, x, err, scale, dead, key)
+        total = total + _ghost(params, x, err, scale, dead, jnp.any(dead) if revive is None else revive, key)
     fired = f > 0
     l0 = jnp.mean(jnp.sum(fired, axis=1, dtype=jnp.float32))
-    return total, Stats(l0, jnp.sum(err**2) / jnp.sum(scale**2), jnp.any(fired, axis=0))
+    return total, Stats(l0, jnp.sum(err**2) / jnp.sum(scale**2), jnp.any(fired, axis=0), jnp.float32(jnp.nan))
 
 
-def _ghost(params, x, err, scale, dead, key):
-    """Ghost loss where a latent is dead, skipped by `cond` where none is."""
+def _ghost(params, x, err, scale, dead, revive, key):
+    """Ghost loss of a part of the dead latents on a part of the batch, skipped by `cond` where `revive` is false."""
     n = math.ceil(x.shape[0] / GHOST_BATCH)
     err = jax.lax.stop_gradient(err[:n])
-    k = math.ceil(dead.shape[0] / GHOST_LATENTS)
-    # random order among the dead, so that stubborn ones do not keep others waiting
-    rank, latents = jax.lax.top_k(jnp.where(dead, jax.random.uniform(key, dead.shape), -1.0), k)
+    latents, is_dead = draw_dead(dead, math.ceil(dead.shape[0] / GHOST_LATENTS), key=key)
     fraction = jnp.mean(dead.astype(jnp.float32))
     return jax.lax.cond(
-        jnp.any(dead),
-        lambda p: GHOST_COEFFICIENT * fraction * ghost_loss(p, x[:n], err, scale[:n], latents, rank >= 0),
+        revive,
+        lambda p: GHOST_COEFFICIENT * fraction * ghost_loss(p, x[:n], err, scale[:n], latents, is_dead),
         lambda p: jnp.zeros(()),
         params,
     )

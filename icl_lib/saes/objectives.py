@@ -10,8 +10,8 @@ over the tokens of the batch and $E(f) = \mathrm{mean} \|y - \hat y(f)\|^2$,
 - jumprelu: $f = p\,1[p > \theta]$ and $L = E(f) + \lambda\, \mathrm{mean} \|f\|_0$, $\theta$ learned by straight-through
   gradients (the same authors, 2024, "Jumping Ahead", Eqs. 9 to 12);
 - topk, batchtopk: $f$ is $\mathrm{ReLU}(p)$ where it is among the $k$ largest of a token, or the $nk$ largest of $n$ tokens, and
-  $L = \mathrm{FVU}(f) + \alpha\, \mathrm{FVU}_{aux}$, the latter of the error by the `k_aux` largest dead latents (Gao et al.,
-  2024, Sec. 2.4; Bussmann et al., 2024).
+  $L = \mathrm{FVU}(f) + \alpha\, \mathrm{FVU}_{aux}$, the latter of the error by the `k_aux` largest dead latents of each token (Gao et
+  al., 2024, Sec. 2.4; Bussmann et al., 2024). Where more than 4 `k_aux` are dead, that many are drawn anew at each step.
 
 The encoder reads $x$ and not $x - b_{dec}$: the same functions, as $b_{enc}$ is free. It starts at $-\bar x W_{enc}$.
 """
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from icl_lib.saes.recipes import Recipe
+from icl_lib.saes.sparse import largest, reconstruct, top_of_all
 
 _EPS = 1e-6
 
@@ -31,14 +32,14 @@ _EPS = 1e-6
 class Params(NamedTuple):
     """Trainable weights of one SAE, those its objective has; a leading axis when several are stacked."""
 
-    W_enc: Float[Array, "*saes d_in d_sae"]
+    W_enc: Float[Array, "*saes d_in d_sae"]  # topk, batchtopk: (d_sae, d_in), since few rows have a gradient
     W_dec: Float[Array, "*saes d_sae d_out"]
     b_enc: Float[Array, "*saes d_sae"]  # of the gate, if there is one
     b_mag: Float[Array, "*saes d_sae"] | None
     r_mag: Float[Array, "*saes d_sae"] | None
     b_dec: Float[Array, "*saes d_out"]
     log_threshold: Float[Array, "*saes d_sae"] | None = None
-    W_skip: Float[Array, "*saes d_out d_in"] | None = None
+    W_skip: Float[Array, "*saes d_in d_out"] | None = None
 
 
 class Stats(NamedTuple):
@@ -47,7 +48,7 @@ class Stats(NamedTuple):
     l0: Float[Array, ""]
     fvu: Float[Array, ""]
     fired: Array  # (d_sae,) bool
-    least: Float[Array, ""] | None = None  # batchtopk: smallest feature that was kept
+    least: Float[Array, ""]  # topk, batchtopk: smallest feature that was kept
 
 
 def init(x: Float[Array, "tokens d_in"], y: Float[Array, "tokens d_out"], d_sae: int, recipe: Recipe, *, key: PRNGKeyArray) -> Params:
@@ -65,14 +66,14 @@ def init(x: Float[Array, "tokens d_in"], y: Float[Array, "tokens d_out"], d_sae:
     gated, jump = recipe.objective == "gated", recipe.objective == "jumprelu"
     dtype = jnp.dtype(recipe.dtype)
     return Params(
-        W_enc=rows.T.astype(dtype),
+        W_enc=(rows if recipe.top else rows.T).astype(dtype),
         W_dec=W_dec.astype(dtype),
         b_enc=bias,
         b_mag=bias if gated else None,
         r_mag=jnp.zeros(d_sae) if gated else None,
         b_dec=jnp.mean(y, axis=0),
         log_threshold=jnp.full(d_sae, math.log(recipe.threshold * math.sqrt(d_in))) if jump else None,
-        W_skip=jnp.zeros((d_out, d_in), dtype) if recipe.skip else None,
+        W_skip=jnp.zeros((d_in, d_out), dtype) if recipe.skip else None,
     )
 
 
@@ -108,49 +109,53 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def loss(
-    params: Params, x: Float[Array, "tokens d_in"], y: Float[Array, "tokens d_out"], sparsity: Float[Array, ""],
-    dead: Array | None, recipe: Recipe, k_max: int,
-) -> tuple[Float[Array, ""], Stats]:  # fmt: skip
+    params: Params,
+    x: Float[Array, "tokens d_in"],
+    y: Float[Array, "tokens d_out"],
+    sparsity: Float[Array, ""],
+    dead: Array | None,
+    recipe: Recipe,
+    k_max: int = 0,
+    *,
+    key: PRNGKeyArray | None = None,
+    sparse: bool = False,
+) -> tuple[Float[Array, ""], Stats]:
     r"""The loss of `recipe.objective` and the batch's statistics.
 
-    `sparsity` is $\lambda$, or $k$ up to the static `k_max`. `dead` (d_sae,) bool turns the auxiliary loss on, `None` off.
+    `sparsity` is $\lambda$, or $k$ up to the static `k_max`. `dead` (d_sae,) bool turns the auxiliary loss on and needs a `key`.
+    topk and batchtopk go by pairs of token and latent if `sparse`, else by dense products.
     """
-    pre = matmul(x, params.W_enc) + params.b_enc[None]
     target = y - params.b_dec[None]
     if params.W_skip is not None:
-        target = target - matmul(x, params.W_skip.T)
-    least = None
-    if recipe.objective in ("topk", "batchtopk"):
-        return _top(params, pre, target, y, sparsity, dead, recipe, k_max)
+        target = target - matmul(x, params.W_skip)
+    if recipe.top:
+        return _top(params, x, target, y, sparsity, dead, recipe, k_max, key, sparse)
+    h = matmul(x, params.W_enc)
+    pre = h + params.b_enc[None]
     norms = jnp.linalg.norm(params.W_dec.astype(jnp.float32), axis=1)
+    open_gate = jax.nn.relu(pre)
     if recipe.objective == "jumprelu":
         theta, width = jnp.exp(params.log_threshold), recipe.bandwidth * math.sqrt(x.shape[1])
-        f = jump(pre, theta, width)
-        penalty = jnp.mean(jnp.sum(step(pre, theta, width), axis=1))
-    elif recipe.objective == "gated":
-        h = pre - params.b_enc[None]
-        open_gate = jax.nn.relu(pre)
-        f = jnp.where(pre > 0, jax.nn.relu(h * jnp.exp(params.r_mag)[None] + params.b_mag[None]), 0)
-        penalty = jnp.dot(jnp.mean(open_gate, axis=0), norms)
+        f, penalty = jump(pre, theta, width), jnp.mean(jnp.sum(step(pre, theta, width), axis=1))
     else:
-        f = jax.nn.relu(pre)
-        penalty = jnp.dot(jnp.mean(f, axis=0), norms)
+        f, penalty = open_gate, jnp.dot(jnp.mean(open_gate, axis=0), norms)
+    if recipe.objective == "gated":
+        f = jnp.where(pre > 0, jax.nn.relu(h * jnp.exp(params.r_mag)[None] + params.b_mag[None]), 0)
     err = target - matmul(f, params.W_dec)
     total = _mean_square(err) + sparsity * penalty
     if recipe.objective == "gated":
-        frozen = jax.lax.stop_gradient((params.W_dec, target))
-        total = total + _mean_square(frozen[1] - matmul(open_gate, frozen[0]))
-    return total, _stats(f, err, y, least)
+        W_dec, frozen = jax.lax.stop_gradient((params.W_dec, target))
+        total = total + _mean_square(frozen - matmul(open_gate, W_dec))
+    return total, _stats(f > 0, err, y)
 
 
 def _mean_square(err):
     return jnp.mean(jnp.sum(err**2, axis=1))
 
 
-def _stats(f, err, y, least=None) -> Stats:
-    fired = f > 0
+def _stats(fired, err, y) -> Stats:
     l0 = jnp.mean(jnp.sum(fired, axis=1, dtype=jnp.float32))
-    return Stats(l0, jnp.sum(err**2) / jnp.sum(target_norm(y) ** 2), jnp.any(fired, axis=0), least)
+    return Stats(l0, jnp.sum(err**2) / jnp.sum(target_norm(y) ** 2), jnp.any(fired, axis=0), jnp.float32(jnp.nan))
 
 
 @jax.custom_vjp
@@ -186,34 +191,48 @@ step.defvjp(lambda pre, theta, width: (step(pre, theta, width), (pre, theta, wid
 jump.defvjp(lambda pre, theta, width: (jump(pre, theta, width), (pre, theta, width)), _jump_backward)
 
 
-def _top(params, pre, target, y, k, dead, recipe: Recipe, k_max: int):
+def _top(params: Params, x, target, y, k, dead, recipe: Recipe, k_max: int, key, sparse: bool):
     """Loss of topk and batchtopk."""
-    positive = jax.nn.relu(pre)
-    least = kth_largest(jax.lax.stop_gradient(positive), k, k_max, whole=recipe.objective == "batchtopk")
-    f = jnp.where(positive >= least, positive, 0)
-    err = target - matmul(f, params.W_dec)
-    scale = jnp.sum(target_norm(y) ** 2)
-    total = jnp.sum(err**2) / scale
-    if dead is not None:
-        total = total + recipe.aux * _auxiliary(params, positive, jax.lax.stop_gradient(err), dead, recipe.k_aux)
-    smallest = jnp.min(jnp.where(f > 0, f, jnp.inf))
-    return total, _stats(f, err, y, smallest)
+    whole = recipe.objective == "batchtopk"
+    if sparse:
+        weights = params.W_enc, params.b_enc, params.W_dec
+        fixed = jax.lax.stop_gradient(params)
+        pairs = largest(matmul(x, fixed.W_enc.T) + fixed.b_enc[None], k, k_max, whole)
+        err, on = target - reconstruct(pairs, x, *weights), pairs.value > 0
+        fired = jnp.zeros(len(params.b_enc), bool).at[pairs.latent].max(on)
+        stats = Stats(jnp.mean(on) * on.size / len(x), jnp.zeros(()), fired, jnp.min(jnp.where(on, pairs.value, jnp.inf)))
+    else:
+        positive = jax.nn.relu(matmul(x, params.W_enc.T) + params.b_enc[None])
+        f = jnp.where(positive >= _least(jax.lax.stop_gradient(positive), k, k_max, whole), positive, 0)
+        err = target - matmul(f, params.W_dec)
+        stats = _stats(f > 0, err, y)._replace(least=jnp.min(jnp.where(f > 0, f, jnp.inf)))
+    fvu = jnp.sum(err**2) / jnp.sum(target_norm(y) ** 2)
+    total = fvu if dead is None else fvu + recipe.aux * _auxiliary(params, x, jax.lax.stop_gradient(err), dead, recipe.k_aux, key)
+    return total, stats._replace(fvu=fvu)
 
 
-def kth_largest(f: Float[Array, "tokens d_sae"], k: Float[Array, ""], k_max: int, whole: bool) -> Float[Array, "#tokens 1"]:
+def _least(f: Float[Array, "tokens d_sae"], k: Float[Array, ""], k_max: int, whole: bool) -> Float[Array, "#tokens 1"]:
     """The k-th largest value of each row, or, of the `whole`, the (tokens x k)-th."""
     if whole:
-        count = jnp.round(k * f.shape[0]).astype(jnp.int32)
-        top = jax.lax.top_k(f.ravel(), min(k_max * f.shape[0], f.size))[0]
-        return jnp.take(top, count - 1)[None, None]
+        top = top_of_all(f, min(k_max * f.shape[0], f.size))[0]
+        return jnp.min(jnp.where(jnp.arange(len(top)) < jnp.round(k * f.shape[0]), top, jnp.inf))[None, None]
+    # not top[:, k - 1]: on a CPU XLA takes a slice of top_k to a full sort
     top = jax.lax.top_k(f, k_max)[0]
     return jnp.min(jnp.where(jnp.arange(k_max)[None] < k, top, jnp.inf), axis=1, keepdims=True)
 
 
-def _auxiliary(params: Params, positive, err, dead, k_aux: int):
+def draw_dead(dead: Array, n: int, *, key: PRNGKeyArray) -> tuple[Array, Array]:
+    """`n` latents, the dead among them first and in random order so that stubborn ones do not keep others waiting; which are dead."""
+    rank, latents = jax.lax.top_k(jnp.where(dead, jax.random.uniform(key, dead.shape), -1.0), n)
+    return latents, rank >= 0
+
+
+def _auxiliary(params: Params, x, err, dead, k_aux: int, key):
     """FVU of the error `err`, held constant, by the `k_aux` largest of the dead latents; 0 if there are none."""
-    f = jnp.where(dead[None], positive, 0)
-    least = kth_largest(jax.lax.stop_gradient(f), jnp.float32(k_aux), min(k_aux, f.shape[1]), whole=False)
-    f = jnp.where(f >= least, f, 0)
-    missing = err - matmul(f, params.W_dec)
-    return jnp.sum(missing**2) / (jnp.sum(target_norm(err) ** 2) + _EPS)
+    latents, is_dead = draw_dead(dead, min(4 * k_aux, len(dead)), key=key)
+    f = jax.nn.relu(matmul(x, params.W_enc[latents].T) + params.b_enc[latents][None])
+    f = jnp.where(is_dead[None], f, 0)
+    f = jnp.where(f >= _least(jax.lax.stop_gradient(f), jnp.float32(k_aux), min(k_aux, len(latents)), whole=False), f, 0)
+    missing = err - matmul(f, params.W_dec[latents])
+    fvu = jnp.sum(missing**2) / (jnp.sum(target_norm(err) ** 2) + _EPS)
+    return jnp.where(jnp.any(dead), fvu, 0)

@@ -64,6 +64,11 @@ class Recipe:
             if not 0 <= getattr(self, name) < high:
                 raise TrainingError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
 
+    @property
+    def top(self) -> bool:
+        """Whether sparsity is a number of latents, k."""
+        return self.objective in ("topk", "batchtopk")
+
     def rate(self, step: Array) -> Array:
         """Learning rate at a step, from 0."""
         done = (step + 1).astype(jnp.float32)

@@ -19,13 +19,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
 from icl_lib.models import Site
-from icl_lib.saes import icl_sfc, objectives
+from icl_lib.saes import icl_sfc, objectives, optimiser
 from icl_lib.saes.activations import needed_sites, output_site
 from icl_lib.saes.objectives import Params
+from icl_lib.saes.optimiser import Moments
 from icl_lib.saes.recipes import Recipe, TrainingError, make_recipe
 from icl_lib.saes.sae import SAE
 
 AXIS = "sae"  # of the mesh
+THRESHOLD_DECAY = 0.99  # of the running mean of batchtopk's smallest feature
 _SAMPLE = 4096  # tokens that the start of training looks at
 
 Buffer = Mapping[Site, Array]
@@ -66,9 +68,9 @@ class Suite:
         if missing := [str(s) for s in self.sites if s not in dict(self.widths)]:
             raise TrainingError(f"no activations for {', '.join(missing)}: harvest needed_sites(sites), inputs and targets")
         for m in self.members:
-            whole = not self.top or float(m.sparsity).is_integer() and 1 <= m.sparsity <= m.d_sae
+            whole = not self.recipe.top or float(m.sparsity).is_integer() and 1 <= m.sparsity <= m.d_sae
             if m.d_sae < 1 or not m.sparsity >= 0 or not whole:
-                wanted = f"a whole k from 1 to d_sae = {m.d_sae}" if self.top else "0 or more"
+                wanted = f"a whole k from 1 to d_sae = {m.d_sae}" if self.recipe.top else "0 or more"
                 raise TrainingError(f"sparsity of a {self.recipe.objective} SAE must be {wanted}, got {m.sparsity} at {m.site}")
         self._check_mesh()
 
@@ -84,11 +86,6 @@ class Suite:
             size, what = (len(group), "SAEs of one shape") if self.shard == "sae" else (self.members[group[0]].d_sae, "latents")
             if size % n:
                 raise TrainingError(f"the mesh divides {what} by {n}, which {size} is no multiple of: choose another mesh or shard")
-
-    @property
-    def top(self) -> bool:
-        """Whether sparsity is a number of latents."""
-        return self.recipe.objective in ("topk", "batchtopk")
 
     @property
     def sites(self) -> list[Site]:
@@ -108,8 +105,7 @@ class Stack(NamedTuple):
     """What training carries for SAEs of one shape; every leaf has a leading axis over them."""
 
     params: Params
-    first: Params | None  # running mean of gradients, if beta1 > 0
-    second: Params  # running mean of squared gradients
+    moments: Moments
     silent: Array  # (d_sae,) int32 steps since a latent last fired
     norm_in: Array  # () mean norm of the input
     norm_out: Array  # () mean norm of the target
@@ -226,9 +222,8 @@ def _start_stack(x, y, keys, d_sae: int, recipe: Recipe) -> Stack:
         return (icl_sfc if recipe.objective == "icl-sfc" else objectives).init(x, y, d_sae, recipe, key=key)
 
     params = jax.vmap(one)(x, y, norm_in, norm_out, keys)
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    first = zeros if recipe.beta1 else None
-    return Stack(params, first, zeros, jnp.zeros((n, d_sae), jnp.int32), norm_in, norm_out, jnp.full(n, -1.0), jnp.full(n, -1))
+    moments = optimiser.start(params, recipe)
+    return Stack(params, moments, jnp.zeros((n, d_sae), jnp.int32), norm_in, norm_out, jnp.full(n, -1.0), jnp.full(n, -1))
 
 
 def _mean_norm(x: Array) -> Array:
@@ -272,82 +267,104 @@ def _step_stack(stack: Stack, rows, keys, i, suite: Suite, group) -> tuple[Stack
     """One step of all SAEs of a group."""
     x, y = _pairs(rows, suite, group)
     sparsity = jnp.asarray([suite.members[j].sparsity for j in group], jnp.float32)
-    k_max = int(max(suite.members[j].sparsity for j in group)) if suite.top else 0
-    ramp = jnp.float32(1) if suite.top else suite.recipe.ramp(i)
-    one = functools.partial(_step_one, step=i, ramp=ramp, recipe=suite.recipe, k_max=k_max)
-    if suite.mesh is None:
-        return _over_saes(one, stack, x, y, sparsity, keys)
-    if suite.shard == "sae":
+    k_max = int(max(suite.members[j].sparsity for j in group)) if suite.recipe.top else 0
+    by_latent = suite.mesh is not None and suite.shard == "latent"
+    sparse = suite.recipe.top and _on_cpu() and not by_latent
+    one = functools.partial(_step_one, step=i, recipe=suite.recipe, k_max=k_max, sparse=sparse)
+    over = functools.partial(_over_saes, one, suite.recipe)
+    if suite.mesh is not None and suite.shard == "sae":
         spec = PartitionSpec(AXIS)
-        each = jax.shard_map(
-            functools.partial(_over_saes, one), mesh=suite.mesh, in_specs=spec, out_specs=spec, axis_names={AXIS}, check_vma=False
-        )
-        return each(stack, x, y, sparsity, keys)
-    stack, stats = _over_saes(one, stack, x, y, sparsity, keys)
-    where = shardings(suite, State(i, i, (stack,))).stacks[0]
-    return jax.lax.with_sharding_constraint(stack, where), stats
+        over = jax.shard_map(over, mesh=suite.mesh, in_specs=spec, out_specs=spec, axis_names={AXIS}, check_vma=False)
+    stack, stats = over(stack, x, y, sparsity, keys)
+    if by_latent:
+        stack = jax.lax.with_sharding_constraint(stack, shardings(suite, State(i, i, (stack,))).stacks[0])
+    return stack, stats
 
 
-def _over_saes(function, *stacked):
-    """`vmap` on accelerators. On a CPU one SAE after the other, so that its (batch, d_sae) arrays stay in the cache: 2-3 x faster."""
-    if jax.default_backend() == "cpu":
-        return jax.lax.map(lambda args: function(*args), stacked)
-    return jax.vmap(function)(*stacked)
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
 
 
-def _step_one(stack: Stack, x, y, sparsity, key, step, ramp, recipe: Recipe, k_max: int) -> tuple[Stack, objectives.Stats]:
-    """One optimiser step of one SAE on one batch."""
+def _over_saes(function, recipe: Recipe, stack: Stack, *rest):
+    """`vmap` on accelerators. On a CPU one SAE after the other, so that its (batch, d_sae) arrays stay in the cache: 2-3 x faster.
+
+    `function(..., revive)` is told whether any latent is dead: of all SAEs under `vmap`, where a branch cannot differ from SAE to SAE.
+    """
+
+    def call(stack, *rest, dead=None):
+        return function(stack, *rest, jnp.any(stack.silent >= recipe.dead_after) if dead is None else dead)
+
+    if not _on_cpu():
+        return jax.vmap(functools.partial(call, dead=jnp.any(stack.silent >= recipe.dead_after)))(stack, *rest)
+    if len(stack.silent) == 1:  # no slicing of a stack of one: its matrices would be copied
+        return jax.tree.map(lambda a: a[None], call(*jax.tree.map(lambda a: a[0], (stack, *rest))))
+    return jax.lax.map(lambda args: call(*args), (stack, *rest))
+
+
+def _step_one(stack: Stack, x, y, sparsity, key, revive, step, recipe: Recipe, k_max: int, sparse: bool) -> tuple[Stack, objectives.Stats]:
+    """One optimiser step of one SAE on one batch. `revive` is true where some latent may be dead."""
     decay = recipe.norm_decay
     norm_in = decay * stack.norm_in + (1 - decay) * _mean_norm(x)
     norm_out = decay * stack.norm_out + (1 - decay) * _mean_norm(y)
+    x, y = _scale(x, norm_in), _scale(y, norm_out)
     dead = stack.silent >= recipe.dead_after
-    x, y, sparsity = _scale(x, norm_in), _scale(y, norm_out), sparsity * ramp
     if recipe.objective == "icl-sfc":
-        (loss, stats), grads = jax.value_and_grad(icl_sfc.loss, has_aux=True)(stack.params, x, y, sparsity, dead, key=key)
+        gradient = jax.value_and_grad(icl_sfc.loss, has_aux=True)
+        (loss, stats), grads = gradient(stack.params, x, y, sparsity * recipe.ramp(step), dead, key=key, revive=revive)
     else:
-        dead = dead if recipe.k_aux else None
-        (loss, stats), grads = jax.value_and_grad(objectives.loss, has_aux=True)(stack.params, x, y, sparsity, dead, recipe, k_max)
-    params, first, second = _adam(stack, grads, recipe, step)
+        level = sparsity if recipe.top else sparsity * recipe.ramp(step)
+        loss = functools.partial(objectives.loss, x=x, y=y, sparsity=level, recipe=recipe, k_max=k_max, key=key, sparse=sparse)
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        living = functools.partial(gradient, dead=None)
+        # the branch is around the gradient: inside the loss, the branch not taken would give a gradient of zeros to add
+        revived = functools.partial(gradient, dead=dead) if recipe.k_aux else living
+        (loss, stats), grads = jax.lax.cond(revive, revived, living, stack.params) if recipe.k_aux else living(stack.params)
+    params, moments = optimiser.update(stack.params, stack.moments, grads, recipe, step, key=key)
     silent = jnp.where(stats.fired, 0, stack.silent + 1)
+    if recipe.resample_every:
+        due = ((step + 1) % recipe.resample_every == 0) & revive
+        again = lambda p, m: optimiser.resample(p, m, dead, x, y, recipe, key=key)
+        params, moments = jax.lax.cond(due, again, lambda p, m: (p, m), params, moments)
+        silent = jnp.where(due & dead, 0, silent)
     bad_step = jnp.where((stack.bad_step < 0) & ~jnp.isfinite(loss), step, stack.bad_step)
-    return Stack(params, first, second, silent, norm_in, norm_out, stack.threshold, bad_step), stats
+    return Stack(params, moments, silent, norm_in, norm_out, _smooth(stack.threshold, stats.least), bad_step), stats
 
 
-def _adam(stack: Stack, grads: Params, recipe: Recipe, step) -> tuple[Params, Params | None, Params]:
-    """Adam on the clipped gradient of one SAE, bias-corrected."""
-    norm = jnp.sqrt(sum(jnp.sum(g.astype(jnp.float32) ** 2) for g in jax.tree.leaves(grads)))
-    shrink = jnp.minimum(1.0, recipe.clip / (norm + 1e-12))
-    b1, b2 = recipe.beta1, recipe.beta2
-    done = (step + 1).astype(jnp.float32)
-    second = jax.tree.map(lambda s, g: b2 * s + (1 - b2) * (shrink * g) ** 2, stack.second, grads)
-    correction = 1 - b2**done
-    if not b1:
-        rate = recipe.rate(step) * shrink
-        return jax.tree.map(lambda p, g, s: p - rate * g / (jnp.sqrt(s / correction) + 1e-8), stack.params, grads, second), None, second
-    first = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * (shrink * g), stack.first, grads)
-    rate = recipe.rate(step) / (1 - b1**done)
-    return jax.tree.map(lambda p, m, s: p - rate * m / (jnp.sqrt(s / correction) + 1e-8), stack.params, first, second), first, second
+def _smooth(threshold: Array, least: Array) -> Array:
+    """Running mean of the smallest feature kept."""
+    new = jnp.where(threshold < 0, least, THRESHOLD_DECAY * threshold + (1 - THRESHOLD_DECAY) * least)
+    return jnp.where(jnp.isfinite(least), new, threshold)
 
 
 def _fold(one: Stack, member: Member, recipe: Recipe, metadata: Mapping) -> SAE:
     """An SAE of raw activations from one row of a stack."""
-    p = one.params
-    gain_in = math.sqrt(p.W_enc.shape[0]) / one.norm_in
+    p = Params(*(None if w is None else w.astype(jnp.float32) for w in one.params))
+    W_enc = p.W_enc.T if recipe.top else p.W_enc
+    gain_in = math.sqrt(W_enc.shape[0]) / one.norm_in
     gain_out = math.sqrt(p.W_dec.shape[1]) / one.norm_out
     W_dec = p.W_dec / gain_out
-    norms = jnp.linalg.norm(W_dec, axis=1) + 1e-12
-    meta = {"training_steps": recipe.n_steps, "training_batch": recipe.batch_size} | dict(metadata)
+    # one factor for all latents of topk, which compares them
+    norms = jnp.ones(len(W_dec)) / gain_out if recipe.objective == "topk" else jnp.linalg.norm(W_dec, axis=1) + 1e-12
+    gated = p.r_mag is not None
+    scale = jnp.ones(len(W_dec)) if gated else norms
+    extra = {"r_mag": p.r_mag + jnp.log(norms), "b_mag": p.b_mag * norms} if gated else {}
+    if recipe.objective in ("jumprelu", "batchtopk"):
+        extra["threshold"] = norms * (jnp.maximum(one.threshold, 0) if recipe.top else jnp.exp(p.log_threshold))
+    if recipe.objective == "topk":
+        extra["k"] = int(member.sparsity)
+    if p.W_skip is not None:
+        extra["W_skip"] = p.W_skip * (gain_in / gain_out)
+    meta = {"training_steps": recipe.n_steps, "training_batch": recipe.batch_size} | dict(metadata) | {"sparsity": member.sparsity}
     return SAE(
-        W_enc=p.W_enc * gain_in,
-        b_enc=p.b_enc,
+        W_enc=W_enc * gain_in * scale[None],
+        b_enc=p.b_enc * scale,
         W_dec=W_dec / norms[:, None],
         b_dec=p.b_dec / gain_out,
-        r_mag=p.r_mag + jnp.log(norms),
-        b_mag=p.b_mag * norms,
         site_in=member.site,
         site_out=output_site(member.site),
-        architecture="gated",
-        metadata=tuple(sorted((meta | {"sparsity": member.sparsity}).items())),
+        architecture="gated" if gated else recipe.objective,
+        metadata=tuple(sorted(meta.items())),
+        **extra,
     )
 
 
