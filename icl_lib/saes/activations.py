@@ -1,7 +1,7 @@
 """Activations of a model at many sites, harvested for training SAEs: one forward pass for all sites, special tokens dropped."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -37,9 +37,7 @@ def check_tokens(tokens: np.ndarray | Array, config) -> None:
     """Raises `ValueError` on a token id that the model does not have; under `jit` it would silently give NaN."""
     low, high = int(np.min(tokens)), int(np.max(tokens))
     if low < 0 or high >= config.d_vocab:
-        raise ValueError(
-            f"token ids must be in 0..{config.d_vocab - 1}, got {low}..{high}: were they made with another model's tokenizer?"
-        )
+        raise ValueError(f"token ids must be in 0..{config.d_vocab - 1}, got {low}..{high}: were they made with another model's tokenizer?")
 
 
 def harvest(
@@ -67,7 +65,7 @@ def harvest(
         raise ValueError("the mask drops every token: it must be true where an activation is wanted (neither BOS nor padding)")
     acts: dict[Site, np.ndarray] = {}
     start = 0
-    for rows, keep in _batches(tokens, mask, batch_size):
+    for rows, keep in batches(tokens, mask, batch_size):
         cache = _activations(model, rows, sites)
         stop = start + int(keep.sum())
         for site in sites:
@@ -88,8 +86,8 @@ def _activations(model: Transformer, tokens: Array, sites: tuple[Site, ...]) -> 
     return cache
 
 
-def _batches(tokens: np.ndarray, mask: np.ndarray, batch_size: int):
-    """Batches of one shape, so that the model is compiled once; the last is filled up with masked rows."""
+def batches(tokens: np.ndarray, mask: np.ndarray, batch_size: int) -> Iterator[tuple[Array, np.ndarray]]:
+    """Batches of tokens and mask of one shape, so that the model is compiled once; the last is filled up with masked rows."""
     size = min(batch_size, len(tokens))
     for i in range(math.ceil(len(tokens) / size)):
         rows, keep = tokens[i * size : (i + 1) * size], mask[i * size : (i + 1) * size]

@@ -6,7 +6,7 @@ nats per token; the ablation behind "CE recovered" is named.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import equinox as eqx
 import jax
@@ -19,6 +19,7 @@ from icl_lib.models import Site, Transformer, record
 from icl_lib.saes.activations import check_tokens, token_mask
 from icl_lib.saes.formats import check_fit
 from icl_lib.saes.sae import SAE
+from icl_lib.saes.survey import decoder_cosine
 
 DENSE = 0.1  # a latent is dense if it fires on more than this part of the tokens
 _ABLATIONS = ("zero", "mean")
@@ -123,16 +124,17 @@ def ce_recovered(
 
 def quality_table(
     model: Transformer,
-    suite: Mapping[Site, SAE],
+    suite: Mapping[Hashable, SAE],
     tokens: Int[Array, "n seq"] | Int[np.ndarray, "n seq"],
     mask: Bool[Array, "n seq"] | Bool[np.ndarray, "n seq"] | None = None,
     *,
     batch_size: int = 32,
 ) -> pd.DataFrame:
-    """One row per SAE on held-out `tokens`; `mask` defaults to all but BOS and padding.
+    """One row per SAE on held-out `tokens`; `mask` defaults to all but BOS and padding. Several may share a site.
 
     Columns: site, kind (residual, attention, transcoder), layer, d_sae, l0, fvu, ce_recovered_zero, ce_recovered_mean, dead
-    (fires on none of these tokens), dense (fires on more than a tenth), ce_clean, ce_sae, ce_zero, ce_mean (nats per token).
+    (fires on none of these tokens), dense (fires on more than a tenth), decoder_cosine (median over latents of the largest
+    cosine between a decoder row and another), ce_clean, ce_sae, ce_zero, ce_mean (nats per token).
     Raises `ValueError` before anything is computed if an SAE or a token id does not fit the model.
     """
     for site, sae in suite.items():
@@ -244,4 +246,5 @@ def _row(sae: SAE, values: Mapping[str, np.ndarray]) -> dict:
     row = {"site": str(sae.site_in), "kind": kind, "layer": sae.site_in.layer, "d_sae": sae.d_sae}
     row |= {"l0": float(values["l0"]), "fvu": float(values["fvu"])} | recovered
     row |= {"dead": float(dead_fraction(freq)), "dense": float(dense_fraction(freq))}
+    row |= {"decoder_cosine": float(jnp.median(decoder_cosine(sae.W_dec)))}
     return row | {name: float(values[name]) for name in ("ce_clean", "ce_sae", "ce_zero", "ce_mean")}
