@@ -171,7 +171,9 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_before_reading(overrid
         load_model(tmp_path, mesh=mesh)  # there are no weights: it does not come to that
 
 
-@pytest.mark.parametrize(("sizes", "message"), [((3,), "data = 3 does not make up 8 cpu"), ((2, 2), "data x model = 2 x 2"), ((0,), "data = 0")])
+@pytest.mark.parametrize(
+    ("sizes", "message"), [((3,), "data = 3 does not make up 8 cpu"), ((2, 2), "data x model = 2 x 2"), ((0,), "data = 0")]
+)
 def test_a_mesh_uses_every_device(sizes, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(*sizes)

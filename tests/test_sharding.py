@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icl_lib.models import Transformer, save_model, tiny_config
+from icl_lib.models import Site, Transformer, record, save_model, tiny_config
 from icl_lib.runs import devices
 from icl_lib.runs.store import Store
 
@@ -32,3 +32,87 @@ def test_eight_devices_give_the_numbers_of_one():
     run = subprocess.run(command, env=environment(8), capture_output=True, text=True, cwd=HERE.parent)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 40 and "skipped" not in run.stdout
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_two_processes_give_the_numbers_of_one_and_one_file(data, tmp_path, getkey):
+    """With data = 1 every weight is cut between the processes; with data = 2 each has half of the batch."""
+    config = tiny_config("gemma2", n_heads=4, n_kv_heads=2)
+    model = Transformer.init(config, key=getkey())
+    save_model(model, tmp_path / "model", dtype="float32")
+    address = f"127.0.0.1:{free_port()}"
+
+    def start(rank):
+        variables = environment(2, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(rank))
+        command = [sys.executable, HERE / "one_of_two.py", tmp_path / "run", tmp_path / f"own{rank}", tmp_path / "model", str(data)]
+        return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    runs = [start(rank) for rank in (0, 1)]
+    said = [run.communicate(timeout=300) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert [out.splitlines()[-1].split() for out, _ in said] == [["writer", "0", "2"], ["reader", "1", "2"]]
+
+    arrays, _ = Store(tmp_path / "run").load("first")
+    cache = {}
+    logits = model(jnp.arange(48).reshape(4, 12) % 40, tap=record([Site("resid_post", 1)], cache))
+    np.testing.assert_allclose(arrays["logits"], logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(arrays["resid"], cache[Site("resid_post", 1)], rtol=1e-4, atol=1e-5)
+    mean, meta = Store(tmp_path / "run").load("second")
+    np.testing.assert_allclose(mean["mean"], jnp.mean(logits), rtol=1e-3, atol=1e-6)
+    assert meta == {"data": data}
+    assert Store(tmp_path / "own0").names() == ["kept"]
+    assert json.loads((tmp_path / "own0" / "ledger" / "00.json").read_text())[0]["key"] == "mean"
+    assert not [path for path in (tmp_path / "own1").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("variables", "several"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "host"}, True),
+        ({"JAX_COORDINATOR_ADDRESS": "host:1"}, True),
+    ],
+)
+def test_processes_are_joined_where_a_launcher_started_several(variables, several, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(LAUNCHERS[:-1])]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    joined = []
+    monkeypatch.setattr(devices.jax.distributed, "initialize", lambda **given: joined.append(given))
+    devices.join_processes()
+    assert joined == ([{"num_processes": None, "process_id": None}] if several else [])
+
+
+def test_a_launch_that_says_too_little_is_refused(monkeypatch):
+    code = """
+import os
+from icl_lib.runs import devices
+for number, rank in (("", ""), ("2", ""), ("2", "2")):
+    os.environ |= {name: value for name, value in (("JAX_NUM_PROCESSES", number), ("JAX_PROCESS_ID", rank)) if value}
+    try:
+        devices.join_processes()
+    except ValueError as error:
+        print(error)
+"""
+    env = environment(1, JAX_COORDINATOR_ADDRESS="127.0.0.1:1")
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    said = run.stdout.splitlines()
+    assert len(said) == 3
+    for line, reason in zip(said, ("Number of processes", "process id", "process_id < num_processes"), strict=True):
+        assert re.search(f"which of how many .*{reason}.*set JAX_COORDINATOR_ADDRESS to host:port of the first", line)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES must be a number, got 'two'"):
+        devices.join_processes()
