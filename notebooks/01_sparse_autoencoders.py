@@ -32,7 +32,7 @@ from icl_lib import figures
 from icl_lib.features.examples import token_windows, top_examples
 from icl_lib.models import Site, load_model, load_tokenizer
 from icl_lib.runs import Ledger, Store, compute_dtype, devices, resolve
-from icl_lib.saes import harvest, load_suite, quality_table, train_suite
+from icl_lib.saes import harvest, load_suite, quality_table, train_on
 from icl_lib.saes.metrics import frequency, fvu
 from icl_lib.tasks import Template, load_tasks, make_prompts, stack_prompts
 from icl_lib.tiny.language import Language
@@ -114,7 +114,7 @@ the penalty is on, and the fraction of variance unexplained (FVU) to fall with i
 site = Site("resid_pre", layer_executor)
 acts = harvest(lm, rows(500, seed + 1), [site], dtype="float16")
 history = []
-live = train_suite(
+live = train_on(
     acts, [site], d_sae=512, sparsity=0.35, key=jax.random.key(seed), n_steps=live_steps, batch_size=512,
     chunk=max(1, live_steps // 15), progress=history.append,
 )[site]  # fmt: skip

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from icl_lib.models import Site, Transformer, run_with_cache, tiny_config
-from icl_lib.saes import TrainingError, harvest, icl_sfc, needed_sites, objectives, suite_sites, train_suite, training
+from icl_lib.saes import TrainingError, harvest, icl_sfc, needed_sites, objectives, suite_sites, train_on, training
 
 R0, R1, T0 = Site("resid_pre", 0), Site("resid_pre", 1), Site("mlp_in", 0)
 
@@ -79,7 +79,7 @@ def test_training_finds_planted_features(getkey):
     x0, d0 = planted(getkey())
     x1, d1 = planted(getkey(), scale=50.0, dtype=np.float16)
     log = []
-    suite = train_suite(
+    suite = train_on(
         {R0: x0, R1: x1}, [R0, R1], d_sae=32, sparsity={R0: 0.25, R1: 0.25}, key=getkey(), n_steps=900, batch_size=256,
         learning_rate=3e-3, chunk=400, progress=log.append,
     )  # fmt: skip
@@ -98,7 +98,7 @@ def test_training_finds_planted_features(getkey):
 def test_transcoder_learns_the_map(getkey):
     x, _ = planted(getkey())
     y = np.maximum(x @ np.asarray(jax.random.normal(getkey(), (16, 16))), 0)
-    sae = train_suite(
+    sae = train_on(
         {T0: x, Site("mlp_out", 0): y}, [T0], d_sae=64, sparsity=0.02, key=getkey(), n_steps=400, batch_size=256,
         learning_rate=3e-3, progress=None,
     )[T0]  # fmt: skip
@@ -111,10 +111,10 @@ def test_one_after_the_other_equals_vmap(getkey, monkeypatch):
     """CPU and accelerators take different loops to the same place."""
     acts = {R0: planted(getkey(), n=500)[0], R1: planted(getkey(), n=500)[0]}
     settings = dict(d_sae=32, sparsity=0.1, key=getkey(), n_steps=20, batch_size=64, dead_after=5, progress=None)
-    a = train_suite(acts, [R0, R1], **settings)
+    a = train_on(acts, [R0, R1], **settings)
     monkeypatch.setattr(training, "_over_saes", lambda f, *xs: jax.vmap(f)(*xs))
     training._run.clear_cache()
-    b = train_suite(acts, [R0, R1], **settings)
+    b = train_on(acts, [R0, R1], **settings)
     training._run.clear_cache()
     np.testing.assert_allclose(a[R1].W_enc, b[R1].W_enc, atol=2e-3)
 
@@ -122,26 +122,26 @@ def test_one_after_the_other_equals_vmap(getkey, monkeypatch):
 def test_stream_of_buffers(getkey):
     buffers = [{R0: planted(getkey(), n=300)[0]} for _ in range(3)]
     settings = dict(d_sae=32, sparsity=0.1, key=getkey(), batch_size=32, chunk=5, progress=None)
-    assert train_suite(iter(buffers), [R0], n_steps=15, **settings)[R0].d_sae == 32
+    assert train_on(iter(buffers), [R0], n_steps=15, **settings)[R0].d_sae == 32
     with pytest.raises(TrainingError, match="ended before the last step"):
-        train_suite(iter(buffers), [R0], n_steps=16, **settings)
+        train_on(iter(buffers), [R0], n_steps=16, **settings)
 
 
 def test_errors(getkey):
     x, _ = planted(getkey(), n=200)
     settings = dict(d_sae=32, sparsity=0.1, key=getkey(), n_steps=6, batch_size=32, chunk=2, progress=None)
     with pytest.raises(TrainingError, match="blocks.0.hook_mlp_out"):
-        train_suite({T0: x}, [T0], **settings)
+        train_on({T0: x}, [T0], **settings)
     with pytest.raises(TrainingError, match="same tokens"):
-        train_suite({R0: x, R1: x[:100]}, [R0, R1], **settings)
+        train_on({R0: x, R1: x[:100]}, [R0, R1], **settings)
     with pytest.raises(TrainingError, match="equal widths"):
-        train_suite({R0: x, R1: x[:, :8]}, [R0, R1], **settings)
+        train_on({R0: x, R1: x[:, :8]}, [R0, R1], **settings)
     with pytest.raises(TrainingError, match="n_steps must be above 0"):
-        train_suite({R0: x}, [R0], **(settings | {"n_steps": 0}))
+        train_on({R0: x}, [R0], **(settings | {"n_steps": 0}))
     bad = x.copy()
     bad[:, 3] = np.inf
     with pytest.raises(TrainingError, match=r"blocks.1.hook_resid_pre is not finite at step 0"):
-        train_suite({R0: x, R1: bad}, [R0, R1], **settings)
+        train_on({R0: x, R1: bad}, [R0, R1], **settings)
 
 
 def test_harvest_drops_special_tokens(getkey):

@@ -137,9 +137,9 @@ def init_state(suite: Suite, buffer: Buffer, *, key: PRNGKeyArray) -> State:
     """
     _check_buffer(suite, buffer)
     buffer = {site: buffer[site] for site in suite.sites}
-    start = functools.partial(_start, suite=suite)
     if suite.mesh is None:
-        return jax.jit(start)(buffer, key)
+        return _start(buffer, key, suite)
+    start = functools.partial(_start, suite=suite)
     return jax.jit(start, out_shardings=shardings(suite, jax.eval_shape(start, buffer, key)))(buffer, key)
 
 
@@ -200,6 +200,7 @@ def _pairs(rows: Mapping[Site, Array], suite: Suite, group: Sequence[int]) -> tu
     return jnp.stack([rows[s] for s in sites]), jnp.stack([rows[output_site(s)] for s in sites])
 
 
+@functools.partial(jax.jit, static_argnames="suite")
 def _start(buffer: Buffer, key: PRNGKeyArray, suite: Suite) -> State:
     """Data-dependent start from a sample of the first buffer; see `objectives.init` and `icl_sfc.init`."""
     init_key, step_key = jax.random.split(key)
@@ -223,7 +224,7 @@ def _start_stack(x, y, keys, d_sae: int, recipe: Recipe) -> Stack:
 
     params = jax.vmap(one)(x, y, norm_in, norm_out, keys)
     moments = optimiser.start(params, recipe)
-    return Stack(params, moments, jnp.zeros((n, d_sae), jnp.int32), norm_in, norm_out, jnp.full(n, -1.0), jnp.full(n, -1))
+    return Stack(params, moments, jnp.zeros((n, d_sae), jnp.int32), norm_in, norm_out, jnp.full(n, -1, jnp.float32), jnp.full(n, -1, jnp.int32))
 
 
 def _mean_norm(x: Array) -> Array:
@@ -259,7 +260,7 @@ def _run(state: State, buffer: Buffer, n: Array, suite: Suite) -> tuple[State, M
     def flat(parts):
         return jnp.concatenate(parts)[order]
 
-    means = Means(flat(l0) / n, flat(fvu) / n, flat(dead), flat([s.bad_step for s in stacks]))
+    means = Means(flat(l0) / n.astype(jnp.float32), flat(fvu) / n.astype(jnp.float32), flat(dead), flat([s.bad_step for s in stacks]))
     return State(state.step + n, state.key, stacks), means
 
 
@@ -390,7 +391,7 @@ class Progress:
         )
 
 
-def train_suite(
+def train_on(
     acts: Activations | Iterable[Activations],
     sites: Sequence[Site],
     *,
@@ -462,5 +463,5 @@ def stop_if_bad(means: Means, suite: Suite) -> None:
         i = int(np.argmin(np.where(bad >= 0, bad, np.iinfo(bad.dtype).max)))
         raise TrainingError(
             f"the loss of the SAE at {suite.members[i].site} is not finite at step {bad[i]}: check its activations for inf or NaN "
-            "(float16 overflows at 65504), or lower the learning rate; nothing was saved"
+            "(float16 overflows at 65504), or lower the learning rate"
         )

@@ -20,7 +20,7 @@ from icl_lib.runs import devices
 from icl_lib.runs.paths import root
 from icl_lib.saes.activations import harvest, needed_sites, suite_sites
 from icl_lib.saes.formats import save_suite
-from icl_lib.saes.training import train_suite
+from icl_lib.saes.training import train_on
 from icl_lib.tiny.language import Language, build_tokenizer, corpus, save_tokenizer
 from icl_lib.tiny.pretrain import PretrainConfig, pretrain
 
@@ -70,7 +70,7 @@ def make_suite(config: SuiteConfig, folder: Path, progress: Callable = print) ->
     model = load_model(folder)
     sites = suite_sites(model.config.n_layers)
     acts = harvest(model, suite_corpus(model, config.n_rows, config.seed), needed_sites(sites), dtype="float16")
-    suite = train_suite(
+    suite = train_on(
         acts, sites, d_sae=config.d_sae, sparsity={site: config.sparsity(site) for site in sites}, key=jax.random.key(config.seed),
         n_steps=config.steps, batch_size=config.batch, learning_rate=config.lr, progress=progress,
         metadata={"model_name": "icl-tiny"},
