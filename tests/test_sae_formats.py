@@ -1,4 +1,4 @@
-"""SAE files: round trips, the SAELens layout as sae-lens reads it, and every kind of bad file."""
+"""SAE files: round trips through every writer, the SAELens layout, suites, and names on the hub."""
 
 import json
 
@@ -6,22 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from icl_lib.models import Site, tiny_config
 from icl_lib.saes import SAE, load_sae, load_suite, save_sae, save_suite
+from icl_lib.saes.formats import dictionary_learning, gemma_scope, layer_files, llama_scope, saex, sparsify
 
 RESIDUAL = Site("resid_pre", 1)
 
 
-def make(getkey, architecture="gated", site_in=RESIDUAL, site_out=None, d=16, d_sae=24):
+def make(getkey, architecture="gated", site_in=RESIDUAL, site_out=None, d=16, d_sae=24, skip=False):
     def normal(*shape):
         return jax.random.normal(getkey(), shape)
 
-    extra = {"gated": {"r_mag": 0.3 * normal(d_sae), "b_mag": normal(d_sae)}, "jumprelu": {"threshold": jnp.abs(normal(d_sae))}}
+    threshold = {"threshold": jnp.abs(normal(d_sae))}
+    gate = {"r_mag": 0.3 * normal(d_sae), "b_mag": normal(d_sae)}
+    extra = {"gated": gate, "jumprelu": threshold, "batchtopk": threshold, "topk": {"k": 5}}
+    extra = extra.get(architecture, {}) | ({"W_skip": normal(d, d)} if skip else {})
     return SAE(
         W_enc=normal(d, d_sae), b_enc=normal(d_sae), W_dec=normal(d_sae, d), b_dec=normal(d), site_in=site_in,
-        site_out=site_out or site_in, architecture=architecture, metadata=(("sparsity", 0.5),), **extra.get(architecture, {}),
+        site_out=site_out or site_in, architecture=architecture, metadata=(("sparsity", 0.5),), **extra,
     )  # fmt: skip
 
 
@@ -29,13 +33,38 @@ def transcoder(getkey, layer=1, **kwargs):
     return make(getkey, site_in=Site("mlp_in", layer), site_out=Site("mlp_out", layer), **kwargs)
 
 
-@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
+def same(again, sae, x):
+    """The same function at the same sites."""
+    assert (again.site_in, again.site_out) == (sae.site_in, sae.site_out)
+    np.testing.assert_allclose(again.encode(x), sae.encode(x), atol=2e-5)
+    np.testing.assert_allclose(again(x), sae(x), atol=2e-4)
+
+
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "topk"])
 def test_round_trip_is_exact(architecture, getkey, tmp_path):
     sae = make(getkey, architecture)
     again = load_sae(save_sae(sae, tmp_path / "a"))
     assert jax.tree.structure(again) == jax.tree.structure(sae)
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(sae), strict=True))
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_round_trip_of_transcoders_is_exact(architecture, skip, getkey, tmp_path):
+    sae = transcoder(getkey, architecture=architecture, skip=skip)
+    again = load_sae(save_sae(sae, tmp_path))
+    assert jax.tree.structure(again) == jax.tree.structure(sae)
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(sae), strict=True))
+
+
+def test_batchtopk_comes_back_as_jumprelu(getkey, tmp_path):
+    sae, x = make(getkey, "batchtopk"), jax.random.normal(getkey(), (30, 16))
+    again = load_sae(save_sae(sae, tmp_path))
+    assert again.architecture == "jumprelu"
+    np.testing.assert_array_equal(again(x), sae(x))
+    with pytest.raises(ValueError, match="no topk transcoder"):
+        save_sae(transcoder(getkey, architecture="topk"), tmp_path / "b")
 
 
 @pytest.mark.parametrize("dtype, rtol", [("float16", 2e-3), ("bfloat16", 1e-2)])
@@ -93,62 +122,137 @@ def test_suite(getkey, tmp_path):
 
 def test_suite_of_another_model(getkey, tmp_path):
     save_suite({s.site_in: s for s in [make(getkey, d=12)]}, tmp_path)
-    with pytest.raises(ValueError, match=r"resid_pre\.1.*hook_resid_pre.*d_in = 12.*d_model = 16"):
+    with pytest.raises(ValueError, match=r"resid_pre\.1.*hook_resid_pre.*d_in = 12.*16 wide"):
         load_suite(tmp_path, tiny_config())
     with pytest.raises(ValueError, match="layer"):
         load_suite(save_suite({Site("resid_pre", 7): make(getkey, site_in=Site("resid_pre", 7))}, tmp_path / "b"), tiny_config())
 
 
-def edit_weights(folder, **changes):
-    w = load_file(folder / "sae_weights.safetensors")
-    save_file({k: v for k, v in (w | changes).items() if v is not None}, folder / "sae_weights.safetensors")
-
-
-def edit_config(folder, **changes):
-    cfg = json.loads((folder / "cfg.json").read_text())
-    (folder / "cfg.json").write_text(json.dumps({k: v for k, v in (cfg | changes).items() if v is not None}))
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-40])
+GEMMA = "google/gemma-scope-2b-pt-"
 
 
 @pytest.mark.parametrize(
-    "damage, message",
+    "name, site_in, site_out",
     [
-        (lambda p: edit_weights(p, r_mag=None), "missing r_mag"),
-        (lambda p: edit_weights(p, scaling=np.ones(24, np.float32)), "unknown scaling"),
-        (lambda p: edit_weights(p, W_dec=np.ones((16, 24), np.float32)), r"W_dec has shape \(16, 24\), expected \(24, 16\)"),
-        (lambda p: edit_weights(p, b_mag=np.full(24, np.nan, np.float32)), "b_mag has values that are not finite"),
-        (lambda p: cut(p / "sae_weights.safetensors"), "cut short"),
-        (lambda p: cut(p / "cfg.json"), "cut short"),
-        (lambda p: edit_config(p, architecture="temporal"), "architecture 'temporal'"),
-        (lambda p: edit_config(p, normalize_activations="layer_norm"), "normalize_activations"),
-        (lambda p: edit_config(p, metadata=None), "lacks metadata"),
-        (lambda p: edit_config(p, metadata={"hook_name": "blocks.1.hook_nothing"}), "must name a site"),
+        (GEMMA + "res/layer_1/width_16k/average_l0_102", "resid_post", "resid_post"),
+        (GEMMA + "att/layer_1/width_16k/average_l0_79", "z", "z"),
+        (GEMMA + "mlp/layer_1/width_16k/average_l0_105", "mlp_out", "mlp_out"),
+        (GEMMA + "transcoders/layer_1/width_16k/average_l0_65", "mlp_normalized", "mlp_out"),
+        (GEMMA + "res/embedding/width_4k/average_l0_44", "embed", "embed"),
     ],
 )
-def test_bad_files(damage, message, getkey, tmp_path):
-    save_sae(make(getkey), tmp_path)
-    damage(tmp_path)
-    with pytest.raises(ValueError, match=message) as caught:
+def test_gemma_scope(name, site_in, site_out, getkey, tmp_path):
+    sites = [Site(site, None if site == "embed" else 1) for site in (site_in, site_out)]
+    sae, x = make(getkey, "jumprelu", *sites), jax.random.normal(getkey(), (30, 16))
+    gemma_scope.write(sae, tmp_path / name)
+    same(load_sae(tmp_path / name), sae, x)
+    same(load_sae(tmp_path / name.rpartition("/")[0] / "canonical"), sae, x) if site_in != "embed" else None
+
+
+def test_canonical_ids():
+    """Spot checks against the registry of SAELens; a width without one of its own takes the nearest to 100."""
+    wanted = {
+        "2b-pt-res/layer_20/width_16k": 71, "2b-pt-res/layer_12/width_1m": 107, "2b-pt-res/layer_12/width_131k": 129,
+        "2b-pt-att/layer_25/width_65k": 63, "2b-pt-mlp/layer_0/width_16k": 119, "2b-pt-transcoders/layer_11/width_16k": 5,
+        "9b-pt-res/layer_20/width_65k": 55, "9b-pt-att/layer_41/width_131k": 92, "9b-it-res/layer_31/width_16k": 76,
+        "27b-pt-res/layer_22/width_131k": 82, "9b-pt-res/embedding/width_4k": 80,
+    }  # fmt: skip
+    for name, l0 in wanted.items():
+        assert gemma_scope.resolve(f"google/gemma-scope-{name}/canonical") == f"google/gemma-scope-{name}/average_l0_{l0}"
+    table = gemma_scope.table()
+    assert sum(bool(canonical) for canonical, _ in table.values()) == 455
+    assert all(int(c) in l0s and all(abs(int(c) - 100) <= abs(n - 100) for n in l0s) for c, l0s in table.values() if c)
+
+
+@pytest.mark.parametrize("mean_norm, name", [(9.0, "it-l1-residual-test-run-1-2.00E-05"), (None, "l1-test-run-3-4e-05")])
+def test_saex(mean_norm, name, getkey, tmp_path):
+    sae, x = make(getkey, "gated"), jax.random.normal(getkey(), (30, 16))
+    same(load_sae(saex.write(sae, tmp_path / name, mean_norm)), sae, x)
+    same(load_sae(tmp_path / "it-l1-residual-test-run-*") if mean_norm else load_sae(tmp_path / "l1-test-run-3-*"), sae, x)
+
+
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "topk", "batchtopk"])
+def test_dictionary_learning(architecture, getkey, tmp_path):
+    sae, x = make(getkey, architecture, Site("mlp_out", 1)), jax.random.normal(getkey(), (30, 16))
+    again = load_sae(dictionary_learning.write(sae, tmp_path / "trainer_0"))
+    assert again.architecture == {"batchtopk": "jumprelu"}.get(architecture, architecture)
+    same(again, sae, x)
+
+
+def test_sparsify(getkey, tmp_path):
+    x = jax.random.normal(getkey(), (30, 16))
+    sae, skip = make(getkey, "topk", Site("resid_post", 1)), transcoder(getkey, architecture="topk", skip=True)
+    same(load_sae(sparsify.write(sae, tmp_path / "layers.1")), sae, x)
+    same(load_sae(sparsify.write(skip, tmp_path / "layers.1.mlp")), skip, x)
+
+
+def test_llama_scope_and_layer_files(getkey, tmp_path):
+    x = jax.random.normal(getkey(), (30, 16))
+    sae = make(getkey, "standard", Site("resid_post", 1))
+    same(load_sae(llama_scope.write(sae, tmp_path / "L1R", threshold=0.0, mean_norm=3.0)), sae, x)
+    sae = transcoder(getkey, architecture="standard", skip=True)
+    same(load_sae(layer_files.write(sae, tmp_path)), sae, x)
+
+
+def test_site_can_be_given(getkey, tmp_path):
+    sae = make(getkey, "jumprelu")
+    gemma_scope.write(sae, tmp_path)
+    with pytest.raises(ValueError, match="where the SAE sits: pass site="):
         load_sae(tmp_path)
-    assert str(tmp_path) in str(caught.value)
+    assert load_sae(tmp_path, site=Site("z", 4)).site_out == Site("z", 4)
+    assert load_sae(tmp_path, site=(Site("mlp_in", 4), Site("mlp_out", 4))).is_transcoder
 
 
-def test_missing_and_unstorable(getkey, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        load_sae(str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="save_suite"):
-        load_suite(tmp_path)
-    save_sae(make(getkey), tmp_path / "a")
-    (tmp_path / "a" / "sae_weights.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="sae_weights.safetensors"):
-        load_sae(tmp_path / "a")
-    big = make(getkey)
-    big = SAE(**{k: v for k, v in vars(big).items() if k != "W_enc"}, W_enc=big.W_enc * 1e6)
-    with pytest.raises(ValueError, match="W_enc has values that are not finite"):
-        save_sae(big, tmp_path / "b", "float16")
-    assert not (tmp_path / "b").exists()
-    with pytest.raises(ValueError, match="dtype must be one of"):
-        save_sae(big, tmp_path / "b", "int8")
+def test_suite_from_patterns(getkey, tmp_path):
+    """Gemma Scope's residual of block 0 is "resid_pre" of block 1; the last block has no next."""
+    config, name = tiny_config(), str(tmp_path / GEMMA) + "res/layer_{layer}/width_16k/canonical"
+    l0s = {0: 105, 1: 102}
+    for layer, l0 in l0s.items():
+        folder = name.replace("{layer}", str(layer)).replace("canonical", f"average_l0_{l0}")
+        gemma_scope.write(make(getkey, "jumprelu", Site("resid_post", layer)), folder)
+    for layer in (0, 1):
+        saex.write(make(getkey, "gated", Site("attn_out", layer)), tmp_path / f"nev/it-l{layer}-attn_out-test-run-1-2.00E-05", 9.0)
+    attention = str(tmp_path / "nev/it-l{layer}-attn_out-test-run-1-*")
+    assert list(load_suite(name, config)) == [Site("resid_post", 1), Site("resid_pre", 1)]
+    assert list(load_suite(name, layers=[0])) == [Site("resid_post", 0)]
+    assert list(load_suite([name, attention], config, layers=[0])) == [Site("attn_out", 0), Site("resid_pre", 1)]
+    assert list(load_suite(tmp_path, config)) == [Site("attn_out", 0), Site("attn_out", 1), Site("resid_post", 1), Site("resid_pre", 1)]
+    assert list(load_suite(tmp_path, config, layers=[0])) == [Site("attn_out", 0)]
+    with pytest.raises(FileNotFoundError, match="no SAE in layers"):
+        load_suite(tmp_path, config, layers=[5])
+    with pytest.raises(ValueError, match="say which with layers"):
+        load_suite(name)
+    with pytest.raises(ValueError, match="so does another SAE"):
+        load_suite([name, name], config)
+
+
+def test_width_of_z(getkey, tmp_path):
+    """Attention SAEs are as wide as all heads, which need not be d_model."""
+    config = tiny_config(n_heads=3)
+    sae = make(getkey, "jumprelu", Site("z", 1), d=config.width("z"))
+    assert list(load_suite(save_suite({sae.site_in: sae}, tmp_path / "a"), config)) == [Site("z", 1)]
+    with pytest.raises(ValueError, match=r"z\.1 at blocks.1.attn.hook_z has d_in = 16"):
+        load_suite(save_suite({Site("z", 1): make(getkey, "jumprelu", Site("z", 1))}, tmp_path / "b"), config)
+
+
+def test_from_the_hub(getkey, tmp_path, monkeypatch):
+    """Only the files of that SAE are asked for, at the revision given; a missing one is named."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    repo = tmp_path / "models--google--gemma-scope-2b-pt-res" / "snapshots" / "abc"
+    for l0 in (71, 139):
+        gemma_scope.write(make(getkey, "jumprelu"), repo / f"layer_20/width_16k/average_l0_{l0}")
+    calls = []
+
+    def snapshot(name, revision=None, allow_patterns=None):
+        everything = [path.relative_to(repo).as_posix() for path in repo.rglob("*") if path.is_file()]
+        calls.append((name, revision, list(filter_repo_objects(everything, allow_patterns=allow_patterns))))
+        return str(repo)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    sae = load_sae("google/gemma-scope-2b-pt-res/layer_20/width_16k/canonical", revision="abc")
+    assert sae.site_in == Site("resid_post", 20)
+    assert calls == [("google/gemma-scope-2b-pt-res", "abc", ["layer_20/width_16k/average_l0_71/params.npz"])]
+    with pytest.raises(FileNotFoundError, match="has no layer_20/width_16k/average_l0_23: .*tree/main .*average_l0 22, 38, 71, 139, 294"):
+        load_sae("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_23")

@@ -26,6 +26,7 @@ _FIRST_AXIS = {"W_enc": "d", "W_dec": "F", "W_skip": "d"}
 # Names of modules and folders by which other libraries say where an SAE sits
 _PLACES = (
     (r"resid_(?:post|out)_?layer_?(\d+)", "resid_post"),
+    (r"resid_(?:pre|in)_?layer_?(\d+)", "resid_pre"),
     (r"(?:attn|attention)_out_?layer_?(\d+)", "attn_out"),
     (r"mlp_out_?layer_?(\d+)", "mlp_out"),
     (r"(?:model\.)?layers[._](\d+)", "resid_post"),

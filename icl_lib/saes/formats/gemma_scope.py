@@ -64,6 +64,13 @@ def resolve(name: str) -> str:
     return name[: place.start(4)] + f"average_l0_{best}"
 
 
+def others(name: str) -> str:
+    """What else there is for the layer and width in `name`, as the end of a sentence; nothing if it is none of Gemma Scope's."""
+    release, place = _RELEASE.search(name), _PLACE.search(name)
+    entry = table().get((release[1], place[1] or place[2], place[3])) if release and place else None
+    return f" (of this width, average_l0 {', '.join(map(str, entry[1]))})" if entry else ""
+
+
 def read(path: Path, site: Sites | None = None, variant: str | None = None) -> SAE:
     """The SAE in a folder with `params.npz`; see `load_sae`."""
     file = path / WEIGHTS if path.is_dir() else path

@@ -89,7 +89,7 @@ def _locate(name: str, revision: str | None) -> Path:
         return found
     raise FileNotFoundError(
         f"the repository {repo} has no {inside or 'SAE at its root'}{f' at {revision}' if revision else ''}: "
-        f"https://huggingface.co/{repo}/tree/{revision or 'main'} shows what it has"
+        f"https://huggingface.co/{repo}/tree/{revision or 'main'} shows what it has{gemma_scope.others(name)}"
     )
 
 
