@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from icl_lib.models import ModelConfig, Site, Transformer
-from icl_lib.models.transformer import MLP, Attention, Block, RMSNorm
+from icl_lib.models.transformer import MLP, Attention, Block, Norm
 from icl_lib.saes import SAE
 from icl_lib.tasks import Prompts, Task, Template, make_prompts, stack_prompts
 
@@ -107,9 +107,9 @@ def planted_model() -> Transformer:
         family="gemma", d_model=D_MODEL, n_layers=2, n_heads=2, n_kv_heads=2, d_head=D_HEAD,
         d_mlp=N_TASKS * N_INPUTS, d_vocab=D_VOCAB, n_ctx=64,
     )  # fmt: skip
-    norm = lambda: RMSNorm(jnp.zeros(D_MODEL), config.norm_eps)
+    norm = lambda: Norm.init(config)  # gain 1
     blocks = (Block(norm(), _attention(), norm(), _mlp(False)), Block(norm(), _no_attention(), norm(), _mlp(True)))
-    return Transformer(jnp.asarray(_embed()), blocks, norm(), config)
+    return Transformer(jnp.asarray(_embed()), blocks, norm(), None, config)
 
 
 def planted_sae(layer: int) -> SAE:
