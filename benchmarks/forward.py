@@ -1,0 +1,130 @@
+"""Tokens per second of collecting every residual, with and without logits, beside transformers on the same machine in one run.
+
+    python benchmarks/forward.py                      # 6 layers, d_model 512, 16 x 128 tokens, float32, on this device
+    python benchmarks/forward.py --size gemma-2-2b    # random weights, 16 x 256 tokens, bfloat16: for an accelerator
+
+Both models have the same weights. Runs alternate, each figure is a median; the share of the matmul rate is what the model's
+matrix products (2 x parameters a token, attention scores added) would take at the rate of one large product, measured here.
+On a CPU, PyTorch's MKL is allowed its AVX-512 path if `MKL_ENABLE_INSTRUCTIONS` says so; the line tells what was set.
+"""
+
+import argparse
+import gc
+import os
+import statistics
+import tempfile
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from common import write_line
+from transformers import AutoModelForCausalLM
+
+from icl_lib.models import ModelConfig, Site, Transformer, load_model, record, run_with_cache, save_model
+from icl_lib.models.families import known_config, n_params
+
+SMALL = ModelConfig(
+    family="gemma", d_model=512, n_layers=6, n_heads=8, n_kv_heads=1, d_head=64, d_mlp=2048, d_vocab=8192, n_ctx=1024
+)  # fmt: skip
+
+
+def flops(config: ModelConfig, batch: int, seq: int) -> float:
+    """Of one forward pass: matrix products with every parameter, and scores and mixing of attention."""
+    per_token = 2 * n_params(config) - 2 * config.d_vocab * config.d_model * (not config.tied)
+    attention = 4 * config.n_layers * config.n_heads * config.d_head * seq
+    return batch * seq * (per_token + attention)
+
+
+def matmul_rate(dtype, n: int) -> float:
+    """FLOP per second of an n x n product in `dtype`, median of 5."""
+    a = jnp.ones((n, n), dtype)
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    return 2 * n**3 / statistics.median(timed(lambda: product(a).block_until_ready()) for _ in range(5))
+
+
+def timed(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+@eqx.filter_jit
+def residuals(model, tokens, sites):
+    """The residuals alone: what nobody reads, such as the logits, is not computed."""
+    cache = {}
+    model(tokens, tap=record(sites, cache))
+    return cache
+
+
+def peers(folder: str, dtype: str, device: str):
+    """transformers' model with hidden states on, as functions of tokens: with its output matrix, and without."""
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval().to(device)
+
+    def run(model):
+        def forward(tokens):
+            with torch.inference_mode():
+                out = model(tokens, output_hidden_states=True, use_cache=False)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return out
+
+        return forward
+
+    return {"residuals and logits": run(theirs), "residuals": run(theirs.model)}
+
+
+def compare(ours, theirs, repeats: int) -> dict[str, float]:
+    """Median seconds of both, run by turns."""
+    seconds = {"ours": [], "transformers": []}
+    ours(), theirs()
+    for _ in range(repeats):
+        seconds["ours"].append(timed(ours))
+        seconds["transformers"].append(timed(theirs))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=["small", "gemma-2-2b"], default="small")
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    config, batch, seq, dtype, n = {
+        "small": (SMALL, 16, 128, "float32", 2048),
+        "gemma-2-2b": (known_config("google/gemma-2-2b"), 16, 256, "bfloat16", 8192),
+    }[args.size]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens = np.random.default_rng(0).integers(3, config.d_vocab, (batch, seq))
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(eqx.filter_jit(Transformer.init)(config, key=jax.random.key(0)), folder, dtype=dtype)
+        gc.collect()
+        ours, theirs = load_model(folder, dtype=dtype), peers(folder, dtype, device)
+    sites = tuple(Site("resid_pre", i) for i in range(config.n_layers)) + (Site("final_norm"),)
+    jax_tokens, torch_tokens = jnp.asarray(tokens), torch.tensor(tokens, device=device)
+    runs = {
+        "residuals and logits": lambda: jax.block_until_ready(run_with_cache(ours, jax_tokens, sites)),
+        "residuals": lambda: jax.block_until_ready(residuals(ours, jax_tokens, sites)),
+    }
+    logits, expected = runs["residuals and logits"]()[0], theirs["residuals and logits"](torch_tokens).logits
+    difference = float(np.abs(np.asarray(logits) - expected.float().cpu().numpy()).max())
+    del logits, expected
+    for what, run in runs.items():
+        median = compare(run, lambda: theirs[what](torch_tokens), args.repeats)  # noqa: B023
+        rate = matmul_rate(dtype, n)
+        work = flops(config, batch, seq) - (2 * batch * seq * config.d_vocab * config.d_model if what == "residuals" else 0)
+        write_line(
+            "forward",
+            model=args.size, collects=what, batch=batch, seq=seq, dtype=dtype,
+            tokens_per_s={name: round(batch * seq / s) for name, s in median.items()},
+            ratio=round(median["transformers"] / median["ours"], 2),
+            share_of_matmul_rate={name: round(work / s / rate, 2) for name, s in median.items()},
+            matmul_gflops=round(rate / 1e9), largest_difference_of_logits=difference,
+            torch_threads=torch.get_num_threads(), mkl=os.environ.get("MKL_ENABLE_INSTRUCTIONS", "default"),
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
