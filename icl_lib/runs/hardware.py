@@ -1,0 +1,78 @@
+"""What devices can do: memory and peak speed by kind, and how `--devices` is read.
+
+Numbers are the makers': bytes of memory and dense bfloat16 operations per second of one device as JAX counts them (on TPU v2 to v4
+and v5p a "v4-8" is 8 cores, which are 4 devices).
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+
+# kind: (memory in GB, 10^12 operations per second, part of JAX's device_kind)
+KINDS = {
+    "v4": (32, 275, "TPU v4"),
+    "v5e": (16, 197, "TPU v5 lite"),
+    "v5p": (95, 459, "TPU v5p"),
+    "v6e": (32, 918, "TPU v6 lite"),
+    "a100": (80, 312, "A100"),
+    "h100": (80, 989, "H100"),
+    "h200": (141, 989, "H200"),
+    "l4": (24, 121, "L4"),
+    "cpu": (None, None, "cpu"),
+}
+_TWO_CORES = ("v4", "v5p")  # named by cores, of which a device has two
+# What a process can have of it: JAX takes 92 % of a GPU (the Snakefile says so; its own default is 75 %), the runtime keeps the rest.
+_USABLE = 0.92
+# The part of the peak that these experiments reach, by our own benchmarks and by common experience; only the times depend on it.
+EFFICIENCY = 0.35
+_CPU_FLOPS = 3e10  # per core, float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """`count` devices of one kind; `memory` is what one of them can give to a run, in bytes, `flops` its peak."""
+
+    kind: str
+    count: int
+    memory: int
+    flops: float | int
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that notebooks compute in there (`devices.compute_dtype`)."""
+        return "float32" if self.kind == "cpu" else "bfloat16"
+
+    def __str__(self) -> str:
+        return f"{self.count} x {self.kind}" if self.count > 1 else self.kind
+
+
+def parse_devices(text: str) -> Devices:
+    """`h100`, `8xv5e`, `v5e-8`, `v4-8` (8 cores, 4 devices), `cpu`. Raises `ValueError` on an unknown kind or number."""
+    match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*?)(?:-(\d+))?", text.strip().lower())
+    if not match or match[2] not in KINDS or (match[1] and match[3]):
+        known = ", ".join(KINDS)
+        near = difflib.get_close_matches(match[2] if match else text, KINDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"devices are written like h100, 8xv5e, v4-8 or cpu, got {text!r}{hint} Kinds are {known}")
+    kind = match[2]
+    count = int(match[1] or match[3] or 1)
+    if match[3] and kind in _TWO_CORES:
+        if count % 2:
+            raise ValueError(f"{text!r}: a {kind} slice is named by its cores, two a device, so the number must be even")
+        count //= 2
+    if count < 1:
+        raise ValueError(f"{text!r}: the number of devices must be 1 or more")
+    memory, speed, _ = KINDS[kind]
+    if kind == "cpu":
+        pages, cores = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), len(os.sched_getaffinity(0))
+        return Devices(kind, count, int(_USABLE * pages / count), _CPU_FLOPS * cores / count)
+    return Devices(kind, count, int(_USABLE * memory * 1e9), speed * 1e12)
+
+
+def present(devices: Devices) -> bool:
+    """Whether this machine has that many devices of that kind."""
+    import jax
+
+    found = jax.devices()
+    return len(found) >= devices.count and KINDS[devices.kind][2].lower() in found[0].device_kind.lower()

@@ -1,0 +1,225 @@
+"""Does a card fit on a machine, and what would it take? Said before anything is downloaded or paid for.
+
+    python -m icl_lib.runs.preflight params/gemma-2-9b.yaml --devices 8xv5e
+
+Prints parameters, bytes per device, disk, FLOPs and a time estimate per notebook, and the largest batch that fits; exit status 1 and one
+message if the card cannot fit. It needs no network: the sizes of the cards' models are part of the package, those of any other are read
+from its folder. Where the named devices are there, the largest computations are compiled for them (at two depths, from which the full one
+follows: memory and FLOPs are linear in the number of layers) and the compiler's figures take the place of the arithmetic.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import icl_lib.models.families as families
+from icl_lib.models import ModelConfig
+from icl_lib.models.sharding import check_mesh, make_mesh, shardings
+from icl_lib.runs.hardware import EFFICIENCY, Devices, parse_devices, present
+from icl_lib.runs.params import CardError, all_declared, check_card
+from icl_lib.runs.paths import resolve
+from icl_lib.runs.workload import Dictionary, Step, dictionaries, parameters, steps
+
+_DEPTHS = (2, 4)  # layers of the models that are compiled; even, for families whose layers alternate
+
+
+class PreflightError(ValueError):
+    """A card that cannot run on the machine named; one message, with what would help."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Everything that `show` prints. Bytes are of one device unless they are called total."""
+
+    card: Mapping[str, Any]
+    config: ModelConfig
+    devices: Devices
+    split: int  # devices along the model's axis
+    n_params: int
+    weights: int  # bytes
+    saes: list[Dictionary]
+    steps: list[Step]
+    disk: int  # bytes in all
+    host: int  # bytes of activations that notebook 01 keeps in host memory
+    compiled: bool
+
+    def sae_bytes(self, notebook: str) -> int:
+        """SAEs that a notebook holds: residual ones in 02 and 03, those of two layers in 04, all in the others; none in 00."""
+        held = {"00": [], "02": [d for d in self.saes if d.kind == "resid"], "04": [d for d in self.saes if d.kind == "resid"][:2]}
+        return sum(d.bytes for d in held.get("02" if notebook == "03" else notebook, self.saes)) // self.split
+
+    def peak(self, step: Step) -> int:
+        """Weights, SAEs and work arrays while a step runs."""
+        return self.weights + self.sae_bytes(step.notebook) + step.temp
+
+    def hours(self, notebook: str) -> float:
+        """Time of a notebook at the usual part of the peak speed."""
+        return sum(s.flops * s.times for s in self.steps if s.notebook == notebook) / (self.devices.flops * self.split * EFFICIENCY) / 3600
+
+    def largest_batch(self, step: Step) -> int:
+        """Rows of this step that would fit."""
+        return max(0, step.rows + (self.devices.memory - self.peak(step)) // step.per_row)
+
+
+def config_of(model: str) -> ModelConfig:
+    """The config of a known model or of a folder with a `config.json`. Raises `PreflightError` for any other."""
+    known = families.known_config(model)
+    if known is not None:
+        return known
+    path = Path(resolve(model)) / "config.json"
+    if not path.is_file():
+        raise PreflightError(f"the sizes of {model!r} are not known here: pass a folder with its config.json as `model` in the card")
+    return ModelConfig.from_hf(json.loads(path.read_text()), source=str(path))
+
+
+def split_of(config: ModelConfig, count: int) -> int:
+    """How many of `count` devices share one model: the largest number that divides its heads and MLP; the others hold copies."""
+    fits = lambda n: not (config.n_heads % n or config.d_mlp % n or (config.n_kv_heads % n and n % config.n_kv_heads))  # noqa: E731
+    return max(n for n in range(1, count + 1) if count % n == 0 and fits(n))
+
+
+def estimate(card: Mapping[str, Any], devices: Devices, compile: bool | None = None) -> Estimate:
+    """What the card asks of these devices. `compile` None compiles where they are present. Raises `PreflightError`."""
+    config = config_of(card["model"])
+    _check_layers(card, config)
+    split, size = split_of(config, devices.count), 4 if devices.dtype == "float32" else 2
+    n = parameters(config)
+    saes, todo = dictionaries(card, config), steps(card, config, split, devices.dtype)
+    compile = present(devices) if compile is None else compile
+    if compile:
+        todo = [measured(step, config, devices.dtype, split) if step.function else step for step in todo]
+    # a matrix that does not divide (words, key-value heads) is whole on every device; it is the embedding that counts
+    whole = config.d_vocab * config.d_model * (1 if config.tied else 2) if config.d_vocab % split else 0
+    weights = int(size * ((n - whole) / split + whole))
+    rows = max(s.seq for s in todo if s.notebook == "01") * (card["rate_rows"] * len(saes) + 500)
+    stored = 4 if "-it" not in card["model"] and _stored(card["model"]) == "float32" else 2
+    return Estimate(
+        card, config, devices, split, n, weights, saes, todo, n * stored + sum(d.bytes for d in saes), rows * config.d_model * 2, compile
+    )
+
+
+def _stored(model: str) -> str:
+    known = json.loads((Path(families.__file__).parent / "known_configs.json").read_text())
+    return known.get(model, {}).get("torch_dtype", "bfloat16")
+
+
+def _check_layers(card: Mapping[str, Any], config: ModelConfig) -> None:
+    """Layers that the model does not have, and prompts longer than its context."""
+    for key in ("layer_executor", "layer_detector", "sae_layers", "circuit_layers"):
+        for layer in card[key] if isinstance(card[key], list) else [card[key]]:
+            if not 0 <= layer < config.n_layers:
+                raise PreflightError(f"`{key}` names layer {layer}, but {card['model']} has the layers 0 to {config.n_layers - 1}")
+    if card["layer_detector"] >= card["layer_executor"]:
+        raise PreflightError("`layer_detector` must be below `layer_executor`: detectors act on later layers")
+
+
+def measured(step: Step, config: ModelConfig, dtype: str, split: int = 1) -> Step:
+    """The step with the compiler's figures for the devices that are there."""
+    found = [_compiled(step, _shallow(config, depth), dtype, split) for depth in _DEPTHS]
+    line = lambda i: found[0][i] + (found[1][i] - found[0][i]) / (_DEPTHS[1] - _DEPTHS[0]) * (step.depth - _DEPTHS[0])  # noqa: E731
+    temp = int(line(0)) + step.extra
+    return dataclasses.replace(step, temp=temp, per_row=max(1, temp // step.rows), flops=line(1) * split)
+
+
+def _shallow(config: ModelConfig, depth: int) -> ModelConfig:
+    windows = None if config.windows is None else config.windows[:depth]
+    return dataclasses.replace(config, n_layers=depth, windows=windows)
+
+
+def _compiled(step: Step, config: ModelConfig, dtype: str, split: int) -> tuple[float, float]:
+    """Bytes of work arrays and results, and FLOPs, of one device."""
+    model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), families.abstract(config))
+    if split > 1:
+        mesh = make_mesh(jax.device_count() // split)
+        check_mesh(config, mesh)
+        model = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place), model, shardings(config, mesh))
+    tokens = jax.ShapeDtypeStruct((step.rows, step.seq), "int32")
+    program = jax.jit(step.function).lower(model, tokens).compile()
+    memory, cost = program.memory_analysis(), program.cost_analysis()
+    return float(memory.temp_size_in_bytes + memory.output_size_in_bytes), float(cost["flops"])
+
+
+def refuse(e: Estimate) -> None:
+    """Raises `PreflightError` if something does not fit, with the worst step and what would do."""
+    worst = max(e.steps, key=e.peak)
+    if e.peak(worst) <= e.devices.memory:
+        return
+    room = lambda x: f"{x / 1e9:.1f} GB"  # noqa: E731
+    parts = f"weights {room(e.weights)}, SAEs {room(e.sae_bytes(worst.notebook))}, work arrays {room(worst.temp)}"
+    rows = e.largest_batch(worst)
+    advice = [f"{rows} rows of {worst.rows} would fit"] if rows else []
+    more = next((n for n in (2, 4, 8, 16, 32, 64) if n > e.devices.count and _fits(e, n)), None)
+    advice += [f"{more} x {e.devices.kind} would do"] if more else []
+    advice += ["fewer `sae_layers` would need less"] if e.sae_bytes(worst.notebook) > e.weights else []
+    raise PreflightError(
+        f"{e.card['card']} does not fit on {e.devices}: notebook {worst.notebook} ({worst.what}) needs {room(e.peak(worst))} a device "
+        f"({parts}), and there are {room(e.devices.memory)}. {'; '.join(advice) or 'Take devices with more memory'}."
+    )
+
+
+def _fits(e: Estimate, count: int) -> bool:
+    other = estimate(e.card, dataclasses.replace(e.devices, count=count), compile=False)
+    return all(other.peak(step) <= other.devices.memory for step in other.steps)
+
+
+def show(e: Estimate) -> str:
+    """The estimate as text."""
+    gb = lambda x: f"{x / 1e9:,.1f} GB"  # noqa: E731
+    used = f"the model divided among {e.split} of them" if e.split > 1 else "the model whole on one"
+    lines = [
+        f"{e.card['card']} on {e.devices}: {gb(e.devices.memory)} usable each, {used}",
+        f"model     {e.card['model']}: {e.n_params:,} parameters, {gb(e.weights)} a device in {e.devices.dtype}",
+        f"SAEs      {len(e.saes)} at {len(e.card['sae_layers'])} layers, {max((d.d_sae for d in e.saes), default=0):,} latents: "
+        f"{gb(e.sae_bytes('05'))} a device in float32 when all are loaded",
+        f"disk      {gb(e.disk)} for weights and SAEs; host memory {gb(e.host)} for the activations of notebook 01",
+        f"figures   {'compiled for these devices' if e.compiled else 'arithmetic: these devices are not here'}; "
+        f"times at {100 * EFFICIENCY:.0f} % of the peak, without compilation",
+        "",
+        f"{'notebook':<9} {'largest computation':<32} {'batch':>12} {'a device':>10} {'FLOPs':>9} {'hours':>7} {'largest batch':>14}",
+    ]
+    for notebook in sorted({s.notebook for s in e.steps}):
+        own = [s for s in e.steps if s.notebook == notebook]
+        top = max(own, key=e.peak)
+        flops = sum(s.flops * s.times for s in own)
+        batch = f"{top.rows} x {top.seq}"
+        lines.append(
+            f"{notebook:<9} {top.what:<32} {batch:>12} {gb(e.peak(top)):>10} {flops:9.1e} {e.hours(notebook):7.2f} {e.largest_batch(top):14,}"
+        )
+    total = sum(e.hours(n) for n in {s.notebook for s in e.steps})
+    return "\n".join([*lines, f"In all about {total:.1f} hours."])
+
+
+def defaults_of(card: Mapping[str, Any]) -> dict[str, Any]:
+    """The card with the notebooks' defaults for what it does not set."""
+    return {name: p.default for name, p in all_declared().items()} | dict(card)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the estimate; exit status 1 if the card cannot fit, 2 if the card or the devices are not understood."""
+    parser = argparse.ArgumentParser(prog="python -m icl_lib.runs.preflight", description="What a card needs, and whether it fits.")
+    parser.add_argument("card", help="a card, such as params/gemma-2-9b.yaml")
+    parser.add_argument("--devices", default="cpu", help="h100, 8xv5e, v4-8, cpu, ...")
+    options = parser.parse_args(argv)
+    try:
+        card, devices = defaults_of(check_card(options.card)), parse_devices(options.devices)
+    except (CardError, ValueError) as err:
+        print(err, file=sys.stderr)
+        return 2
+    try:
+        found = estimate(card, devices)
+        print(show(found), flush=True)
+        refuse(found)
+    except PreflightError as err:
+        print(err, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
