@@ -5,6 +5,7 @@ gets its own part of each weight: only these rows and columns are read, converte
 """
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ _FILES = [
     "config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt",
 ]  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_PIECE = 1 << 25  # elements read at once, so that no whole tensor passes through host memory
+_PIECE = 1 << 23  # elements of the file read at once, so that no whole tensor passes through host memory
 
 
 def fetch(name: str | Path, revision: str | None = None) -> Path:
@@ -167,22 +168,20 @@ def _read_leaf(file: Path, name: str, rows: np.ndarray | None, shape: tuple, dty
         holders.setdefault(tuple(part.indices(size) for part, size in zip(index, shape, strict=True)), []).append(device)
     shards = []
     for index, devices in holders.items():
-        part = _read_part(file, name, rows, [slice(*bounds) for bounds in index], dtype)
+        part = _read_part(file, name, rows, [slice(*bounds) for bounds in index], math.prod(shape[1:]), dtype)
         # Wait, so that the host's copy is gone before the next one is read.
         shards += [jax.block_until_ready(jax.device_put(part, device)) for device in devices]
     return jax.make_array_from_single_device_arrays(shape, place, shards)
 
 
-def _read_part(file: Path, name: str, rows: np.ndarray | None, index: list[slice], dtype: np.dtype) -> np.ndarray:
-    """Rows `index[0]` of a weight (and columns `index[1]`), converted to `dtype`."""
-    cut, *columns = index
-    width = int(np.prod([part.stop - part.start for part in columns], dtype=int))
-    out = np.empty((cut.stop - cut.start, *(part.stop - part.start for part in columns)), dtype)
+def _read_part(file: Path, name: str, rows: np.ndarray | None, index: list[slice], width: int, dtype: np.dtype) -> np.ndarray:
+    """Rows `index[0]` of a weight (and columns `index[1]`), converted to `dtype`; a whole row has `width` elements."""
+    out = np.empty([part.stop - part.start for part in index], dtype)
     done = 0
-    for start, stop in _runs(cut, rows, most=max(1, _PIECE // width)):
+    for start, stop in _runs(index[0], rows, most=max(1, _PIECE // width)):
         # Opened anew for each piece: the pages of a file that stays mapped would add up to the whole file.
         with _open(file) as handle:
-            piece = handle.get_slice(name)[(slice(start, stop), *columns)]
+            piece = handle.get_slice(name)[(slice(start, stop), *index[1:])]
         out[done : done + stop - start] = piece
         done += stop - start
     return out
