@@ -71,7 +71,7 @@ def _accuracy(model, tokenizer, task: Task, k: int, n_prompts: int, seed: int, p
         raise ValueError(
             f"{k} pairs of task {task.name!r} have up to {seq} tokens, more than the model's context of {config.n_ctx}: ask for fewer pairs"
         )
-    wide = min(-(-seq // 32) * 32, config.n_ctx)  # a few widths in all, so that not every task compiles its own program
+    wide = min(-(-seq // 64) * 64, config.n_ctx)  # a few widths in all, so that not every task compiles its own program
     tokens = jnp.pad(prompts.tokens, ((0, 0), (0, wide - seq)), constant_values=prompts.pad_id)
     rows = max(1, min(n_prompts, _LOGIT_BYTES // (4 * wide * config.d_vocab)))
     guesses = np.asarray(_guesses(model, tokens, rows))[:, :seq]
