@@ -7,8 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from icl_lib.models import Site, Transformer, run_with_cache, tiny_config
 from icl_lib.tasks import Role, Task, Template, load_tasks, make_prompts
 from icl_lib.tasks.template import Span, tokenise
+from icl_lib.vectors import task_vector
+from icl_lib.vectors.steering import cut
 from tests.tokenizer_files import CHAT, NAMES, tokenizer
 
 ACCENTS, CJK, RTL = "éèñçüßøıŁ", "日本語中文한국어かな、。", "שלוםمرحباالعربية"
@@ -186,3 +189,19 @@ def test_template_parts_and_errors():
         Template(pair="{x} -> {y")
     with pytest.raises(ValueError, match="newline of a template needs a character other than a space"):
         Template(newline=" ")
+
+
+def test_vectors_are_read_and_cut_at_the_last_token_of_an_arrow(getkey):
+    """The small unigram tokenizer needs three tokens for " ->"; only ">" has seen the whole of it."""
+    tok = tokenizer("small_unigram")
+    model = Transformer.init(tiny_config(d_vocab=len(tok), n_ctx=LENGTH), key=getkey())
+    prompts = checked("small_unigram", [("a", "b"), ("cd", "e"), ("f", "gh")], Template())
+    ids, roles = np.asarray(prompts.tokens), np.asarray(prompts.roles)
+    assert (roles == Role.ARROW).sum() == 2 * 3 * 3
+    last = np.asarray(prompts.mask(Role.ARROW, "last"))
+    assert set(tok.convert_ids_to_tokens(ids[last].tolist())) == {">"} and last.sum() == 6
+    _, cache = run_with_cache(model, prompts.tokens, [Site("resid_pre", 1)])
+    ours = task_vector(model, prompts, [1])
+    np.testing.assert_allclose(np.asarray(ours).ravel(), np.asarray(cache[Site("resid_pre", 1)])[last].mean(axis=0), rtol=1e-4, atol=1e-6)
+    where = np.asarray(cut(model, prompts, 1).past.length)
+    assert where.tolist() == prompts.query_arrow.tolist() and (ids[[0, 1], where] == tok.convert_tokens_to_ids(">")).all()
