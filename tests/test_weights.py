@@ -24,7 +24,9 @@ from icl_lib.models import (
     save_model,
     tensor_shapes,
     tiny_config,
+    weights,
 )
+from icl_lib.models.config import FAMILIES
 
 # google/gemma-2b's config.json as released; note "gelu", and that neither tying nor hidden_activation is named.
 GEMMA_2B = {
@@ -184,6 +186,49 @@ def test_weights_of_another_config_are_refused(folder):
         load_model(folder)
 
 
+def test_quantised_weights_are_refused(folder):
+    edit_tensors(folder, lambda t: t.update({"model.norm.weight": np.ones(16, np.int8)}))
+    with pytest.raises(ValueError, match=r"model.norm.weight has dtype I8, expected one of F64, F32, F16, BF16.*not quantised"):
+        load_model(folder)
+
+
+def test_buffers_of_pythia_are_passed_over(tmp_path, getkey):
+    model = Transformer.init(tiny_config("gpt_neox"), key=getkey())
+    folder = save_model(model, tmp_path, dtype="float16")
+    layer = "gpt_neox.layers.1.attention"
+    buffers = {
+        f"{layer}.bias": np.ones((1, 1, 64, 64), np.uint8), f"{layer}.masked_bias": np.full((), -np.inf, np.float16),
+        f"{layer}.rotary_emb.inv_freq": np.ones(2, np.float32),
+    }  # fmt: skip
+    edit_tensors(folder, lambda t: t.update(buffers))
+    np.testing.assert_array_equal(load_model(folder).blocks[1].attn.b_o, model.blocks[1].attn.b_o.astype(jnp.float16).astype(jnp.float32))
+    edit_tensors(folder, lambda t: t.pop(f"{layer}.dense.bias"))  # a weight whose name ends like a buffer's
+    with pytest.raises(ValueError, match=f"missing {layer}.dense.bias"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_large_tensor_read_in_pieces_is_the_same(family, tmp_path, getkey, monkeypatch):
+    model = Transformer.init(tiny_config(family), key=getkey())
+    save_model(model, tmp_path, dtype="float32")
+    monkeypatch.setattr(weights, "_PIECE", 40)  # two rows of d_model, one of what is wider
+    for ours, theirs in zip(*map(jax.tree.leaves, (load_model(tmp_path), model)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_header_that_is_not_json_is_named(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"F32}', 1))
+    with pytest.raises(ValueError, match="model.safetensors cannot be read as safetensors"):
+        load_model(folder)
+
+
+def test_an_index_without_files_is_named(folder):
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    with pytest.raises(ValueError, match="index.json has no weight_map"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("keep", [0, 5, 200, -7])
 def test_a_truncated_file_is_named(folder, keep):
     file = folder / "model.safetensors"
@@ -208,6 +253,25 @@ def test_what_a_folder_lacks_is_named(folder):
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config.json does not exist: a model folder holds config.json"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer.json": '{"version": "1.0", "trunc'}, "the tokenizer in .* cannot be read .*: download it again"),
+        ({"tokenizer.json": "{}"}, "the tokenizer in .* cannot be read"),
+        ({"tokenizer.model": "no sentencepiece"}, "cannot be read .*add the tokenizer.json of the model"),
+        (
+            {"vocab.json": '{"a": 0}', "tokenizer_config.json": '{"tokenizer_class": "CanineTokenizer"}'},
+            r"only a slow .*\(CanineTokenizer\)",
+        ),
+    ],
+)
+def test_an_unusable_tokenizer_is_refused(folder, files, message):
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no/such/folder/at-all", "../missing"])

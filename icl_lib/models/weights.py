@@ -97,7 +97,9 @@ def load_tokenizer(name: str | Path, revision: str | None = None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers and tokenizers raise whatever their parsers meet
-        raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): download it again") from error
+        fast = (folder / "tokenizer.json").is_file()
+        remedy = "download it again" if fast else "add the tokenizer.json of the model, so that none has to be made from older files"
+        raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): {remedy}") from error
     if not tokenizer.is_fast:
         raise ValueError(
             f"{folder} has only a slow tokenizer ({type(tokenizer).__name__}), which does not tell where in the text a token "
