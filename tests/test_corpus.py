@@ -53,6 +53,12 @@ def test_contexts_are_the_text_in_order(folder, tokenizer):
         corpus.batch(7)
 
 
+def test_a_model_without_bos_sees_plain_text(folder, tokenizer):
+    rows = TextCorpus(open_text(folder), tokenizer, 16, bos_id=None).batch(20)
+    flat = [int(w[1:]) + 3 for t in documents(40, 0) for w in t.split()]
+    np.testing.assert_array_equal(rows.ravel()[:300], flat[:300])
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
 def test_state_goes_on_with_the_next_context(tmp_path, tokenizer, kind):
     texts = documents(150)
