@@ -256,3 +256,12 @@ def test_from_the_hub(getkey, tmp_path, monkeypatch):
     assert calls == [("google/gemma-scope-2b-pt-res", "abc", ["layer_20/width_16k/average_l0_71/params.npz"])]
     with pytest.raises(FileNotFoundError, match="has no layer_20/width_16k/average_l0_23: .*tree/main .*average_l0 22, 38, 71, 139, 294"):
         load_sae("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_23")
+
+
+def test_scale_that_an_old_file_does_not_carry(getkey, tmp_path):
+    """One published SAE wants the average norm of its inputs, which only the registry of sae-lens knows."""
+    sae, x = make(getkey, "standard"), jax.random.normal(getkey(), (30, 16))
+    folder = save_sae(sae, tmp_path / "gemma_2b_blocks.12.hook_resid_post_16384")
+    cfg = json.loads((folder / "cfg.json").read_text()) | {"normalize_activations": "expected_average_only_in"}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    np.testing.assert_allclose(load_sae(folder)(x), sae(x * 0.21381938399317255) / 0.21381938399317255, atol=1e-3)
