@@ -72,7 +72,7 @@ def init(x: Float[Array, "tokens d_in"], y: Float[Array, "tokens d_out"], d_sae:
         b_mag=bias if gated else None,
         r_mag=jnp.zeros(d_sae) if gated else None,
         b_dec=jnp.mean(y, axis=0),
-        log_threshold=jnp.full(d_sae, math.log(recipe.threshold * math.sqrt(d_in))) if jump else None,
+        log_threshold=jnp.full(d_sae, math.log(recipe.threshold * math.sqrt(d_in)), jnp.float32) if jump else None,
         W_skip=jnp.zeros((d_in, d_out), dtype) if recipe.skip else None,
     )
 
