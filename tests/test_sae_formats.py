@@ -177,6 +177,9 @@ def test_dictionary_learning(architecture, getkey, tmp_path):
     again = load_sae(dictionary_learning.write(sae, tmp_path / "trainer_0"))
     assert again.architecture == {"batchtopk": "jumprelu"}.get(architecture, architecture)
     same(again, sae, x)
+    (tmp_path / "trainer_0/checkpoints").mkdir()
+    (tmp_path / "trainer_0/ae.pt").rename(tmp_path / "trainer_0/checkpoints/ae_500.pt")
+    same(load_sae(tmp_path / "trainer_0/checkpoints/ae_500.pt"), sae, x)
 
 
 def test_sparsify(getkey, tmp_path):
@@ -218,6 +221,7 @@ def test_suite_from_patterns(getkey, tmp_path):
     assert list(load_suite([name, attention], config, layers=[0])) == [Site("attn_out", 0), Site("resid_pre", 1)]
     assert list(load_suite(tmp_path, config)) == [Site("attn_out", 0), Site("attn_out", 1), Site("resid_post", 1), Site("resid_pre", 1)]
     assert list(load_suite(tmp_path, config, layers=[0])) == [Site("attn_out", 0)]
+    assert list(load_suite([name, tmp_path / "nev"], config, layers=[0])) == [Site("attn_out", 0), Site("resid_pre", 1)]
     with pytest.raises(FileNotFoundError, match="no SAE in layers"):
         load_suite(tmp_path, config, layers=[5])
     with pytest.raises(ValueError, match="say which with layers"):

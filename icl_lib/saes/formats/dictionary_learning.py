@@ -50,6 +50,7 @@ def read(path: Path, site: Sites | None = None, variant: str | None = None) -> S
     `encode(x, use_threshold=True)` does: unlike topk it folds.
     """
     folder, file = (path, path / WEIGHTS) if path.is_dir() else (path.parent, path)
+    folder = folder.parent if folder.name == "checkpoints" else folder  # of a run; its settings lie above
     config = files.read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     trainer = config.get("trainer", config)
     found = _state(file)

@@ -83,7 +83,8 @@ def _locate(name: str, revision: str | None) -> Path:
     repo, inside = "/".join(parts[:2]), "/".join(parts[2:])
     one_file = inside.endswith(_SUFFIXES)
     patterns = [inside] if one_file else [f"{inside}/{file}".lstrip("/") for file in dict.fromkeys(_FILES)]
-    patterns += [f"{Path(inside).parent}/{dictionary_learning.CONFIG}"] if inside.endswith(".pt") else []
+    if inside.endswith(".pt"):
+        patterns += [f"{folder}/{dictionary_learning.CONFIG}" for folder in list(Path(inside).parents)[:2]]
     root = fetch_folder(repo, revision, patterns, "the files of an SAE")
     if found := _match(root / inside):
         return found

@@ -32,9 +32,9 @@ def load_suite(
     layers = None if layers is None else tuple(layers)
     sources = [source] if isinstance(source, str | Path) else list(source)
     suite: dict[Site, SAE] = {}
-    for name in [name for each in sources for name in _names(str(each), config, layers)]:
+    for pattern, name in [(str(each), name) for each in sources for name in _names(str(each), config, layers)]:
         sae = _renamed(load_sae(name, revision, variant), config)
-        if layers is not None and "{layer}" not in str(source) and sae.site_in.layer not in layers:
+        if layers is not None and "{layer}" not in pattern and sae.site_in.layer not in layers:
             continue
         if sae.site_in in suite:
             raise ValueError(f"{name} encodes {sae.site_in}, and so does another SAE of {source}: keep one per site")
