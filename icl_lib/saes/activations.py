@@ -13,8 +13,8 @@ from icl_lib.models.sites import check_sites
 
 
 def output_site(site_in: Site) -> Site:
-    """What an SAE that encodes `site_in` reconstructs: the MLP's output for "mlp_in" (a transcoder), else the site itself."""
-    return Site("mlp_out", site_in.layer) if site_in.name == "mlp_in" else site_in
+    """What an SAE that encodes `site_in` reconstructs: the MLP's output for what the MLP reads (a transcoder), else the site itself."""
+    return Site("mlp_out", site_in.layer) if site_in.name in ("mlp_in", "mlp_normalized") else site_in
 
 
 def suite_sites(n_layers: int) -> list[Site]:
