@@ -3,7 +3,7 @@ r"""A decoder-only transformer with named sites; `ModelConfig` says which of the
 Block:  $x \leftarrow x + \mathrm{Attn}(\mathrm{Norm}_1 x)$, then  $x \leftarrow x + \mathrm{MLP}(\mathrm{Norm}_2 x)$. Gemma 2 has a
 norm behind each branch too; in GPT-NeoX both branches read the block's input.
 Linear weights keep Hugging Face's (out, in) orientation, so that a checkpoint is read without a transposition.
-Einsum letters: b batch, s query position, t key position, g key-value head, r query heads per g, m = (s, r), d width.
+Einsum letters: b batch, s query position, t key position, g key-value head, r query heads per g, m = (r, s), d width.
 """
 
 import math
@@ -164,16 +164,15 @@ class Attention(eqx.Module):
             v = jnp.concatenate([past.v[layer].astype(v.dtype), v], axis=1)
         batch, seq, groups = *x.shape[:2], config.n_kv_heads
         scale = config.d_head**-0.5 if config.attn_scale is None else config.attn_scale
-        # The queries that share a key head go side by side into one product (s and r as one axis): few large products, not many small.
-        q = (q * scale).reshape(batch, seq, groups, -1, config.d_head).transpose(0, 2, 1, 3, 4).reshape(batch, groups, -1, config.d_head)
+        # The queries that share a key head go side by side into one product (r and s as one axis): few large products, not many small.
+        # r before s, because heads may lie on several devices: the joint axis is then still cut where they are.
+        q = (q * scale).reshape(batch, seq, groups, -1, config.d_head).transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, config.d_head)
         scores = jnp.einsum("bgmd,btgd->bgmt", q, k, preferred_element_type=jnp.float32)
-        scores = soft_cap(scores, config.attn_softcap).reshape(batch, groups, seq, -1, k.shape[1])
-        scores = jnp.where(mask[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
-        pattern = jax.nn.softmax(scores, axis=-1).astype(x.dtype).transpose(0, 1, 3, 2, 4)
-        pattern = tap(Site("pattern", layer), pattern.reshape(batch, config.n_heads, seq, -1))
-        pattern = pattern.reshape(batch, groups, -1, *pattern.shape[-2:]).transpose(0, 1, 3, 2, 4)
-        z = jnp.einsum("bgmt,btgd->bgmd", pattern.reshape(batch, groups, -1, pattern.shape[-1]), v)
-        z = z.reshape(batch, groups, seq, -1, config.d_head).transpose(0, 2, 1, 3, 4)
+        scores = soft_cap(scores, config.attn_softcap).reshape(batch, config.n_heads, seq, k.shape[1])
+        scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+        pattern = tap(Site("pattern", layer), jax.nn.softmax(scores, axis=-1).astype(x.dtype))
+        z = jnp.einsum("bgmt,btgd->bgmd", pattern.reshape(batch, groups, -1, k.shape[1]), v)
+        z = z.reshape(batch, groups, -1, seq, config.d_head).transpose(0, 3, 1, 2, 4)
         z = tap(Site("z", layer), z.reshape(batch, seq, config.n_heads * config.d_head))
         return linear(z, self.o, self.b_o)
 
