@@ -14,10 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from icl_lib.models import Site, Transformer
+from icl_lib.models import Transformer
 from icl_lib.saes.activations import needed_sites
 from icl_lib.saes.buffer import ActivationBuffer
 from icl_lib.saes.checkpoints import Checkpoints
@@ -80,8 +81,7 @@ def train_suite(
     finally:
         job.checkpoints.close()
     trained = finish(job.state, suite, metadata)
-    if jax.process_index() == 0:
-        _write(trained, job.curves, Path(folder))
+    _write(trained, job.curves, Path(folder))
     return trained
 
 
@@ -110,6 +110,7 @@ class _Job:
     def run(self, steps_per_pass: int, save_every: int, log, log_seconds: float) -> None:
         """To the last step. The host is never more than one pass ahead of the device."""
         n_steps = self.suite.recipe.n_steps
+        log = log if jax.process_index() == 0 else None
         reporter = Reporter(self.step, n_steps, self.suite.recipe.batch_size, log, log_seconds)
         try:
             while self.step < n_steps:
@@ -131,6 +132,8 @@ class _Job:
         self.checkpoints.wait()
 
     def _save(self) -> None:
+        if not bool(_finite(self.state)):
+            raise TrainingError(f"a weight is not finite after step {self.step - 1}: lower the learning rate; {self._kept()}")
         data, tokens = self.buffer.state()
         self.checkpoints.save(self.step, {"state": self.state, "tokens": tokens}, {"buffer": data, "curves": self.curves.points})
 
@@ -143,14 +146,12 @@ class _Job:
         return jax.tree.map(place, shapes, shardings(self.suite, shapes))
 
     def _check(self, means: Means) -> None:
-        """Raises `TrainingError` if data or losses are not finite. Waits for the device."""
+        """Raises `TrainingError` if data or losses are not finite. Waits for the device, but not for other processes."""
         self._check_data()
         try:
             stop_if_bad(means, self.suite)
         except TrainingError as err:
             raise TrainingError(f"{err}; {self._kept()}") from None
-        if not bool(_finite(self.state)):
-            raise TrainingError(f"a weight is not finite after step {self.step - 1}: lower the learning rate; {self._kept()}")
 
     def _check_data(self) -> None:
         if (bad := self.buffer.first_bad()) is not None:
@@ -196,16 +197,24 @@ def _fingerprint(model: Transformer) -> str:
 
 
 def _write(trained: Mapping[Member, SAE], curves: Curves, folder: Path) -> None:
-    """The SAEs and the training curves. A suite with several SAEs at one site has a folder for each width and sparsity."""
-    groups: dict[str, dict[Site, SAE]] = {}
+    """The SAEs and the training curves. A suite with several SAEs at one site has a folder for each width and sparsity.
+
+    All processes call it, since an SAE may lie across them; the first one writes.
+    """
     several = len({m.site for m in trained}) < len(trained)
     for member, sae in trained.items():
         name = f"d_sae_{member.d_sae}_sparsity_{member.sparsity:g}" if several else ""
-        groups.setdefault(name, {})[member.site] = sae
-    for name, suite in groups.items():
-        save_suite(suite, folder / "saes" / name)
-    data = io.BytesIO()
-    curves.table().to_parquet(data, index=False)
-    temporary = folder / ".curves.parquet.part"
-    temporary.write_bytes(data.getvalue())
-    os.replace(temporary, folder / "curves.parquet")
+        whole = jax.tree.map(_gathered, sae)
+        if jax.process_index() == 0:
+            save_suite({member.site: whole}, folder / "saes" / name)
+    if jax.process_index() == 0:
+        data = io.BytesIO()
+        curves.table().to_parquet(data, index=False)
+        temporary = folder / ".curves.parquet.part"
+        temporary.write_bytes(data.getvalue())
+        os.replace(temporary, folder / "curves.parquet")
+
+
+def _gathered(x: Array) -> Array:
+    """`x`, whole on this process."""
+    return x if x.is_fully_addressable else jnp.asarray(multihost_utils.process_allgather(x, tiled=True))
