@@ -1,4 +1,9 @@
-"""The objective against its equations by hand, training on planted features, folding, ghost gradients, errors."""
+"""Training of stacked SAEs on planted features, folding, sharding, errors; the objective of ICL-SFC and its ghost gradients."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +11,8 @@ import numpy as np
 import pytest
 
 from icl_lib.models import Site, Transformer, run_with_cache, tiny_config
-from icl_lib.saes import TrainingError, harvest, icl_sfc, needed_sites, objectives, suite_sites, train_on, training
+from icl_lib.saes import TrainingError, harvest, icl_sfc, make_recipe, needed_sites, objectives, suite_sites, train_on, training
+from icl_lib.saes.training import Member, State, Suite, finish, init_state, run_steps
 
 R0, R1, T0 = Site("resid_pre", 0), Site("resid_pre", 1), Site("mlp_in", 0)
 
@@ -107,16 +113,142 @@ def test_transcoder_learns_the_map(getkey):
     assert (err**2).sum() / ((y - y.mean(0)) ** 2).sum() < 0.3
 
 
-def test_one_after_the_other_equals_vmap(getkey, monkeypatch):
-    """CPU and accelerators take different loops to the same place."""
-    acts = {R0: planted(getkey(), n=500)[0], R1: planted(getkey(), n=500)[0]}
-    settings = dict(d_sae=32, sparsity=0.1, key=getkey(), n_steps=20, batch_size=64, dead_after=5, progress=None)
-    a = train_on(acts, [R0, R1], **settings)
-    monkeypatch.setattr(training, "_over_saes", lambda f, *xs: jax.vmap(f)(*xs))
-    training._run.clear_cache()
-    b = train_on(acts, [R0, R1], **settings)
-    training._run.clear_cache()
-    np.testing.assert_allclose(a[R1].W_enc, b[R1].W_enc, atol=2e-3)
+# objective, sparsity, changes to the published recipe that suit 700 steps on planted features
+FINDS = [
+    ("standard", 0.6, {"learning_rate": 3e-3}),
+    ("gated", 0.6, {"learning_rate": 3e-3, "resample_every": 300, "dead_after": 100}),
+    ("jumprelu", 0.02, {"learning_rate": 3e-3, "bandwidth": 0.1, "threshold": 0.1, "sparsity_warmup": 200}),
+    ("topk", 2, {"learning_rate": 3e-3, "k_aux": 8, "dead_after": 50}),
+    ("batchtopk", 2, {"learning_rate": 3e-3, "k_aux": 8, "dead_after": 50}),
+]
+
+
+def prepared(getkey, objective, sparsities, n_tokens=6000, d_sae=(32,), **changes):
+    """A suite over two sites, its buffer, its start, and the directions planted in the first."""
+    x0, directions = planted(getkey(), n=n_tokens)
+    buffer = {R0: jnp.asarray(x0), R1: jnp.asarray(planted(getkey(), n=n_tokens, scale=50.0)[0])}
+    recipe = make_recipe(objective, **({"n_steps": 700, "batch_size": 256, "warmup": 50} | changes))
+    members = [Member(site, width, level) for site in (R0, R1) for level in sparsities for width in d_sae]
+    suite = Suite(members, recipe, {R0: 16, R1: 16})
+    return suite, buffer, init_state(suite, buffer, key=getkey()), directions
+
+
+@pytest.mark.parametrize("objective, sparsity, changes", FINDS, ids=[f[0] for f in FINDS])
+def test_every_objective_finds_planted_features(getkey, objective, sparsity, changes):
+    suite, buffer, state, directions = prepared(getkey, objective, [sparsity], **changes)
+    state, means = run_steps(state, buffer, suite.recipe.n_steps, suite)
+    sae = finish(state, suite)[suite.members[0]]
+    x = buffer[R0]
+    f, x_hat = sae.encode(x), sae(x)
+    fvu = float(jnp.sum((x - x_hat) ** 2) / jnp.sum((x - x.mean(axis=0, keepdims=True)) ** 2))
+    cosines = np.abs(directions @ np.asarray(objectives.unit_rows(sae.W_dec)).T).max(axis=1)
+    l0 = float((f > 0).sum(axis=1).mean())
+    assert fvu < 0.3 and l0 < 6 and np.mean(cosines > 0.9) > 0.75, (fvu, l0, np.sort(cosines))
+    assert sae.architecture == objective and dict(sae.metadata)["sparsity"] == sparsity
+    assert int(means.bad_step.max()) == -1
+
+
+def test_finish_is_the_function_that_was_trained(getkey):
+    """L0 and FVU of the SAE of raw activations on the batch of the last step are those that the step saw."""
+    for objective, sparsity in (("standard", 0.1), ("gated", 0.1), ("jumprelu", 1e-3), ("topk", 3), ("icl-sfc", 0.1)):
+        tiny = {"learning_rate": 1e-9, "norm_decay": 1.0}  # a step that changes nothing, so that what it saw can be compared
+        suite, buffer, state, _ = prepared(getkey, objective, [sparsity], n_tokens=1, batch_size=64, **tiny)
+        buffer = {site: jnp.tile(b, (64, 1)) for site, b in buffer.items()}
+        rows = planted(getkey(), n=64)[0]
+        buffer[R0] = jnp.asarray(rows)
+        state, means = run_steps(state, {R0: jnp.asarray(rows), R1: buffer[R1]}, 1, suite)
+        sae = finish(state, suite)[suite.members[0]]
+        key = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.key), 0))[0]
+        x = jnp.asarray(rows)[jax.random.randint(key, (64,), 0, 64)]
+        assert float((sae.encode(x) > 0).sum(axis=1).mean()) == pytest.approx(float(means.l0[0]), rel=2e-2)
+        fvu = float(jnp.sum((x - sae(x)) ** 2) / jnp.sum((x - x.mean(axis=0, keepdims=True)) ** 2))
+        assert fvu == pytest.approx(float(means.fvu[0]), rel=1e-3), objective
+
+
+@pytest.mark.parametrize("objective", ["standard", "topk"])
+def test_stacked_equals_single_and_chunks_do_not_matter(getkey, objective):
+    """Two sites, two levels, two widths: the last SAE alone takes the same steps, and 4 steps are 1 + 3."""
+    levels = [1, 3] if objective == "topk" else [0.1, 0.3]
+    suite, buffer, state, _ = prepared(getkey, objective, levels, n_tokens=300, d_sae=(24, 32), batch_size=32, n_steps=50)
+    assert [len(g) for g in suite.groups] == [4, 4] and len(state.stacks) == 2
+    alone = Suite(suite.members[-1:], suite.recipe, suite.widths)
+    last = State(state.step, state.key, (jax.tree.map(lambda a: a[-1:].copy(), state.stacks[1]),))
+    copy = jax.tree.map(jnp.copy, state)
+    state, means = run_steps(state, buffer, 4, suite)
+    last, mean = run_steps(last, buffer, 4, alone)
+    for a, b in zip(jax.tree.leaves(state.stacks[1].params), jax.tree.leaves(last.stacks[0].params), strict=True):
+        np.testing.assert_allclose(a[-1:], b, rtol=1e-4, atol=1e-5)
+    assert float(means.l0[-1]) == pytest.approx(float(mean.l0[0]), rel=1e-5) and means.l0.shape == (8,)
+    copy, _ = run_steps(copy, buffer, 1, suite)
+    copy, _ = run_steps(copy, buffer, 3, suite)
+    assert all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(copy), jax.tree.leaves(state), strict=True))
+    assert training._run._cache_size() <= 4
+
+
+def test_accelerators_and_cpus_take_the_same_steps(getkey, monkeypatch):
+    """`vmap` and dense products against one SAE after the other and pairs; with dead latents, so that both branches are taken."""
+    for objective, levels in (("icl-sfc", [0.1]), ("batchtopk", [2, 3])):
+        suite, buffer, state, _ = prepared(getkey, objective, levels, n_tokens=300, batch_size=32, n_steps=100, dead_after=1)
+        copy = jax.tree.map(jnp.copy, state)
+        state, means = run_steps(state, buffer, 5, suite)
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "_on_cpu", lambda: False)
+            training._run.clear_cache()
+            copy, others = run_steps(copy, buffer, 5, suite)
+        training._run.clear_cache()
+        np.testing.assert_allclose(means.fvu, others.fvu, rtol=1e-3)
+        np.testing.assert_allclose(state.stacks[0].params.W_dec, copy.stacks[0].params.W_dec, atol=2e-3)
+
+
+def test_bfloat16_weights_learn(getkey):
+    suite, buffer, state, _ = prepared(getkey, "topk", [3], n_tokens=2000, learning_rate=3e-3, dtype="bfloat16", n_steps=200)
+    assert state.stacks[0].params.W_dec.dtype == jnp.bfloat16 and state.stacks[0].moments.second.W_dec.dtype == jnp.float32
+    state, before = run_steps(state, buffer, 5, suite)
+    state, _ = run_steps(state, buffer, 190, suite)
+    _, after = run_steps(state, buffer, 5, suite)
+    assert bool(jnp.all(after.fvu < 0.6 * before.fvu))
+
+
+def test_skip_transcoder_learns_the_linear_part(getkey):
+    x, _ = planted(getkey())
+    y = x @ np.asarray(jax.random.normal(getkey(), (16, 12)))
+    buffer = {T0: jnp.asarray(x), Site("mlp_out", 0): jnp.asarray(y)}
+    recipe = make_recipe("topk", n_steps=400, batch_size=128, learning_rate=1e-2, warmup=20, skip=True, k_aux=4)
+    suite = Suite([Member(T0, 24, 1)], recipe, {T0: 16, Site("mlp_out", 0): 12})
+    state, _ = run_steps(init_state(suite, buffer, key=getkey()), buffer, 400, suite)
+    sae = finish(state, suite)[suite.members[0]]
+    err = y - np.asarray(sae(jnp.asarray(x)))
+    assert sae.W_skip.shape == (16, 12) and (err**2).sum() / ((y - y.mean(0)) ** 2).sum() < 0.1
+
+
+def test_suites_are_checked(getkey):
+    recipe, topk = (make_recipe(name, n_steps=1, batch_size=1) for name in ("standard", "topk"))
+    widths = {R0: 16, R1: 16}
+    for members, r, more, message in [
+        ([], recipe, {}, "at least one"),
+        ([Member(R0, 8, 0.1)] * 2, recipe, {}, "must be different"),
+        ([Member(T0, 8, 0.1)], recipe, {}, "no activations for blocks.0.mlp.hook_in, blocks.0.hook_mlp_out"),
+        ([Member(R0, 8, -1.0)], recipe, {}, "must be 0 or more, got -1.0"),
+        ([Member(R0, 8, 9)], topk, {}, "a whole k from 1 to d_sae = 8, got 9"),
+        ([Member(R0, 8, 1.5)], topk, {}, "a whole k"),
+        ([Member(R0, 8, 1)], topk, {"shard": "batch"}, "shard must be"),
+        ([Member(R0, 8, 1)], topk, {"mesh": jax.make_mesh((1,), ("data",))}, "needs an axis 'sae'"),
+    ]:
+        with pytest.raises(TrainingError, match=message):
+            Suite(members, r, widths, **more)
+    suite = Suite([Member(R0, 8, 1)], topk, widths)
+    with pytest.raises(TrainingError, match="must be 16 wide"):
+        init_state(suite, {R0: jnp.zeros((4, 8))}, key=getkey())
+
+
+def test_eight_devices_train_as_one():
+    """In a process of its own, where the CPU plays eight devices."""
+    flags = " ".join(
+        [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f] + ["--xla_force_host_platform_device_count=8"]
+    )
+    command = [sys.executable, str(Path(__file__).parent / "sae_on_eight_devices.py")]
+    run = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.count("equal") == 4, run.stdout[-3000:] + run.stderr[-3000:]
 
 
 def test_stream_of_buffers(getkey):

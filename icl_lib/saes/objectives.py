@@ -215,10 +215,10 @@ def _least(f: Float[Array, "tokens d_sae"], k: Float[Array, ""], k_max: int, who
     """The k-th largest value of each row, or, of the `whole`, the (tokens x k)-th."""
     if whole:
         top = top_of_all(f, min(k_max * f.shape[0], f.size))[0]
-        return jnp.min(jnp.where(jnp.arange(len(top)) < jnp.round(k * f.shape[0]), top, jnp.inf))[None, None]
+        return jnp.min(jnp.where(jnp.arange(len(top), dtype=jnp.float32) < jnp.round(k * f.shape[0]), top, jnp.inf))[None, None]
     # not top[:, k - 1]: on a CPU XLA takes a slice of top_k to a full sort
     top = jax.lax.top_k(f, k_max)[0]
-    return jnp.min(jnp.where(jnp.arange(k_max)[None] < k, top, jnp.inf), axis=1, keepdims=True)
+    return jnp.min(jnp.where(jnp.arange(k_max, dtype=jnp.float32)[None] < k, top, jnp.inf), axis=1, keepdims=True)
 
 
 def draw_dead(dead: Array, n: int, *, key: PRNGKeyArray) -> tuple[Array, Array]:

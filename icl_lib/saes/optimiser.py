@@ -86,7 +86,7 @@ def resample(
     weight = jnp.cumsum(jnp.sum(err**2, axis=1) ** 2)
     drawn = jnp.searchsorted(weight, weight[-1] * jax.random.uniform(jax.random.fold_in(key, 2), dead.shape))
     drawn = jnp.minimum(drawn, x.shape[0] - 1)
-    living = jnp.maximum(jnp.sum(~dead), 1)
+    living = jnp.maximum(jnp.sum(~dead, dtype=jnp.float32), 1)
     norm_dec = jnp.sum(jnp.where(dead, 0, jnp.linalg.norm(params.W_dec.astype(jnp.float32), axis=1))) / living
     norm_enc = jnp.sum(jnp.where(dead, 0, jnp.linalg.norm(params.W_enc.astype(jnp.float32), axis=0))) / living
     rows_dec = norm_dec * unit_rows(y - params.b_dec[None])

@@ -28,10 +28,10 @@ def largest(f: Float[Array, "tokens d_sae"], k: Float[Array, ""], k_max: int, wh
     n_tokens, d_sae = f.shape
     if whole:
         value, place = top_of_all(f, min(n_tokens * k_max, f.size))
-        keep = jnp.arange(len(value)) < jnp.round(k * n_tokens)
+        keep = jnp.arange(len(value), dtype=jnp.float32) < jnp.round(k * n_tokens)
         return Pairs(jnp.where(keep, jax.nn.relu(value), 0), place // d_sae, place % d_sae)
     value, latent = jax.lax.top_k(f, k_max)
-    value = jnp.where(jnp.arange(k_max)[None] < k, jax.nn.relu(value), 0)
+    value = jnp.where(jnp.arange(k_max, dtype=jnp.float32)[None] < k, jax.nn.relu(value), 0)
     return Pairs(value.ravel(), jnp.repeat(jnp.arange(n_tokens), k_max), latent.ravel())
 
 
