@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 NBVAL := --nbval-lax --nbval-current-env --nbval-sanitize-with=tests/nbval.cfg --nbval-cell-timeout=300
 unexport MPLBACKEND
 
-.PHONY: demo test lab retrain bench report clean
+.PHONY: demo test lab retrain bench report rehearse rehearse-all preflight clean
 
 demo: $(VENV)/.installed
 	$(BIN)/snakemake --configfile $(CARD) --cores $(CORES) --rerun-incomplete --keep-going --quiet all; \
@@ -26,6 +26,17 @@ retrain: $(VENV)/.installed
 bench: $(if $(wildcard benchmarks/*.py),$(VENV)/.installed-bench)
 	@test -n "$(wildcard benchmarks/*.py)" || { echo "There is no script in benchmarks/ to run."; exit 1; }
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+# the card on small stand-ins, offline (torch writes some SAE formats): `make rehearse CARD=gemma-2-9b`
+rehearse: $(VENV)/.installed-test
+	$(BIN)/python -m icl_lib.runs.rehearse $(CARD)
+
+rehearse-all: $(VENV)/.installed-test
+	$(BIN)/python -m icl_lib.runs.rehearse --all
+
+# what the card needs: `make preflight CARD=params/gemma-2-9b.yaml DEVICES=8xv5e`
+preflight: $(VENV)/.installed
+	$(BIN)/python -m icl_lib.runs.preflight $(CARD) --devices $(or $(DEVICES),cpu)
 
 report: $(VENV)/.installed
 	$(BIN)/python -m icl_lib.runs.report $(CARD)

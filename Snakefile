@@ -19,11 +19,12 @@ workdir: str(root())
 
 # What a notebook reads from the run's store, by the notebook that makes it. All others run by themselves.
 NEEDS = {
-    "03_task_vector_cleaning": ["02_task_vectors"],
-    "04_executors_and_detectors": ["03_task_vector_cleaning"],
+    "03_task_vector_cleaning": ["01_sparse_autoencoders", "02_task_vectors"],
+    "04_executors_and_detectors": ["01_sparse_autoencoders", "03_task_vector_cleaning"],
 }
 
 os.environ.pop("MPLBACKEND", None)  # `Agg` would drop the inline figures without a word
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU's memory; JAX's own default leaves a quarter unused
 
 try:
     if not config:

@@ -1,0 +1,152 @@
+"""A card run from end to end on stand-ins, offline, in minutes: what breaks here would break after the download.
+
+    python -m icl_lib.runs.rehearse gemma-2-9b          # or params/gemma-2-9b.yaml
+    python -m icl_lib.runs.rehearse --all
+
+Writes `runs/rehearsal/CARD/`: a model of the card's family with few layers and random weights, SAEs in the card's formats, a few tasks, and
+a card with the same keys, whose layers are mapped onto the small model and whose sizes are cut down. Then it runs all notebooks on that
+card through the Snakefile, with the hub switched off. Claims are not asserted, because nothing is true of random weights; all else is.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from icl_lib.models import load_tokenizer
+from icl_lib.runs.params import CardError, check_card
+from icl_lib.runs.paths import root
+from icl_lib.runs.preflight import PreflightError, config_of, defaults_of
+from icl_lib.runs.stand_in import sites_of, write_model, write_saes
+from icl_lib.tasks import Task, Template, load_tasks
+
+MOST_LAYERS = 7
+# Tasks of each kind: shared inputs, shared outputs, several tokens, one of each group. Those that a source has are taken.
+_TASKS = (
+    "country_capital", "location_language", "antonyms", "present_past", "present_simple_past_simple", "en_es", "es_en", "next_item", "algo_first",
+)  # fmt: skip
+_SIZES = {
+    "n_shots": 4, "n_prompts": 4, "max_shots": 5, "sweep_steps": 15, "quality_rows": 8, "rate_rows": 24, "tvc_steps": 6, "tvc_prompts": 4,
+    "detector_steps": 6, "effect_prompts": 3, "circuit_prompts": 2, "circuit_shots": 3,
+}  # fmt: skip
+
+
+def small_layers(card: Mapping[str, Any], n_layers: int) -> tuple[dict[str, Any], int]:
+    """The card's layer keys for a small model, and how many layers that has.
+
+    Kept are the layers of executors and detectors, the first and last of circuits, and the SAEs that these need. They are mapped in
+    proportion, and where that would put two on one they are moved apart: the order stays, neighbours stay neighbours.
+    """
+    executor, detector, circuit = card["layer_executor"], card["layer_detector"], card["circuit_layers"]
+    residual = next(p for p in card["saes"] if "{layer}" not in p or sites_of(p, 0)[0].name.startswith("resid"))
+    behind = 1 if "{layer}" in residual and sites_of(residual, 0)[0].name == "resid_post" else 0  # such a file serves the next layer
+    some = sorted({circuit[0], circuit[-1], *({executor} & set(circuit))})
+    kept = sorted({executor - behind, detector - behind, *some} & set(card["sae_layers"]))
+    named = sorted({executor, detector, *some, *kept})
+    n = min(n_layers, max(MOST_LAYERS, len(named)))
+    places = [round(layer * (n - 1) / max(1, n_layers - 1)) for layer in named]
+    for i in range(1, len(named)):
+        places[i] = max(places[i], places[i - 1] + 1)
+    places = [min(place, n - len(named) + i) for i, place in enumerate(places)]
+    at = dict(zip(named, places, strict=True))
+    keys = {"layer_executor": at[executor], "layer_detector": at[detector]}
+    return keys | {"circuit_layers": [at[i] for i in some], "sae_layers": [at[i] for i in kept]}, n
+
+
+def small_tasks(source: str, folder: Path) -> dict[str, Task]:
+    """A few tasks of the card's source, written to `folder`; of the embedded ones where the source needs a network."""
+    local = os.environ.get("ICL_LIB_TASK_DATA")
+    tasks = load_tasks(source if source == "embedded" or local else "embedded")
+    chosen = {name: tasks[name] for name in _TASKS if name in tasks}
+    for task in chosen.values():
+        path = folder / task.group / f"{task.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dict(task.pairs[:150]), ensure_ascii=False))
+    return load_tasks(folder)
+
+
+def prepare(card: Mapping[str, Any], folder: Path, **sizes: int) -> Path:
+    """Write the stand-ins of a card and its small card into `folder`, which is emptied first; the path of the small card.
+
+    `sizes` changes the cut-down sizes. Raises `CardError` or `PreflightError` where the card does not fit its model.
+    """
+    config = config_of(card["model"])
+    shutil.rmtree(folder, ignore_errors=True)
+    tasks = small_tasks(card["tasks"], folder / "tasks")
+    layers, n_layers = small_layers(card, config.n_layers)
+    hub, template = folder / "hub", Template(prefix=card["prefix"])
+    model = write_model(hub / card["model"], config, n_layers, tasks, template, card["seed"])
+    small = dict(card) | layers | {key: min(card[key], size) for key, size in (_SIZES | sizes).items() if key in card}
+    small |= {"tvc_l1": sorted({card["tvc_l1"][0], card["tvc_l1"][-1]}), "card": f"rehearsal of {card['card']}"}
+    write_saes(small, hub, model, tasks, load_tokenizer(hub / card["model"]), template)
+    small |= {"model": str(hub / card["model"]), "tasks": str(folder / "tasks"), "run_dir": str(folder / "run")}
+    small |= {"saes": [str(hub / pattern) for pattern in card["saes"]]}
+    path = folder / "card.yaml"
+    path.write_text(yaml.safe_dump(small, sort_keys=False))
+    return path
+
+
+def run(small_card: Path, notebooks: Iterable[str] | None = None, cores: int = 2) -> tuple[bool, str]:
+    """Run the notebooks (all, or the named ones with what they need) of a small card; whether all went well, and what was printed."""
+    run_dir = Path(yaml.safe_load(small_card.read_text())["run_dir"])
+    targets = ["all"] if notebooks is None else [str(run_dir / "notebooks" / f"{name}.ipynb") for name in notebooks]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # most of the time goes into compiling, which then takes a third
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--configfile",
+        str(small_card),
+        "--cores",
+        str(cores),
+        "--keep-going",
+        "--nolock",
+        "--quiet",
+        "all",
+    ]
+    done = subprocess.run([*command, "--", *targets], cwd=root(), env=environment, capture_output=True, text=True)
+    return done.returncode == 0, done.stdout + done.stderr
+
+
+def rehearse(name: str, notebooks: Iterable[str] | None = None, **sizes: int) -> bool:
+    """Rehearse one card; prints how it went and how long it took. Whether all notebooks ran through."""
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else root() / "params" / f"{name}.yaml"
+    start = time.monotonic()
+    card = defaults_of(check_card(path))
+    small = prepare(card, root() / "runs" / "rehearsal" / card["card"], **sizes)
+    good, text = run(small, notebooks)
+    times = [line for line in text.splitlines() if ": done in" in line]
+    print("\n".join(times if good else [text]))
+    print(
+        f"{card['card']}: {'rehearsed' if good else 'FAILED'} in {time.monotonic() - start:.0f} s; {small.parent.relative_to(root())}",
+        flush=True,
+    )
+    return good
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rehearse cards; exit status 1 if a notebook failed, 2 if a card is not understood."""
+    parser = argparse.ArgumentParser(prog="python -m icl_lib.runs.rehearse", description="Run a card on small stand-ins, offline.")
+    parser.add_argument("cards", nargs="*", help="names or files of cards, such as gemma-2-9b")
+    parser.add_argument("--all", action="store_true", help="every card in params/ but that of the embedded model")
+    options = parser.parse_args(argv)
+    every = [str(p) for p in sorted((root() / "params").glob("*.yaml")) if p.stem != "tiny"]
+    try:
+        results = {name: rehearse(name) for name in (every if options.all else options.cards or ["gemma-1-2b-it"])}
+    except (CardError, PreflightError) as err:
+        print(err, file=sys.stderr)
+        return 2
+    return 0 if all(results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Cards held to their models without a network, and run on small stand-ins of them."""
+
+import datetime
+import shutil
+from random import Random
+
+import jax.numpy as jnp
+import pytest
+import yaml
+
+from icl_lib.models import Site, load_model, load_tokenizer, run_with_cache
+from icl_lib.models.families import known_config
+from icl_lib.runs import preflight, rehearse, root, workload
+from icl_lib.runs.params import check_card
+from icl_lib.runs.stand_in import sites_of, small_config, small_tokenizer
+from icl_lib.saes import load_suite
+from icl_lib.saes.formats import gemma_scope
+from icl_lib.tasks import Role, Template, load_tasks, make_prompts
+
+CARDS = sorted(p.stem for p in (root() / "params").glob("*.yaml") if p.stem != "tiny")
+each_card = pytest.mark.parametrize("name", CARDS)
+
+
+def _card(name):
+    return preflight.defaults_of(check_card(root() / "params" / f"{name}.yaml"))
+
+
+def _served(card, n_layers):
+    """The sites that the card's SAEs read, the residual behind a block as the input of the next."""
+    found = set()
+    for pattern in card["saes"]:
+        for layer in card["sae_layers"]:
+            site = sites_of(pattern, layer)[0] if "{layer}" in pattern else Site("resid_pre", layer)
+            after = site.name == "resid_post" and site.layer + 1 < n_layers
+            found.add(Site("resid_pre", site.layer + 1) if after else site)
+    return found
+
+
+def test_all_eight_models_have_a_card():
+    asked = {"gemma-1-2b", "gemma-1-2b-it", "gemma-2-2b-16k", "gemma-2-2b-65k", "gemma-2-9b", "phi-3-mini", "qwen2.5-0.5b", "pythia-70m"}
+    assert asked <= set(CARDS)
+    assert all(_card(name)["card"] == name for name in CARDS)
+
+
+@each_card
+def test_the_layers_of_a_card_are_its_models_and_have_saes(name):
+    card = _card(name)
+    config = known_config(card["model"])
+    served = _served(card, config.n_layers)
+    assert all(0 <= site.layer < config.n_layers for site in served)
+    assert {Site("resid_pre", card["layer_executor"]), Site("resid_pre", card["layer_detector"])} <= served
+    assert card["layer_detector"] < card["layer_executor"]
+    assert set(card["circuit_layers"]) <= {site.layer for site in served}
+
+
+@each_card
+def test_the_saes_of_a_card_can_be_resolved(name):
+    card = _card(name)
+    for pattern in card["saes"]:
+        for layer in card["sae_layers"] if pattern.endswith("canonical") else []:
+            assert "average_l0_" in gemma_scope.resolve(pattern.replace("{layer}", str(layer)))
+
+
+@each_card
+def test_the_prompts_of_a_card_fit_its_models_context(name):
+    card = _card(name)
+    shots = max(card["n_shots"], card["max_shots"], card["circuit_shots"])
+    assert (shots + 2) * workload.PAIR_TOKENS[card["tasks"]] < known_config(card["model"]).n_ctx
+
+
+@each_card
+def test_small_layers_stay_apart_and_in_order(name):
+    card = _card(name)
+    keys, n = rehearse.small_layers(card, known_config(card["model"]).n_layers)
+    assert 0 <= keys["layer_detector"] < keys["layer_executor"] < n <= rehearse.MOST_LAYERS + 1
+    for key in ("circuit_layers", "sae_layers"):
+        assert keys[key] == sorted(set(keys[key])) and keys[key][-1] < n
+    assert len(keys["circuit_layers"]) == min(3, len({card["circuit_layers"][0], card["layer_executor"], card["circuit_layers"][-1]}))
+    small = card | keys
+    assert {Site("resid_pre", small["layer_executor"]), Site("resid_pre", small["layer_detector"])} <= _served(small, n)
+
+
+def test_layers_map_in_proportion_and_neighbours_stay_neighbours():
+    card = _card("gemma-2-2b-16k") | {"layer_executor": 17, "layer_detector": 16, "circuit_layers": [0, 17, 25]}
+    keys, n = rehearse.small_layers(card, 26)
+    assert (n, keys["layer_detector"], keys["layer_executor"], keys["circuit_layers"]) == (7, 4, 5, [0, 5, 6])
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "phi3", "gpt_neox", "qwen2", "llama"])
+def test_a_small_tokenizer_is_of_its_familys_kind(family):
+    tasks = load_tasks("embedded")
+    lines = [f"{x} -> {y}\n" for x, y in tasks["antonyms"].pairs]
+    tokenizer = small_tokenizer(family, lines)
+    turn = {"gemma": "<start_of_turn>", "gemma2": "<start_of_turn>", "phi3": "<|user|>"}.get(family, "")
+    prompts = make_prompts(
+        tasks["en_es"], tokenizer, n_prompts=2, n_shots=2, seed=0, template=Template(prefix=f"{turn}\nFollow the pattern:\n")
+    )
+    assert int((prompts.mask(Role.ARROW, "last")).sum()) == 2 * 3
+    if turn:
+        assert tokenizer.convert_tokens_to_ids(turn) in prompts.tokens[0].tolist(), "the turn is one special token"
+    assert (tokenizer.bos_token is None) == (family == "qwen2")
+    text = prompts.texts[0].removeprefix(turn)
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_a_small_config_keeps_what_makes_its_model():
+    lines = ["a -> b\n"]
+    for name in ("google/gemma-2-9b", "EleutherAI/pythia-70m-deduped", "microsoft/Phi-3-mini-4k-instruct"):
+        config = known_config(name)
+        small = small_config(config, 4, small_tokenizer(config.family, lines))
+        assert (small.family, small.norm, small.parallel, small.tied) == (config.family, config.norm, config.parallel, config.tied)
+        assert (small.windows is None) == (config.windows is None) and (small.attn_scale is None) == (config.attn_scale is None)
+        assert (small.width("z") == small.d_model) == (config.width("z") == config.d_model)
+    pythia = small_config(known_config("EleutherAI/pythia-70m-deduped"), 4, small_tokenizer("gpt_neox", lines))
+    assert pythia.rotary_dim == pythia.d_head // 4
+
+
+@each_card
+def test_a_stand_in_goes_through_the_code_of_its_card(name, tmp_path):
+    """Model, tokenizer and SAEs are read back by the readers of the real files, at the sites that the card counts on."""
+    card = _card(name)
+    small = yaml.safe_load(rehearse.prepare(card, tmp_path / name).read_text())
+    assert set(small) == set(card), "a rehearsal sets the same keys"
+    model, tokenizer = load_model(small["model"]), load_tokenizer(small["model"])
+    assert model.config.family == known_config(card["model"]).family
+    suite = load_suite(small["saes"], model.config, small["sae_layers"])
+    assert len(suite) == len(workload.dictionaries(small, model.config))
+    tasks = load_tasks(small["tasks"])
+    task = Random(0).choice(list(tasks.values()))
+    prompts = make_prompts(task, tokenizer, n_prompts=2, n_shots=small["n_shots"], seed=0, template=Template(prefix=small["prefix"]))
+    _, cache = run_with_cache(model, prompts.tokens, suite)
+    for site, sae in suite.items():
+        fires = (sae.encode(cache[site]) > 0).mean()
+        assert 0.02 < float(fires) < 0.4, f"{site}: {fires}"
+        assert jnp.isfinite(sae(cache[site])).all()
+
+
+def test_a_rehearsal_that_fails_says_where(tmp_path):
+    small = rehearse.prepare(_card("phi-3-mini"), tmp_path / "card")
+    shutil.rmtree(yaml.safe_load(small.read_text())["model"])
+    good, text = rehearse.run(small, ["02_task_vectors"])
+    assert not good and "does not exist" in text
+
+
+def test_unknown_cards_have_status_2(capsys):
+    assert rehearse.main(["gemma-7"]) == 2
+    assert "no card at" in capsys.readouterr().err
+
+
+def test_one_card_a_day_is_rehearsed(tmp_path):
+    """Of the card whose turn it is, the notebook that uses every kind of SAE (all cards, all notebooks: `make rehearse-all`)."""
+    name = CARDS[datetime.date.today().toordinal() % len(CARDS)]
+    sizes = {"n_shots": 2, "n_prompts": 2, "max_shots": 2, "effect_prompts": 2, "circuit_shots": 2}
+    small = rehearse.prepare(_card(name), tmp_path / name, **sizes)
+    good, text = rehearse.run(small, ["05_sparse_feature_circuits"])
+    assert good, f"{name}: {text[-3000:]}"
+    assert (tmp_path / name / "run" / "ledger" / "05_sparse_feature_circuits.json").is_file()
