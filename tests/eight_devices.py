@@ -179,6 +179,16 @@ def test_a_mesh_uses_every_device(sizes, message):
         make_mesh(*sizes)
 
 
+@pytest.mark.parametrize(("heads", "kv", "shape"), [(8, 1, (1, 8)), (4, 2, (2, 4)), (6, 6, (4, 2)), (3, 3, (8, 1))])
+def test_the_automatic_mesh_cuts_the_model_as_far_as_its_heads_go(heads, kv, shape, tmp_path):
+    model = Transformer.init(config_of("gemma", n_heads=heads, n_kv_heads=kv), key=jax.random.key(0))
+    loaded = load_model(save_model(model, tmp_path, dtype="float32"), mesh="auto")
+    assert tuple(loaded.blocks[0].attn.q.sharding.mesh.shape.values()) == shape
+    np.testing.assert_array_equal(loaded.blocks[0].attn.q, model.blocks[0].attn.q)
+    with pytest.raises(ValueError, match="'auto' or None, got 'all'"):
+        load_model(tmp_path, mesh="all")
+
+
 def test_a_mesh_of_other_axes_is_refused():
     with pytest.raises(ValueError, match="axes 'data' and 'model', got .*make_mesh"):
         check_mesh(config_of("gemma"), jax.make_mesh((8,), ("x",)))

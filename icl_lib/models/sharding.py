@@ -48,11 +48,24 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     problems = [f"{name} = {size}" for name, size in (("n_heads", config.n_heads), ("d_mlp", config.d_mlp)) if size % n]
     problems += [f"n_kv_heads = {heads}"] if heads % n and n % heads else []
     if problems:
-        fitting = [k for k in range(1, mesh.size + 1) if not (config.n_heads % k or config.d_mlp % k or (heads % k and k % heads))]
+        fitting = [k for k in range(1, mesh.size + 1) if _divides(config, k)]
         raise ValueError(
             f"a 'model' axis of {n} devices does not divide {' and '.join(problems)} of this {config.family} model; "
             f"up to {mesh.size} devices, {', '.join(map(str, fitting))} would do: give the others to the 'data' axis"
         )
+
+
+def _divides(config: ModelConfig, n: int) -> bool:
+    heads = config.n_kv_heads
+    return not (config.n_heads % n or config.d_mlp % n or (heads % n and n % heads))
+
+
+def auto_mesh(config: ModelConfig) -> Mesh | None:
+    """A mesh of all devices whose `model` axis is the longest that this model can be cut along; None where there is one device."""
+    n = jax.device_count()
+    if n == 1:
+        return None
+    return make_mesh(n // max(k for k in range(1, n + 1) if n % k == 0 and _divides(config, k)))
 
 
 def shardings(config: ModelConfig, mesh: Mesh) -> Transformer:

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from icl_lib.models.config import ModelConfig
 from icl_lib.models.families import abstract, ignored, leaf_path, sources, tensor_shapes
 from icl_lib.models.hub import fetch_folder
-from icl_lib.models.sharding import shardings
+from icl_lib.models.sharding import auto_mesh, shardings
 from icl_lib.models.transformer import Transformer
 
 _FILES = [
@@ -47,16 +47,20 @@ def load_config(name: str | Path, revision: str | None = None) -> ModelConfig:
     return ModelConfig.from_hf(_read_json(path), source=str(path))
 
 
-def load_model(name: str | Path, revision: str | None = None, dtype: str = "float32", mesh: Mesh | None = None) -> Transformer:
+def load_model(name: str | Path, revision: str | None = None, dtype: str = "float32", mesh: Mesh | str | None = None) -> Transformer:
     """The model of a Hugging Face folder or hub id, its weights converted to `dtype`.
 
-    With a mesh (`make_mesh`) each device holds its part of the weights and reads no more than that; without one, the first
-    device holds all. Raises `FileNotFoundError` or `ValueError` with the name of what is absent, unknown, misshapen or
+    With a mesh (`make_mesh`) each device holds its part of the weights and reads no more than that; "auto" makes a mesh of
+    all devices, as far as the model can be cut; without one, the first device holds all. Raises `FileNotFoundError` or `ValueError` with the name of what is absent, unknown, misshapen or
     unreadable, or if the mesh does not divide the model.
     """
     folder = fetch(name, revision)
     config = load_config(folder)
     model = abstract(config)
+    if isinstance(mesh, str):
+        if mesh != "auto":
+            raise ValueError(f"mesh must be a Mesh (make_mesh), 'auto' or None, got {mesh!r}")
+        mesh = auto_mesh(config)
     places = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model) if mesh is None else shardings(config, mesh)
     files = _find_tensors(folder, config)
     where = sources(config)
