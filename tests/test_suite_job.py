@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 
@@ -14,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from jax.sharding import AxisType
 from safetensors.numpy import load_file
 
 from icl_lib.models import Site, Transformer, run_with_cache, tiny_config
+from icl_lib.models.sharding import make_mesh, shard_model
 from icl_lib.saes.activations import token_mask
 from icl_lib.saes.buffer import ActivationBuffer
 from icl_lib.saes.checkpoints import CheckpointError, Checkpoints, abstract_like, differences
@@ -282,5 +285,44 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, finished):
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "run" / "curves.parquet"), pd.read_parquet(finished / "curves.parquet"))
 
 
+class Share(Numbers):
+    """What one of two processes reads of `Numbers`: its half of each pass."""
+
+    def batch(self, n: int) -> np.ndarray:
+        return super().batch(2 * n)[jax.process_index() * n :][:n]
+
+
+SHORT = make_recipe("icl-sfc", n_steps=6, batch_size=32, learning_rate=3e-3)
+
+
+def run_one_of_two(folder, rank: int, address: str) -> None:
+    """The same job on two processes of one device each, every SAE divided between them."""
+    jax.distributed.initialize(address, num_processes=2, process_id=rank)
+    mesh = jax.make_mesh((2,), ("sae",), axis_types=(AxisType.Auto,))
+    run(folder, Share(), shard_model(make_model(), make_mesh(data=2)), recipe=SHORT, save_every=4, mesh=mesh, shard="latent")
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    run(tmp_path / "one", recipe=SHORT, save_every=4)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    commands = [[sys.executable, __file__, str(tmp_path / "two"), str(rank), address] for rank in range(2)]
+    processes = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
+    outputs = [p.communicate(timeout=400)[0] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], outputs
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], atol=1e-5, err_msg=name)
+    # a checkpoint of both is one checkpoint, which a single process refuses, as the text is divided otherwise
+    assert sorted(p.name for p in (tmp_path / "two" / "checkpoints").iterdir()) == ["000000004", "000000006"]
+    with pytest.raises(CheckpointError, match="mesh"):
+        run(tmp_path / "two", recipe=SHORT, save_every=4)
+
+
 if __name__ == "__main__":
-    run(sys.argv[1], log=lambda progress: print(progress, flush=True), log_seconds=0.0)
+    if len(sys.argv) > 2:
+        run_one_of_two(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    else:
+        run(sys.argv[1], log=lambda progress: print(progress, flush=True), log_seconds=0.0)

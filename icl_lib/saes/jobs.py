@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from icl_lib.models import Transformer
@@ -81,7 +81,7 @@ def train_suite(
     finally:
         job.checkpoints.close()
     trained = finish(job.state, suite, metadata)
-    _write(trained, job.curves, Path(folder))
+    _write(trained, job.curves, Path(folder), mesh)
     return trained
 
 
@@ -196,7 +196,7 @@ def _fingerprint(model: Transformer) -> str:
     return f"{float(sum(jnp.sum(jnp.abs(w), dtype=jnp.float32) for w in leaves)):.4g}"
 
 
-def _write(trained: Mapping[Member, SAE], curves: Curves, folder: Path) -> None:
+def _write(trained: Mapping[Member, SAE], curves: Curves, folder: Path, mesh: Mesh | None) -> None:
     """The SAEs and the training curves. A suite with several SAEs at one site has a folder for each width and sparsity.
 
     All processes call it, since an SAE may lie across them; the first one writes.
@@ -204,7 +204,7 @@ def _write(trained: Mapping[Member, SAE], curves: Curves, folder: Path) -> None:
     several = len({m.site for m in trained}) < len(trained)
     for member, sae in trained.items():
         name = f"d_sae_{member.d_sae}_sparsity_{member.sparsity:g}" if several else ""
-        whole = jax.tree.map(_gathered, sae)
+        whole = _whole(sae, mesh)
         if jax.process_index() == 0:
             save_suite({member.site: whole}, folder / "saes" / name)
     if jax.process_index() == 0:
@@ -215,6 +215,10 @@ def _write(trained: Mapping[Member, SAE], curves: Curves, folder: Path) -> None:
         os.replace(temporary, folder / "curves.parquet")
 
 
-def _gathered(x: Array) -> Array:
-    """`x`, whole on this process."""
-    return x if x.is_fully_addressable else jnp.asarray(multihost_utils.process_allgather(x, tiled=True))
+def _whole(sae: SAE, mesh: Mesh | None) -> SAE:
+    """`sae` with all of its weights on every process."""
+    if mesh is None or jax.process_count() == 1:
+        return sae
+    leaves, structure = jax.tree.flatten(sae)
+    everywhere = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.tree.unflatten(structure, [jnp.asarray(np.asarray(leaf)) for leaf in everywhere(leaves)])
