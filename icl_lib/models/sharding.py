@@ -68,6 +68,12 @@ def auto_mesh(config: ModelConfig) -> Mesh | None:
     return make_mesh(n // max(k for k in range(1, n + 1) if n % k == 0 and _divides(config, k)))
 
 
+def mesh_of(model: Transformer) -> Mesh | None:
+    """The mesh that a model's weights lie on; None where one device holds them."""
+    place = getattr(model.embed, "sharding", None)
+    return place.mesh if isinstance(place, NamedSharding) else None
+
+
 def shardings(config: ModelConfig, mesh: Mesh) -> Transformer:
     """The place of every weight: a `Transformer` with a `NamedSharding` for each array. Raises as `check_mesh` does."""
     check_mesh(config, mesh)

@@ -4,6 +4,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
 from icl_lib.models import ModelConfig, Site
 from icl_lib.saes.formats import layer_files, saelens
 from icl_lib.saes.formats.load import detect, load_sae
@@ -18,32 +22,47 @@ def load_suite(
     layers: Iterable[int] | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    sites: Iterable[str] | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[Site, SAE]:
     """SAEs keyed by the site they encode, in the order of sites.
 
     `source` is a folder, of which all SAEs in any format of `load_sae` are taken; or a name for `load_sae` with `{layer}` in it,
     such as "google/gemma-scope-2b-pt-res/layer_{layer}/width_16k/canonical"; or a list of these. `layers` are the numbers to
-    put there (default: all of the model) and in a folder the layers of the sites to keep.
+    put there (default: all of the model) and in a folder the layers of the sites to keep. `sites` are the names of the sites to
+    keep, such as ["resid_pre"]; others are read and dropped one by one. With a mesh (that of the model: `mesh_of`) each device
+    holds its part of the latents.
 
     With `config`, layers and widths are held to that model, and an SAE of the residual behind a block is keyed by the same
     tensor's other name, "resid_pre" of the next block, if there is one. Raises `FileNotFoundError` if there is no SAE, and
     `ValueError` if one does not fit the model or two encode the same site, besides what `load_sae` raises.
     """
-    layers = None if layers is None else tuple(layers)
+    layers, kept = None if layers is None else tuple(layers), None if sites is None else frozenset(sites)
     sources = [source] if isinstance(source, str | Path) else list(source)
     suite: dict[Site, SAE] = {}
     for pattern, name in [(str(each), name) for each in sources for name in _names(str(each), config, layers)]:
         sae = _renamed(load_sae(name, revision, variant), config)
         if layers is not None and "{layer}" not in pattern and sae.site_in.layer not in layers:
             continue
+        if kept is not None and sae.site_in.name not in kept:
+            continue
         if sae.site_in in suite:
             raise ValueError(f"{name} encodes {sae.site_in}, and so does another SAE of {source}: keep one per site")
         if config is not None:
             check_fit(sae, config, name)
-        suite[sae.site_in] = sae
+        suite[sae.site_in] = sae if mesh is None else shard_sae(sae, mesh)
     if not suite:
-        raise FileNotFoundError(f"{source} has no SAE in layers {layers}: leave layers out to see what it has")
+        at = f" at {', '.join(sorted(kept))}" if kept else ""
+        raise FileNotFoundError(f"{source} has no SAE{at} in layers {layers}: leave layers out to see what it has")
     return dict(sorted(suite.items()))
+
+
+def shard_sae(sae: SAE, mesh: Mesh) -> SAE:
+    """The SAE with its latents spread over the mesh's `model` axis; whole on every device where they do not divide."""
+    cut = "model" if sae.d_sae % mesh.shape["model"] == 0 else None
+    places = {"W_enc": P(None, cut), "W_dec": P(cut), "b_dec": P(), "W_skip": P()}
+    put = lambda name, leaf: jax.device_put(leaf, NamedSharding(mesh, places.get(name, P(cut))))  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: put(jax.tree_util.keystr(path, simple=True), leaf), sae)
 
 
 def save_sae(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
