@@ -63,7 +63,7 @@ figures.use_style()
 devices.setup(run_dir)
 store = Store(run_dir, params={"card": card, "model": model, "tasks": tasks, "seed": seed})
 ledger = Ledger(store, "00_a_model_that_learns_in_context")
-lm = load_model(resolve(model), dtype=compute_dtype())
+lm = load_model(resolve(model), dtype=compute_dtype(), mesh="auto")
 tokenizer = load_tokenizer(resolve(model))
 suite, template = load_tasks(tasks), Template(prefix=prefix)
 names, groups = list(suite), [task.group for task in suite.values()]

@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 
 from icl_lib import figures
-from icl_lib.models import Site, load_model, load_tokenizer
+from icl_lib.models import load_model, load_tokenizer, mesh_of
 from icl_lib.runs import Ledger, Store, compute_dtype, resolve, setup
 from icl_lib.saes import load_suite
 from icl_lib.tasks import Template, load_tasks, make_prompts, stack_prompts
@@ -52,9 +52,10 @@ n_prompts: int = 16  # prompts per task
 figures.use_style()
 setup(run_dir)
 store, ledger = Store(run_dir), Ledger(Store(run_dir), notebook="02_task_vectors")
-lm = load_model(resolve(model), dtype=compute_dtype())
+lm = load_model(resolve(model), dtype=compute_dtype(), mesh="auto")
 tokenizer = load_tokenizer(resolve(model))
-suite = {site: sae.fold() for site, sae in load_suite(resolve(saes), lm.config, sae_layers).items() if site.name == "resid_pre"}
+suite = load_suite(resolve(saes), lm.config, sae_layers, sites=["resid_pre"], mesh=mesh_of(lm))
+suite = {site: sae.fold() for site, sae in suite.items()}
 task_set, template = load_tasks(tasks), Template(prefix=prefix)
 names, groups = list(task_set), [task.group for task in task_set.values()]
 key = jax.random.key(seed)
@@ -130,9 +131,8 @@ elbow, the task vector works after it, and the sparse versions lose much of its 
 # %%
 def sparse(code):
     """`code(sae, v)` of every task's vector (task, d) at every layer: (task, layer, d). NaN where there is no SAE."""
-    at = [suite.get(Site("resid_pre", int(i))) for i in layers]
-    rows = [vectors[:, i] * jnp.nan if sae is None else code(sae, vectors[:, i]) for i, sae in zip(layers, at, strict=True)]
-    return jnp.stack(rows, axis=1)
+    rows = {site.layer: code(sae, vectors[:, site.layer]) for site, sae in suite.items()}
+    return jnp.stack([rows.get(i, jnp.full_like(next(iter(rows.values())), jnp.nan)) for i in range(lm.config.n_layers)], axis=1)
 
 
 methods = {
@@ -154,7 +154,8 @@ def effect(v, where=at_held_out, zero=base):
 
 
 change = {method: effect(v) for method, v in methods.items()}
-best = int(effect(vectors, at_choosing, base_nll(lm, at_choosing)).mean(axis=0).argmin())  # chosen on other words than reported
+by_choosing = effect(vectors, at_choosing, base_nll(lm, at_choosing)).mean(axis=0)
+best = min((site.layer for site in suite), key=lambda i: by_choosing[i])  # of those with an SAE; on other words than reported
 
 # %%
 figures.layer_curves(layers, change, mark=best)
@@ -165,7 +166,9 @@ mean = {method: values.mean(axis=0) for method, values in change.items()}
 tv = mean["task vector"]
 elbow = int(np.diff(tv).argmin())
 for method in change:
-    print(f"{method:18s} layer {best}: {mean[method][best]:+.2f}   best over layers: {mean[method].min():+.2f} at {mean[method].argmin()}")
+    print(
+        f"{method:18s} layer {best}: {mean[method][best]:+.2f}   best over layers: {np.nanmin(mean[method]):+.2f} at {np.nanargmin(mean[method])}"
+    )
 print(f"elbow between layers {elbow} and {elbow + 1}: {tv[elbow]:+.2f} to {tv[elbow + 1]:+.2f}")
 
 # %% [markdown]

@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 
 from icl_lib import circuits, figures
-from icl_lib.models import load_model, load_tokenizer
+from icl_lib.models import load_model, load_tokenizer, mesh_of
 from icl_lib.runs import Ledger, Store, compute_dtype, devices, resolve
 from icl_lib.saes import load_suite
 from icl_lib.tasks import Role, Template, load_tasks, make_prompts, pair_logit, pair_logprob, stack_prompts
@@ -53,9 +53,10 @@ figures.use_style()
 devices.setup(run_dir)
 store = Store(run_dir, params={"card": card, "model": model, "saes": saes, "tasks": tasks, "seed": seed, "layers": circuit_layers})
 ledger = Ledger(store, "05_sparse_feature_circuits")
-lm = load_model(resolve(model), dtype=compute_dtype())
+lm = load_model(resolve(model), dtype=compute_dtype(), mesh="auto")
 tokenizer = load_tokenizer(resolve(model))
-suite = load_suite(resolve(saes), lm.config, sae_layers)
+suite = load_suite(resolve(saes), lm.config, sae_layers, mesh=mesh_of(lm))
+suite = {at: sae for at, sae in suite.items() if at.name != "resid_post"}  # behind the last block, no role can be ablated any more
 task_list = list(load_tasks(tasks).values())
 names, groups = [task.name for task in task_list], np.array([task.group for task in task_list])
 
