@@ -1,5 +1,6 @@
 """The suite job: what is in its buffer, that it learns, goes on after being killed to the same bits, and stops where it must."""
 
+import io
 import itertools
 import json
 import os
@@ -25,8 +26,9 @@ from icl_lib.saes.buffer import ActivationBuffer
 from icl_lib.saes.checkpoints import CheckpointError, Checkpoints, abstract_like, differences
 from icl_lib.saes.formats import load_suite
 from icl_lib.saes.jobs import train_suite
+from icl_lib.saes.progress import Reporter
 from icl_lib.saes.recipes import TrainingError, make_recipe
-from icl_lib.saes.training import Member
+from icl_lib.saes.training import Means, Member
 
 CONFIG = tiny_config(d_model=8, d_head=4, d_mlp=16)
 SITES = [Site("resid_pre", 1), Site("mlp_in", 0)]
@@ -174,6 +176,23 @@ def test_progress_lines(tmp_path):
     assert [p.step for p in log] == list(range(2, 121, 2)) and all(len(p.l0) == len(MEMBERS) for p in log)
     text = str(log[-1])
     assert text.startswith("step 120 / 120  ") and all(word in text for word in (" tokens/s ", " ETA 0:00:00 ", " L0 ", " FVU ", " dead "))
+
+
+def test_a_bar_in_a_terminal_lines_elsewhere(monkeypatch, capsys):
+    means = Means(*(np.asarray(v) for v in ([3.0, 4.0], [0.25, 0.5], [0.0, 0.1], [-1, -1])))
+    line = Reporter(0, 40, 8, print, every=0.0)
+    line.report(20, means)
+    out, err = capsys.readouterr()
+    assert out.startswith("step 20 / 40  ") and "FVU 0.250 to 0.500  dead 0.000 to 0.100" in out and not err
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bar = Reporter(0, 40, 8, print, every=0.0)
+    bar.report(20, means)
+    bar.close()
+    assert "20/40" in terminal.getvalue() and "L0 3.0 to 4.0" in terminal.getvalue() and not capsys.readouterr().out
+    quiet = Reporter(0, 40, 8, None, every=0.0)
+    assert not quiet.due(40)
 
 
 def test_another_configuration_is_refused_by_field(finished):
