@@ -174,7 +174,8 @@ def test_update_is_optax_adam_on_clipped_gradients(getkey, beta1):
     for step in range(4):
         grads = jax.tree.map(lambda a: jax.random.normal(getkey(), a.shape), p)
         q, moments = optimiser.update(q, moments, grads, r, jnp.int32(step), key=getkey())
-        change, theirs = adam.update(grads, theirs)
+        with jax.numpy_dtype_promotion("standard"):  # optax needs it
+            change, theirs = adam.update(grads, theirs)
         p = optax.apply_updates(p, change)
     for a, b in zip(jax.tree.leaves(q), jax.tree.leaves(p), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -228,9 +229,9 @@ def test_schedules():
 def test_recipes_are_checked():
     with pytest.raises(TrainingError, match="recipe must be one of icl-sfc, standard"):
         make_recipe("relu", n_steps=1, batch_size=1)
-    with pytest.raises(TrainingError, match="a recipe has no learnign_rate; it has aux, batch_size|a recipe has no learnign_rate"):
+    with pytest.raises(TrainingError, match="a recipe has no learnign_rate; it has aux, "):
         make_recipe("topk", n_steps=1, batch_size=1, learnign_rate=1)
-    for name, value in (("learning_rate", 0), ("beta2", 1.0), ("dtype", "float16"), ("warmup", -1), ("decay", "sudden")):
+    for name, value in (("learning_rate", 0.0), ("beta2", 1.0), ("dtype", "float16"), ("warmup", -1), ("decay", "sudden")):
         with pytest.raises(TrainingError, match=name):
             recipe("topk", **{name: value})
     assert dataclasses.replace(recipe("topk"), k_aux=0) != recipe("topk")

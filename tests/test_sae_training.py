@@ -116,8 +116,8 @@ def test_transcoder_learns_the_map(getkey):
 # objective, sparsity, changes to the published recipe that suit 700 steps on planted features
 FINDS = [
     ("standard", 0.6, {"learning_rate": 3e-3}),
-    ("gated", 0.6, {"learning_rate": 3e-3, "resample_every": 300, "dead_after": 100}),
-    ("jumprelu", 0.02, {"learning_rate": 3e-3, "bandwidth": 0.1, "threshold": 0.1, "sparsity_warmup": 200}),
+    ("gated", 2.0, {"learning_rate": 3e-3, "resample_every": 300, "dead_after": 100}),
+    ("jumprelu", 0.3, {"learning_rate": 3e-3, "bandwidth": 0.1, "threshold": 0.1, "sparsity_warmup": 200}),
     ("topk", 2, {"learning_rate": 3e-3, "k_aux": 8, "dead_after": 50}),
     ("batchtopk", 2, {"learning_rate": 3e-3, "k_aux": 8, "dead_after": 50}),
 ]
