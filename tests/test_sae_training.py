@@ -182,7 +182,7 @@ def test_stacked_equals_single_and_chunks_do_not_matter(getkey, objective):
     copy, _ = run_steps(copy, buffer, 1, suite)
     copy, _ = run_steps(copy, buffer, 3, suite)
     assert all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(copy), jax.tree.leaves(state), strict=True))
-    assert training._run._cache_size() <= 4
+    assert training._run._cache_size() <= 6  # on a CPU one program a width, and that of the last SAE alone; twice, for both objectives
 
 
 def test_accelerators_and_cpus_take_the_same_steps(getkey, monkeypatch):

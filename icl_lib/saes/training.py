@@ -40,7 +40,7 @@ class Member:
 
     site: Site
     d_sae: int
-    sparsity: float
+    sparsity: float | int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +137,11 @@ def init_state(suite: Suite, buffer: Buffer, *, key: PRNGKeyArray) -> State:
     """
     _check_buffer(suite, buffer)
     buffer = {site: buffer[site] for site in suite.sites}
-    if suite.mesh is None:
-        return _start(buffer, key, suite)
     start = functools.partial(_start, suite=suite)
+    if suite.mesh is None:
+        parts = [start(buffer, key, groups=groups) for groups in _programs(suite)]
+        return parts[0]._replace(stacks=tuple(stack for part in parts for stack in part.stacks))
+    start = functools.partial(start, groups=tuple(range(len(suite.groups))))
     return jax.jit(start, out_shardings=shardings(suite, jax.eval_shape(start, buffer, key)))(buffer, key)
 
 
@@ -163,7 +165,11 @@ def run_steps(state: State, buffer: Buffer, n: int, suite: Suite) -> tuple[State
     `buffer[site]` is (n_tokens, d) in any float type, row i the same token at every site, for the sites in `suite.sites`.
     Step t draws `batch_size` rows with replacement by a key folded with t: chunks of any length give the same bits.
     """
-    return _run(state, {site: buffer[site] for site in suite.sites}, jnp.int32(n), suite)
+    buffer, n = {site: buffer[site] for site in suite.sites}, jnp.int32(n)
+    done = [_run(tuple(state.stacks[g] for g in groups), state.step, state.key, buffer, n, suite, groups) for groups in _programs(suite)]
+    order = np.argsort([i for group in suite.groups for i in group])
+    means = jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *(means for *_, means in done))
+    return State(done[-1][0], state.key, tuple(stack for _, stacks, _ in done for stack in stacks)), means
 
 
 def finish(state: State, suite: Suite, metadata: Mapping[str, str | int | float | bool] | None = None) -> dict[Member, SAE]:
@@ -200,16 +206,17 @@ def _pairs(rows: Mapping[Site, Array], suite: Suite, group: Sequence[int]) -> tu
     return jnp.stack([rows[s] for s in sites]), jnp.stack([rows[output_site(s)] for s in sites])
 
 
-@functools.partial(jax.jit, static_argnames="suite")
-def _start(buffer: Buffer, key: PRNGKeyArray, suite: Suite) -> State:
-    """Data-dependent start from a sample of the first buffer; see `objectives.init` and `icl_sfc.init`."""
+@functools.partial(jax.jit, static_argnames=("suite", "groups"))
+def _start(buffer: Buffer, key: PRNGKeyArray, suite: Suite, groups: tuple[int, ...]) -> State:
+    """Data-dependent start of some of the groups from a sample of the first buffer; see `objectives.init` and `icl_sfc.init`."""
     init_key, step_key = jax.random.split(key)
     init_key, index_key = jax.random.split(init_key)
     n_tokens = buffer[suite.sites[0]].shape[0]
     rows = _rows(buffer, jax.random.randint(index_key, (_SAMPLE,), 0, n_tokens), suite.sites)
     keys = jax.random.split(init_key, len(suite.members))
     stacks = tuple(
-        _start_stack(*_pairs(rows, suite, g), keys[np.asarray(g)], suite.members[g[0]].d_sae, suite.recipe) for g in suite.groups
+        _start_stack(*_pairs(rows, suite, g), keys[np.asarray(g)], suite.members[g[0]].d_sae, suite.recipe)
+        for g in (suite.groups[i] for i in groups)
     )
     return State(jnp.int32(0), jax.random.key_data(step_key), stacks)
 
@@ -224,7 +231,9 @@ def _start_stack(x, y, keys, d_sae: int, recipe: Recipe) -> Stack:
 
     params = jax.vmap(one)(x, y, norm_in, norm_out, keys)
     moments = optimiser.start(params, recipe)
-    return Stack(params, moments, jnp.zeros((n, d_sae), jnp.int32), norm_in, norm_out, jnp.full(n, -1, jnp.float32), jnp.full(n, -1, jnp.int32))
+    return Stack(
+        params, moments, jnp.zeros((n, d_sae), jnp.int32), norm_in, norm_out, jnp.full(n, -1, jnp.float32), jnp.full(n, -1, jnp.int32)
+    )
 
 
 def _mean_norm(x: Array) -> Array:
@@ -236,32 +245,29 @@ def _scale(x, norm):
     return x * (math.sqrt(x.shape[-1]) / norm)
 
 
-@functools.partial(jax.jit, static_argnames="suite", donate_argnames="state")
-def _run(state: State, buffer: Buffer, n: Array, suite: Suite) -> tuple[State, Means]:
+@functools.partial(jax.jit, static_argnames=("suite", "groups"), donate_argnames="stacks")
+def _run(stacks, start: Array, key: Array, buffer: Buffer, n: Array, suite: Suite, groups: tuple[int, ...]):
+    """`n` steps of some of the groups: the step afterwards, their stacks, and their `Means` one group after the other."""
     n_tokens = buffer[suite.sites[0]].shape[0]
-    zeros = tuple(jnp.zeros(len(g)) for g in suite.groups)
-    key = jax.random.wrap_key_data(state.key)
+    members = [suite.groups[g] for g in groups]
+    zeros = tuple(jnp.zeros(len(g)) for g in members)
+    key = jax.random.wrap_key_data(key)
 
     def step(i, carry):
         stacks, l0, fvu = carry
         index_key, ghost_key = jax.random.split(jax.random.fold_in(key, i))
         rows = _rows(buffer, jax.random.randint(index_key, (suite.recipe.batch_size,), 0, n_tokens), suite.sites)
         keys = jax.random.split(ghost_key, len(suite.members))
-        done = [_step_stack(s, rows, keys[np.asarray(g)], i, suite, g) for s, g in zip(stacks, suite.groups, strict=True)]
+        done = [_step_stack(s, rows, keys[np.asarray(g)], i, suite, g) for s, g in zip(stacks, members, strict=True)]
         stacks, stats = tuple(d[0] for d in done), [d[1] for d in done]
         l0 = tuple(a + s.l0 for a, s in zip(l0, stats, strict=True))
         return stacks, l0, tuple(a + s.fvu for a, s in zip(fvu, stats, strict=True))
 
     # the bounds are traced, so that a last chunk of another length needs no second compilation
-    stacks, l0, fvu = jax.lax.fori_loop(state.step, state.step + n, step, (state.stacks, zeros, zeros))
+    stacks, l0, fvu = jax.lax.fori_loop(start, start + n, step, (stacks, zeros, zeros))
     dead = [jnp.mean(s.silent >= suite.recipe.dead_after, axis=1) for s in stacks]
-    order = np.argsort(np.concatenate([np.asarray(g) for g in suite.groups]))
-
-    def flat(parts):
-        return jnp.concatenate(parts)[order]
-
-    means = Means(flat(l0) / n.astype(jnp.float32), flat(fvu) / n.astype(jnp.float32), flat(dead), flat([s.bad_step for s in stacks]))
-    return State(state.step + n, state.key, stacks), means
+    mean = lambda parts: jnp.concatenate(parts) / n.astype(jnp.float32)
+    return start + n, stacks, Means(mean(l0), mean(fvu), jnp.concatenate(dead), jnp.concatenate([s.bad_step for s in stacks]))
 
 
 def _step_stack(stack: Stack, rows, keys, i, suite: Suite, group) -> tuple[Stack, objectives.Stats]:
@@ -280,6 +286,15 @@ def _step_stack(stack: Stack, rows, keys, i, suite: Suite, group) -> tuple[Stack
     if by_latent:
         stack = jax.lax.with_sharding_constraint(stack, shardings(suite, State(i, i, (stack,))).stacks[0])
     return stack, stats
+
+
+def _programs(suite: Suite) -> list[tuple[int, ...]]:
+    """Groups that are compiled together: all of them, but on a CPU each by itself.
+
+    XLA's CPU runtime (jaxlib 0.10.2, two cores) hung for good when three groups ran side by side in one program.
+    """
+    every = tuple(range(len(suite.groups)))
+    return [(g,) for g in every] if _on_cpu() else [every]
 
 
 def _on_cpu() -> bool:
