@@ -315,10 +315,10 @@ SHORT = make_recipe("icl-sfc", n_steps=6, batch_size=32, learning_rate=3e-3)
 
 
 def run_one_of_two(folder, rank: int, address: str) -> None:
-    """The same job on two processes of one device each, every SAE divided between them."""
+    """The same job on two processes of one device each, each with one of the SAEs of a shape."""
     jax.distributed.initialize(address, num_processes=2, process_id=rank)
     mesh = jax.make_mesh((2,), ("sae",), axis_types=(AxisType.Auto,))
-    run(folder, Share(), shard_model(make_model(), make_mesh(data=2)), recipe=SHORT, save_every=4, mesh=mesh, shard="latent")
+    run(folder, Share(), shard_model(make_model(), make_mesh(data=2)), recipe=SHORT, save_every=4, mesh=mesh, shard="sae")
 
 
 def test_two_processes_do_what_one_does(tmp_path):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from icl_lib.models import Transformer
 from icl_lib.saes.activations import needed_sites
@@ -116,6 +116,7 @@ class _Job:
             while self.step < n_steps:
                 before, self.step = self.step, min(self.step + steps_per_pass, n_steps)
                 self.state, means = run_steps(self.state, self.buffer.rows, self.step - before, self.suite)
+                means = _everywhere(means, self.suite.mesh)
                 if self.step < n_steps:
                     self.buffer.refill(self.step)
                 if self.curves.due(before, self.step):
@@ -220,5 +221,11 @@ def _whole(sae: SAE, mesh: Mesh | None) -> SAE:
     if mesh is None or jax.process_count() == 1:
         return sae
     leaves, structure = jax.tree.flatten(sae)
-    everywhere = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    return jax.tree.unflatten(structure, [jnp.asarray(np.asarray(leaf)) for leaf in everywhere(leaves)])
+    return jax.tree.unflatten(structure, [jnp.asarray(np.asarray(leaf)) for leaf in _everywhere(leaves, mesh)])
+
+
+def _everywhere(arrays: PyTree, mesh: Mesh | None) -> PyTree:
+    """The same arrays, each whole on every device, so that every process can read them."""
+    if mesh is None or jax.process_count() == 1:
+        return arrays
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(arrays)
