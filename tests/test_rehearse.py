@@ -115,7 +115,8 @@ def test_a_small_config_keeps_what_makes_its_model():
     assert pythia.rotary_dim == pythia.d_head // 4
 
 
-@each_card
+# one of each family and set of formats; the other two differ from these in numbers only
+@pytest.mark.parametrize("name", sorted(set(CARDS) - {"gemma-1-2b", "gemma-2-2b-65k"}))
 def test_a_stand_in_goes_through_the_code_of_its_card(name, tmp_path):
     """Model, tokenizer and SAEs are read back by the readers of the real files, at the sites that the card counts on."""
     card = _card(name)
