@@ -159,7 +159,7 @@ def _stats(fired, err, y) -> Stats:
 
 
 @jax.custom_vjp
-def step(pre: Float[Array, "tokens d_sae"], theta: Float[Array, " d_sae"], width: float) -> Float[Array, "tokens d_sae"]:
+def step(pre: Float[Array, "tokens d_sae"], theta: Float[Array, " d_sae"], width: float | Array) -> Float[Array, "tokens d_sae"]:
     r"""$1[p > \theta]$; to $\theta$ it passes the straight-through gradient $-K((p - \theta) / \epsilon) / \epsilon$.
 
     $K$ is 1 between -1/2 and 1/2, $\epsilon$ is `width`; nothing passes to $p$.
@@ -168,7 +168,7 @@ def step(pre: Float[Array, "tokens d_sae"], theta: Float[Array, " d_sae"], width
 
 
 @jax.custom_vjp
-def jump(pre: Float[Array, "tokens d_sae"], theta: Float[Array, " d_sae"], width: float) -> Float[Array, "tokens d_sae"]:
+def jump(pre: Float[Array, "tokens d_sae"], theta: Float[Array, " d_sae"], width: float | Array) -> Float[Array, "tokens d_sae"]:
     r"""$p\,1[p > \theta]$; to $\theta$ it passes the straight-through gradient $-\theta K((p - \theta) / \epsilon) / \epsilon$."""
     return jnp.where(pre > theta[None], pre, 0)
 
