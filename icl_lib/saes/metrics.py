@@ -42,9 +42,7 @@ def l0(f: Float[Array, "*batch d_sae"], mask: Bool[Array, "*batch"] | None = Non
     return jnp.sum(w * jnp.sum(f > 0, axis=-1, dtype=jnp.float32)) / jnp.sum(w)
 
 
-def fvu(
-    x: Float[Array, "*batch d"], x_hat: Float[Array, "*batch d"], mask: Bool[Array, "*batch"] | None = None
-) -> Float[Array, ""]:
+def fvu(x: Float[Array, "*batch d"], x_hat: Float[Array, "*batch d"], mask: Bool[Array, "*batch"] | None = None) -> Float[Array, ""]:
     r"""Fraction of variance unexplained, $\sum\|x - \hat x\|^2 / \sum\|x - \bar x\|^2$: 0 is perfect, 1 is the mean."""
     w = _weights(x, mask)
     mean = jnp.broadcast_to(masked_mean(x, mask), x.shape)
@@ -151,7 +149,9 @@ def _batched(tokens, mask, batch_size: int) -> tuple[Array, Array]:
     """(n_batches, batch, seq) each; the last batch is filled up with masked rows."""
     tokens, mask = np.asarray(tokens, np.int32), np.asarray(mask, bool)
     if tokens.ndim != 2 or tokens.shape != mask.shape or not (mask[:, 1:] & mask[:, :-1]).any():
-        raise ValueError(f"tokens (n, seq) and a mask of that shape with neighbouring true positions are needed, got {tokens.shape}, {mask.shape}")
+        raise ValueError(
+            f"tokens (n, seq) and a mask of that shape with neighbouring true positions are needed, got {tokens.shape}, {mask.shape}"
+        )
     size = min(batch_size, len(tokens))
     n = math.ceil(len(tokens) / size)
     fill = ((0, n * size - len(tokens)), (0, 0))

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from icl_lib.saes.training import Means, Member
+from icl_lib.saes.suite import Member
+from icl_lib.saes.training import Means
 
 
 @dataclasses.dataclass(frozen=True)

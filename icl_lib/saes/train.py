@@ -19,7 +19,7 @@ from icl_lib.runs.paths import resolve, run_folder
 from icl_lib.saes.corpus import Corpus, TextCorpus, open_text
 from icl_lib.saes.jobs import train_suite
 from icl_lib.saes.recipes import OBJECTIVES, Recipe, TrainingError, make_recipe
-from icl_lib.saes.training import AXIS, Member
+from icl_lib.saes.suite import AXIS, Member
 
 LANGUAGE = "embedded language"  # the text that a card names to train on the embedded model's own
 

@@ -5,100 +5,30 @@ steps on rows of the buffer, drawn at random; `finish` folds the result into SAE
 read by the host: rows are drawn, each SAE takes one optimiser step, dead latents are counted, statistics are summed.
 """
 
-import dataclasses
 import functools
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
 from icl_lib.models import Site
 from icl_lib.saes import icl_sfc, objectives, optimiser
-from icl_lib.saes.activations import needed_sites, output_site
+from icl_lib.saes.activations import output_site
 from icl_lib.saes.objectives import Params
 from icl_lib.saes.optimiser import Moments
-from icl_lib.saes.recipes import Recipe, TrainingError, make_recipe
+from icl_lib.saes.recipes import Recipe, TrainingError
 from icl_lib.saes.sae import SAE
+from icl_lib.saes.suite import AXIS, Member, Suite
 
-AXIS = "sae"  # of the mesh
 THRESHOLD_DECAY = 0.99  # of the running mean of batchtopk's smallest feature
 _SAMPLE = 4096  # tokens that the start of training looks at
 
 Buffer = Mapping[Site, Array]
-Activations = Mapping[Site, np.ndarray | Array]
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class Member:
-    r"""One SAE of a suite. `sparsity` is $\lambda$, or $k$ for topk and batchtopk."""
-
-    site: Site
-    d_sae: int
-    sparsity: float | int
-
-
-@dataclasses.dataclass(frozen=True)
-class Suite:
-    """What is trained and how; plain and hashable, because it is static under `jit`.
-
-    `widths` gives the last axis of every site in `sites`, as a mapping or pairs. With a `mesh` that has an axis "sae", the SAEs of
-    equal shape are divided over it (`shard="sae"`), or the latents of each ("latent").
-    Raises `TrainingError` if there are no members, two are equal, a width is missing, or a number of latents cannot be.
-    """
-
-    members: Sequence[Member]
-    recipe: Recipe
-    widths: Mapping[Site, int] | tuple[tuple[Site, int], ...]
-    mesh: Mesh | None = None
-    shard: str = "sae"
-
-    def __post_init__(self):
-        object.__setattr__(self, "members", tuple(self.members))
-        object.__setattr__(self, "widths", tuple(sorted(dict(self.widths).items())))
-        if not self.members or len(set(self.members)) != len(self.members):
-            raise TrainingError(
-                f"sites must be different and at least one (or their d_sae or sparsity), got {[str(m.site) for m in self.members]}"
-            )
-        if missing := [str(s) for s in self.sites if s not in dict(self.widths)]:
-            raise TrainingError(f"no activations for {', '.join(missing)}: harvest needed_sites(sites), inputs and targets")
-        for m in self.members:
-            whole = not self.recipe.top or float(m.sparsity).is_integer() and 1 <= m.sparsity <= m.d_sae
-            if m.d_sae < 1 or not m.sparsity >= 0 or not whole:
-                wanted = f"a whole k from 1 to d_sae = {m.d_sae}" if self.recipe.top else "0 or more"
-                raise TrainingError(f"sparsity of a {self.recipe.objective} SAE must be {wanted}, got {m.sparsity} at {m.site}")
-        self._check_mesh()
-
-    def _check_mesh(self):
-        if self.shard not in ("sae", "latent"):
-            raise TrainingError(f"shard must be 'sae' or 'latent', got {self.shard!r}")
-        if self.mesh is None:
-            return
-        if AXIS not in self.mesh.shape:
-            raise TrainingError(f"the mesh needs an axis {AXIS!r}, it has {', '.join(self.mesh.shape)}")
-        n = self.mesh.shape[AXIS]
-        for group in self.groups:
-            size, what = (len(group), "SAEs of one shape") if self.shard == "sae" else (self.members[group[0]].d_sae, "latents")
-            if size % n:
-                raise TrainingError(f"the mesh divides {what} by {n}, which {size} is no multiple of: choose another mesh or shard")
-
-    @property
-    def sites(self) -> list[Site]:
-        """Sites that a buffer must have: inputs and targets, each once."""
-        return needed_sites(m.site for m in self.members)
-
-    @property
-    def groups(self) -> list[tuple[int, ...]]:
-        """Members of equal input, output and dictionary width, by their position; these are stacked."""
-        width, groups = dict(self.widths), {}
-        for i, m in enumerate(self.members):
-            groups.setdefault((width[m.site], width[output_site(m.site)], m.d_sae), []).append(i)
-        return [tuple(g) for g in groups.values()]
 
 
 class Stack(NamedTuple):
@@ -382,93 +312,6 @@ def _fold(one: Stack, member: Member, recipe: Recipe, metadata: Mapping) -> SAE:
         metadata=tuple(sorted(meta.items())),
         **extra,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """Where training stands after a chunk. Per SAE, by site: `l0` and `fvu` are means over the chunk, `dead` a fraction."""
-
-    step: int
-    n_steps: int
-    tokens_per_second: float
-    l0: dict[Site, float]
-    fvu: dict[Site, float]
-    dead: dict[Site, float]
-
-    def __str__(self) -> str:
-        def span(values, digits):
-            low, high = min(values.values()), max(values.values())
-            return f"{low:.{digits}f} to {high:.{digits}f}"
-
-        return (
-            f"step {self.step:5d} / {self.n_steps}  {self.tokens_per_second:8.0f} tokens/s  "
-            f"L0 {span(self.l0, 1)}  FVU {span(self.fvu, 3)}  dead {span(self.dead, 3)}"
-        )
-
-
-def train_on(
-    acts: Activations | Iterable[Activations],
-    sites: Sequence[Site],
-    *,
-    d_sae: int,
-    sparsity: float | Mapping[Site, float],
-    key: PRNGKeyArray,
-    n_steps: int = 1500,
-    batch_size: int = 1024,
-    learning_rate: float = 1e-3,
-    warmup: int = 128,
-    sparsity_warmup: int | None = None,
-    dead_after: int = 100,
-    clip: float = 1.0,
-    chunk: int = 100,
-    metadata: Mapping[str, str | int | float | bool] | None = None,
-    progress: Callable[[Progress], None] | None = print,
-) -> dict[Site, SAE]:
-    r"""Train one gated SAE for each site in `sites`, all of width `d_sae`, by the objective of objectives.py.
-
-    `acts[site]` (n_tokens, d) in host memory, float32 or float16, row i the same token at every site, for the sites and
-    their targets (`needed_sites`); or an iterator of such buffers, of which each chunk of steps takes the next. Batches are
-    rows drawn at random with replacement. `sparsity` is $\lambda$, one for all or one a site.
-
-    Inputs are divided by their running mean norm and multiplied by $\sqrt d$, targets likewise; at the end both are folded
-    into the weights, and so are the norms of the decoder rows: the SAEs returned take and give raw activations, and a
-    feature is in units of the norm that it writes.
-
-    `progress` is called with a `Progress` after every `chunk` steps (`None` is silent, `list.append` keeps them).
-    `sparsity_warmup` defaults to a fifth of the steps. `dead_after` (2,000 in the paper) suits short runs.
-    Raises `TrainingError` before any step if an activation is missing or shapes differ; later, with step and site, on NaN.
-    """
-    ramp = n_steps // 5 if sparsity_warmup is None else sparsity_warmup
-    recipe = make_recipe(
-        "icl-sfc", n_steps=n_steps, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup, sparsity_warmup=ramp,
-        dead_after=dead_after, clip=clip,
-    )  # fmt: skip
-    members = tuple(Member(s, d_sae, sparsity[s] if isinstance(sparsity, Mapping) else sparsity) for s in sites)
-    buffers = _buffers(acts)
-    buffer = next(buffers)
-    suite = Suite(members, recipe, {site: buffer[site].shape[-1] for site in needed_sites(sites) if site in buffer})
-    state = init_state(suite, buffer, key=key)
-    for first in range(0, n_steps, chunk):
-        last, began = min(first + chunk, n_steps), time.perf_counter()
-        state, means = run_steps(state, buffer, last - first, suite)
-        stop_if_bad(means, suite)
-        if progress is not None:
-            speed = (last - first) * batch_size / (time.perf_counter() - began)
-            values = [dict(zip(sites, np.asarray(v).tolist(), strict=True)) for v in (means.l0, means.fvu, means.dead)]
-            progress(Progress(last, n_steps, speed, *values))
-        buffer = next(buffers) if last < n_steps else buffer
-    return {member.site: sae for member, sae in finish(state, suite, metadata).items()}
-
-
-def _buffers(acts) -> Iterator[Buffer]:
-    """Device buffers, one for each chunk: the same one for ever, or the next of an iterator."""
-    if isinstance(acts, Mapping):
-        buffer = {site: jnp.asarray(a) for site, a in acts.items()}
-        while True:
-            yield buffer
-    for each in acts:
-        yield {site: jnp.asarray(a) for site, a in each.items()}
-    raise TrainingError("the iterator of activations ended before the last step: give more buffers, fewer steps or a longer chunk")
 
 
 def stop_if_bad(means: Means, suite: Suite) -> None:

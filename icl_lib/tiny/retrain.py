@@ -19,8 +19,8 @@ from icl_lib.models import Site, Transformer, load_model, save_model
 from icl_lib.runs import devices
 from icl_lib.runs.paths import root
 from icl_lib.saes.activations import harvest, needed_sites, suite_sites
+from icl_lib.saes.arrays import train_on
 from icl_lib.saes.formats import save_suite
-from icl_lib.saes.training import train_on
 from icl_lib.tiny.language import Language, build_tokenizer, corpus, save_tokenizer
 from icl_lib.tiny.pretrain import PretrainConfig, pretrain
 
