@@ -60,12 +60,15 @@ def _divides(config: ModelConfig, n: int) -> bool:
     return not (config.n_heads % n or config.d_mlp % n or (heads % n and n % heads))
 
 
+def largest_split(config: ModelConfig, count: int) -> int:
+    """Over how many of `count` devices one model can be cut, so that the others hold equal copies."""
+    return max(n for n in range(1, count + 1) if count % n == 0 and _divides(config, n))
+
+
 def auto_mesh(config: ModelConfig) -> Mesh | None:
     """A mesh of all devices whose `model` axis is the longest that this model can be cut along; None where there is one device."""
     n = jax.device_count()
-    if n == 1:
-        return None
-    return make_mesh(n // max(k for k in range(1, n + 1) if n % k == 0 and _divides(config, k)))
+    return None if n == 1 else make_mesh(n // largest_split(config, n))
 
 
 def mesh_of(model: Transformer) -> Mesh | None:

@@ -20,7 +20,7 @@ import jax
 
 import icl_lib.models.families as families
 from icl_lib.models import ModelConfig
-from icl_lib.models.sharding import check_mesh, make_mesh, shardings
+from icl_lib.models.sharding import check_mesh, largest_split, make_mesh, shardings
 from icl_lib.runs.hardware import EFFICIENCY, Devices, parse_devices, present
 from icl_lib.runs.params import CardError, all_declared, check_card
 from icl_lib.runs.paths import resolve
@@ -78,17 +78,11 @@ def config_of(model: str) -> ModelConfig:
     return ModelConfig.from_hf(json.loads(path.read_text()), source=str(path))
 
 
-def split_of(config: ModelConfig, count: int) -> int:
-    """How many of `count` devices share one model: the largest number that divides its heads and MLP; the others hold copies."""
-    fits = lambda n: not (config.n_heads % n or config.d_mlp % n or (config.n_kv_heads % n and n % config.n_kv_heads))  # noqa: E731
-    return max(n for n in range(1, count + 1) if count % n == 0 and fits(n))
-
-
 def estimate(card: Mapping[str, Any], devices: Devices, compile: bool | None = None) -> Estimate:
     """What the card asks of these devices. `compile` None compiles where they are present. Raises `PreflightError`."""
     config = config_of(card["model"])
     _check_layers(card, config)
-    split, size = split_of(config, devices.count), 4 if devices.dtype == "float32" else 2
+    split, size = largest_split(config, devices.count), 4 if devices.dtype == "float32" else 2
     n = parameters(config)
     saes, todo = dictionaries(card, config), steps(card, config, split, devices.dtype)
     compile = present(devices) if compile is None else compile
