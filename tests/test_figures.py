@@ -42,6 +42,10 @@ def suite_table() -> pd.DataFrame:
     return table.assign(l0=rng.uniform(5, 40, 18), fvu=rng.uniform(0, 0.2, 18), ce_recovered=rng.uniform(0.9, 1, 18))
 
 
+def sweep_table() -> pd.DataFrame:
+    return pd.DataFrame({"d_sae": np.repeat([256, 1024], 3), "l0": [40, 9, 20, 8, 50, 18], "fvu": [1, 3, 2, 4, 0.5, 1.5]})
+
+
 def circuit(n: int) -> pd.DataFrame:
     return pd.DataFrame(
         {
@@ -64,6 +68,7 @@ DRAWINGS = {
     "accuracy_vs_shots": (40, lambda: figures.accuracy_vs_shots(range(6), curves(6), GROUPS, chance=0.1)),
     "training_curve": (40, lambda: figures.training_curve(range(1, 50), {"train": 5 / np.arange(1, 50), "test": np.ones(49)})),
     "sae_quality": (60, lambda: figures.sae_quality(suite_table(), bar=0.95)),
+    "width_lines": (40, lambda: figures.width_lines(sweep_table(), "fvu")),
     "group_bars": (40, lambda: figures.group_bars(curves(1)[:, 0], GROUPS, ylabel="accuracy")),
     "layer_curves": (
         45,
@@ -168,6 +173,13 @@ def test_pareto_equals_brute_force():
     front = figures.pareto(l0, loss)
     assert {(l0[i], loss[i]) for i in front} == wanted
     assert (np.diff(l0[front]) > 0).all()
+
+
+def test_width_lines_sorts_each_width_by_x():
+    ax = figures.width_lines(sweep_table(), "fvu", suffix=", here")
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
+    assert drawn["256 latents, here"] == [[9, 3], [20, 2], [40, 1]]
+    assert drawn["1024 latents, here"] == [[8, 4], [18, 1.5], [50, 0.5]]
 
 
 def test_mean_and_error_against_pandas():

@@ -12,6 +12,7 @@ run_dir: str = "runs/tiny"  # where results go
 model: str = "some/hub-model"  # folder or hub id
 seed: int = 0  # PRNG seed
 n_prompts: int = 16  # prompts a task
+sweep_widths: list[int] = [8, 16]  # widths tried
 n_shots: int = 8  # examples a prompt
 layer_executor: int = 3  # resid_pre layer
 tvc_l1: list[float] = [0.001, 0.01]  # L1 coefficients
@@ -59,9 +60,14 @@ def test_a_good_card_passes_and_numbers_take_their_declared_type(check):
     assert all(isinstance(v, float) for v in card["tvc_l1"])
 
 
+def test_a_sweep_may_be_empty_and_then_there_is_none(check):
+    assert check(sweep_widths=[])["sweep_widths"] == []
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
+        ({"sweep_widths": [0]}, ["sweep_widths", "1 or more"]),
         ({"n_prompt": 4}, ["n_prompt", "did you mean `n_prompts`"]),
         ({"zzzz": 4}, ["no notebook declares `zzzz`", "known keys", "tvc_lr"]),
         ({"n_prompts": "4"}, ["n_prompts", "expected int", "prompts a task", "write 4 without quotes"]),

@@ -20,7 +20,7 @@ from icl_lib.figures.features import (
 )
 from icl_lib.figures.graph import circuit_graph
 from icl_lib.figures.html import examples_html, style_table
-from icl_lib.figures.models import accuracy_vs_shots, group_bars, sae_quality, training_curve
+from icl_lib.figures.models import accuracy_vs_shots, group_bars, sae_quality, training_curve, width_lines
 from icl_lib.figures.prompts import examples_figure, prompt_roles, schematic
 from icl_lib.figures.style import CYCLE, KIND_COLOURS, OKABE_ITO, ROLE_COLOURS, use_style
 from icl_lib.figures.vectors import (
@@ -41,5 +41,5 @@ __all__ = [
     "faithfulness_curve", "faithfulness_panels", "group_bars", "ie_scatter", "ito_curve", "l0_bars", "latent_control",
     "layer_curves", "link_heatmap", "node_counts", "nodes_to_halve", "pareto", "pareto_front", "prompt_roles",
     "role_mass", "role_mass_table", "sae_quality", "scale_sweep", "schematic", "style_table", "sweep_panels",
-    "sweep_scatter", "task_latent_heatmap", "training_curve", "use_style",
+    "sweep_scatter", "task_latent_heatmap", "training_curve", "use_style", "width_lines",
 ]  # fmt: skip

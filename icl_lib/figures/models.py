@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -87,6 +88,24 @@ def sae_quality(table: pd.DataFrame, *, recovered: str = "ce_recovered", bar: Nu
         right.axhline(bar, color="black", linestyle=":", linewidth=1, label=f"bar {bar:g}")
     right.legend(loc="best")
     return figure
+
+
+def width_lines(
+    table: pd.DataFrame, column: str, *, ax: Axes | None = None, style: str = "o-", suffix: str = "", legend: bool = True
+) -> Axes:
+    """One column of a table of SAEs of several widths and sparsities against their L0: one line a width, narrow dark to wide bright.
+
+    `table` has one row per SAE and the columns `d_sae` and `l0`; `suffix` is added to the name of each line, which `legend` keeps.
+    """
+    need_columns("table", table, ("d_sae", "l0", column))
+    ax = axes_for(ax, height=3.2)
+    widths = sorted(set(table["d_sae"]))
+    for width, colour in zip(widths, plt.get_cmap("cividis")(np.linspace(0, 0.85, len(widths))), strict=True):
+        rows = table[table["d_sae"] == width].sort_values("l0")
+        ax.plot(rows["l0"], rows[column], style, color=colour, linewidth=1.3, label=f"{width} latents{suffix}" if legend else None)
+    plain_log(ax.xaxis)
+    ax.set(xlabel="L0 of the SAE (active latents per token)", ylabel=column)
+    return ax
 
 
 def group_bars(values: Values, groups: Sequence[str], *, ylabel: str, ax: Axes | None = None) -> Axes:

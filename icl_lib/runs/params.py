@@ -26,6 +26,7 @@ from icl_lib.runs.paths import resolve, root
 REQUIRED = ("run_dir",)  # without it a card would write over the results of another one
 _SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
 _MAY_BE_ZERO = ("layer", "seed", "shots")  # a layer index, a seed or a number of shots counts from 0; sizes count from 1
+_MAY_BE_EMPTY = ("sweep_",)  # no values, no sweep; any other list needs a value
 _LOCAL = ("assets/", "runs/", "params/", "data/", "./", "../", "/", "~")  # a hub id never starts like this
 
 
@@ -191,7 +192,7 @@ def _validated(p: Parameter, value: Any) -> Any:
     except pydantic.ValidationError:
         raise ValueError(f"expected {p.annotation} ({p.help or 'see its notebook'}), got {value!r}{_yaml_hint(value)}") from None
     if isinstance(value, list):
-        if not value:
+        if not value and not p.name.startswith(_MAY_BE_EMPTY):
             raise ValueError(f"the list is empty; give at least one value, the default is {p.default!r}")
         if any(value.count(v) > 1 for v in value):
             raise ValueError(f"{value!r} holds a value twice")
