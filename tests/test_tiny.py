@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from icl_lib.runs import root
 from icl_lib.saes.formats import load_suite
 from icl_lib.tasks import Role, make_prompts
 from icl_lib.tiny.language import BOS, OTHER_SEPARATOR, PAD, UNK, Language, build_tokenizer, corpus
-from icl_lib.tiny.pretrain import PretrainConfig, branch_noise, loss_fn, pretrain
+from icl_lib.tiny.pretrain import PretrainConfig, branch_noise, loss_fn, pretrain, residual_noise
 from icl_lib.tiny.retrain import SuiteConfig, hashes, retrain
 
 ASSETS = root() / "assets" / "icl-tiny"
-SMALL = PretrainConfig(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_head=16, d_mlp=64, seq=40, batch=8, steps=30)
+SMALL = PretrainConfig(
+    n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_head=16, d_mlp=64, seq=40, batch=8, steps=30, residual_from=15, residual_ramp=10
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,26 @@ def test_branch_noise_scales_branches_only(getkey):
     assert noisy.min() >= 0.5 and noisy.max() <= 1.5 and noisy.std() > 0
     np.testing.assert_allclose(noisy, np.broadcast_to(noisy[..., :1], noisy.shape), rtol=1e-6)  # one factor a token
     assert np.abs(noisy - np.asarray(tap(Site("attn_out", 0), x))).max() > 0
+
+
+def test_residual_noise_changes_one_layer_of_a_row_along_it_and_its_token(getkey):
+    config = PretrainConfig(n_layers=4, d_model=16).model(d_vocab=5)
+    tokens = jnp.asarray([[0, 1, 2, 1], [0, 3, 1, 4], [0, 2, 2, 3]] * 4)
+    x = jax.random.normal(getkey(), (*tokens.shape, 16))
+    key = getkey()
+    moved = []
+    for layer in range(4):
+        site = Site("resid_pre", layer)
+        np.testing.assert_array_equal(residual_noise(jnp.float32(0), tokens, config, key)(site, x), x)
+        change = np.asarray(residual_noise(jnp.float32(1), tokens, config, key)(site, x) - x)
+        moved.append(np.abs(change).max(axis=(1, 2)) > 0)
+        for row, t in zip(*np.nonzero(np.abs(change).max(axis=-1)), strict=True):
+            mean = np.asarray(x)[np.asarray(tokens) == int(tokens[row, t])].mean(axis=0)
+            basis = np.stack([np.asarray(x[row, t]), mean], axis=1)
+            weights, *_ = np.linalg.lstsq(basis, change[row, t])
+            np.testing.assert_allclose(basis @ weights, change[row, t], atol=1e-5)
+            assert -0.2 <= weights.sum() <= 2.2
+    assert not moved[0].any() and (np.sum(moved, axis=0) == 1).all()
 
 
 def test_pretraining_is_deterministic_and_learns(language, tokenizer):

@@ -16,7 +16,7 @@ import optax
 import optax.contrib
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from icl_lib.models import ModelConfig, Site, Tap, Transformer
+from icl_lib.models import ModelConfig, Site, Tap, Transformer, compose
 from icl_lib.tiny.language import BOS, EOS, PAD
 
 
@@ -32,11 +32,13 @@ class PretrainConfig:
     d_mlp: int = 512
     seq: int = 80
     batch: int = 40
-    steps: int = 600
+    steps: int = 1100
     lr: float = 0.02  # of the matrices inside the blocks, by Muon
     adam_lr: float = 4e-3  # of the embedding and the norms' gains, by Adam
     weight_decay: float = 0.1  # times the learning rate, on the matrices inside the blocks
     noise: float = 0.7  # strength of the branch noise
+    residual_from: int = 450  # step at which the residual noise sets in: from the start, nothing is learnt under it
+    residual_ramp: int = 100  # steps until it is at full strength
     prompt_share: float = 0.7
     seed: int = 0
 
@@ -64,6 +66,34 @@ def branch_noise(strength: float, key: PRNGKeyArray) -> Tap:
     return tap
 
 
+def residual_noise(strength: Float[Array, ""], tokens: Int[Array, "batch seq"], config: ModelConfig, key: PRNGKeyArray) -> Tap:
+    r"""A tap that gives the residual of each row, at one layer picked for the row, another length and more of what its token always has.
+
+    $x_t \to x_t + strength\,((s_t - 1)\, x_t + u_t\, m(tok_t))$ for every token of the row, with $s_t \sim U(0.8, 2)$,
+    $u_t \sim U(0, 1.2)$ and $m$ the mean of this residual over the places of the batch with the same token, without gradient.
+    At the first layer, where a token is all there is, nothing is changed.
+
+    A task vector is a mean over arrows, so at an arrow it brings what every arrow holds a second time. A model that has
+    only seen that once reads two of it as something else, and the vector then works worse than a part of it.
+    """
+    layer_key, scale_key, mean_key = jax.random.split(key, 3)
+    layer = jax.random.randint(layer_key, tokens.shape[:1], 1, config.n_layers)
+    scale = jax.random.uniform(scale_key, (*tokens.shape, 1), minval=0.8, maxval=2.0)
+    share = jax.random.uniform(mean_key, (*tokens.shape, 1), maxval=1.2)
+    flat = tokens.reshape(-1)
+    count = jnp.bincount(flat, length=config.d_vocab)[flat][:, None].astype(scale.dtype)
+
+    def tap(site: Site, x: Array) -> Array:
+        if site.name != "resid_pre" or site.layer == 0:
+            return x
+        rows = jax.lax.stop_gradient(x).reshape(-1, x.shape[-1])
+        mean = (jax.ops.segment_sum(rows, flat, config.d_vocab)[flat] / count).reshape(x.shape)
+        here = (layer == site.layer).astype(x.dtype)[:, None, None]
+        return x + strength * here * ((scale - 1) * x + share * mean)
+
+    return tap
+
+
 def loss_fn(model: Transformer, tokens: Int[Array, "batch seq"], tap: Tap | None = None) -> Float[Array, ""]:
     """Mean next-token cross-entropy in nats, padding left out."""
     targets = tokens[:, 1:]
@@ -87,24 +117,29 @@ def optimiser(config: PretrainConfig) -> optax.GradientTransformation:
         return jax.tree_util.tree_map_with_path(pick, model)
 
     return optax.contrib.muon(
-        schedule(config.lr), weight_decay=config.weight_decay, adam_learning_rate=schedule(config.adam_lr), muon_weight_dimension_numbers=matrices
+        schedule(config.lr),
+        weight_decay=config.weight_decay,
+        adam_learning_rate=schedule(config.adam_lr),
+        muon_weight_dimension_numbers=matrices,
     )
 
 
 @partial(eqx.filter_jit, donate="all-except-first")
-def _chunk(static, model, state, batches, keys):
-    """Steps over `batches` (steps, batch, seq) inside one program; gives the loss of each."""
+def _chunk(static, model, state, batches, strengths, keys):
+    """Steps over `batches` (steps, batch, seq) with residual noise of `strengths` (steps,); gives the loss of each."""
     optim, noise = static
 
     def step(carry, step_input):
         model, state = carry
-        tokens, key = step_input
-        loss, grads = jax.value_and_grad(loss_fn)(model, tokens, branch_noise(noise, key))
+        tokens, strength, key = step_input
+        branch_key, residual_key = jax.random.split(key)
+        tap = compose(branch_noise(noise, branch_key), residual_noise(strength, tokens, model.config, residual_key))
+        loss, grads = jax.value_and_grad(loss_fn)(model, tokens, tap)
         with jax.numpy_dtype_promotion("standard"):  # optax counts its steps in int32
             updates, state = optim.update(grads, state, model)
         return (optax.apply_updates(model, updates), state), loss
 
-    (model, state), losses = jax.lax.scan(step, (model, state), (batches, keys))
+    (model, state), losses = jax.lax.scan(step, (model, state), (batches, strengths, keys))
     return model, state, losses
 
 
@@ -128,11 +163,13 @@ def pretrain(
     keys = jax.random.split(noise_key, config.steps)
     optim = optimiser(config)
     state = optim.init(model)
+    strengths = np.clip((np.arange(config.steps) - config.residual_from) / config.residual_ramp, 0, 1).astype(np.float32)
     batches = tokens[:wanted].reshape(config.steps, config.batch, -1)
     losses, start = [], time.perf_counter()
     for first in range(0, config.steps, chunk):
         part = slice(first, first + chunk)
-        model, state, chunk_losses = _chunk((optim, config.noise), model, state, jnp.asarray(batches[part]), keys[part])
+        inputs = jnp.asarray(batches[part]), jnp.asarray(strengths[part]), keys[part]
+        model, state, chunk_losses = _chunk((optim, config.noise), model, state, *inputs)
         losses.append(np.asarray(chunk_losses))
         if not np.isfinite(losses[-1]).all():
             bad = first + int(np.flatnonzero(~np.isfinite(losses[-1]))[0])
