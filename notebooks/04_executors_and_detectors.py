@@ -13,9 +13,9 @@ r"""
 **Claim.** For most tasks one latent, added alone at the arrow of a zero-shot prompt, does a good part of what the task vector does. Such
 *executors* fire on arrows. Other latents, *detectors*, fire on the outputs of the examples, and the executors hang on them.
 
-- You will see which latent executes which task, against random latents and from both sides (added and taken away); where executors and
-  detectors fire, in prompts and in plain text; how a detector alone changes the task; and which executor goes when a detector is ablated.
-- You need the cleaned task vectors of notebook 03, a CPU and a minute.
+- You will see which latent executes which task, against random latents, in dictionaries of other widths and sparsities, and from both
+  sides (added and taken away); where executors and detectors fire, in prompts and in plain text; how a detector alone changes the task; and which executor goes when a detector is ablated.
+- You need the cleaned task vectors of notebook 03, the SAEs trained in notebook 01, a CPU and two minutes.
 - Source: Kharlapenko et al. (2025), "Scaling Sparse Feature Circuits For Studying In-Context Learning" (ICL-SFC), Secs. 3.2, 4.2 and
   4.3, Figs. 4, 5, 7, 8, Tables 1 and 2, App. F and G.
 
@@ -32,12 +32,22 @@ import pandas as pd
 from icl_lib import figures
 from icl_lib.features import activation_mass, detector_executor, display_strength, random_latents, top_examples
 from icl_lib.figures.style import heatmap
-from icl_lib.models import Site, load_model, load_tokenizer, run_with_cache
+from icl_lib.models import Site, load_model, load_tokenizer, mesh_of, run_with_cache
 from icl_lib.runs import Ledger, Store, compute_dtype, devices, resolve
-from icl_lib.saes import load_suite
+from icl_lib.saes import load_sae, load_suite
 from icl_lib.tasks import Role, Template, load_tasks, make_prompts, stack_prompts
 from icl_lib.tiny.retrain import held_out_corpus
-from icl_lib.vectors import base_nll, clean, cut, inserted_nll, latent_nll, negative_steering, output_vector, relative_change
+from icl_lib.vectors import (
+    base_nll,
+    clean,
+    cut,
+    inserted_nll,
+    latent_directions,
+    latent_nll,
+    negative_steering,
+    output_vector,
+    relative_change,
+)
 
 # %% tags=["parameters"]
 card: str = "tiny"  # name of the experiment card
@@ -48,12 +58,13 @@ tasks: str = "embedded"  # embedded, paper, function_vectors, or a folder of tas
 prefix: str = "Follow the pattern:\n"  # what stands before the pairs of a prompt; chat models may want a turn opened
 run_dir: str = "runs/tiny"  # where results go, from the repository root
 seed: int = 0  # seed of every prompt sampler and random draw
-n_shots: int = 8  # examples in a prompt
+n_shots: int = 12  # examples in a prompt
 n_prompts: int = 16  # prompts per task
 layer_executor: int = 4  # layer (resid_pre) whose latents are tried at the arrow
 layer_detector: int = 3  # layer (resid_pre) whose latents are tried at the outputs
 scale_executor: float = -1.0  # length of an executor's direction; below 0: the best of a sweep on other pairs
 scale_detector: float = -1.0  # the same for detectors
+sweep_widths: list[int] = [256, 512, 1024]  # widths of the SAEs trained in notebook 01, which 03 and 04 try as well; [] trains none
 detector_l1: float = 3.0e-3  # L1 penalty of the cleaning of detectors, in nats per unit of activation
 detector_lr: float = 0.3  # its learning rate
 detector_patience: int = 50  # its steps without a smaller L0 before it stops
@@ -64,8 +75,8 @@ figures.use_style()
 devices.setup(run_dir)
 store = Store(run_dir, params={"card": card, "model": model, "saes": saes, "tasks": tasks, "seed": seed})
 ledger = Ledger(store, "04_executors_and_detectors")
-lm, tokenizer = load_model(resolve(model), dtype=compute_dtype()), load_tokenizer(resolve(model))
-suite = load_suite(resolve(saes), lm.config, sae_layers)
+lm, tokenizer = load_model(resolve(model), dtype=compute_dtype(), mesh="auto"), load_tokenizer(resolve(model))
+suite = load_suite(resolve(saes), lm.config, sae_layers, sites=["resid_pre"], mesh=mesh_of(lm))
 task_list, template = list(load_tasks(tasks).values()), Template(prefix=prefix)
 names, n_tasks = [task.name for task in task_list], len(task_list)
 sae_executor, sae_detector = (suite[Site("resid_pre", layer)].fold() for layer in (layer_executor, layer_detector))
@@ -143,7 +154,7 @@ print(f"executor scale: {chosen / norm:.2g} x the norm of the residual stream at
 # %% [markdown]
 """
 It is three quarters of that norm. The best candidate alone takes most from the loss at half the norm, but there random latents help too (their
-95th percentile is at a quarter of the loss): on an undecided model almost any push helps a little. At three quarters they no longer do.
+95th percentile is at a third of the loss): on an undecided model almost any push helps a little. At three quarters they help less.
 """
 
 # %% [markdown]
@@ -164,7 +175,8 @@ plt.show()
 # %% [markdown]
 """
 The diagonal is there: most rows have one bright cell, and most columns belong to one family. Tasks with the same target language share a
-latent, whatever the source language; so do all tasks that ask for a language, and those that answer with a country.
+latent, whatever the source language (865 French, 758 Spanish, 450 English words); those that ask for a language share several, and
+those that answer with a country one. Two rows are dark because their latents are not among the 24.
 
 Now the raw decrease, for all candidates.
 """
@@ -182,8 +194,8 @@ print(f"{len(set(executors.tolist()))} executors serve {n_tasks} tasks; mean dec
 # %% [markdown]
 """
 Cleaning finds most of what works: bright cells carry a green dot. It is not complete, though: several bright cells have none, because a
-latent that is not in the encoding of a task vector cannot survive in it. `next_item` and `previous_item` stay dark: two or three latents survive
-in each, but none of them does anything alone.
+latent that is not in the encoding of a task vector cannot survive in it. `next_item` and `previous_item` stay dark: one latent survives in
+each, and it does nothing alone.
 """
 
 # %% [markdown]
@@ -209,9 +221,87 @@ print(
 
 # %% [markdown]
 """
-26 of 28 tasks have one (the paper's Fig. 5: 22 of 23). A random direction of this length mostly does harm, up to five times the loss, so the
-executor's gain of 0.62 on average is not due to the push but to its direction. The two that miss are the sequences, where cleaned task
-vectors do little as well.
+24 of 28 tasks have one (the paper's Fig. 5: 22 of 23). A random direction of this length mostly does harm, up to fourteen times the loss, so the
+executor's gain of 0.71 on average is not due to the push but to its direction. Of the four that miss, two are the sequences, where cleaned task
+vectors do little as well. For `plural_singular` one of the candidates would pass (450), but another was ahead on the optimisation pairs; `fr_it` has none.
+"""
+
+# %% [markdown]
+"""
+## Does it depend on the dictionary?
+
+The same question for the SAEs that notebook 01 trained, of several widths and sparsities: how many tasks have one latent that executes them?
+Candidates are again the latents that survived cleaning in that SAE (notebook 03), the length is the one used above, executors are
+picked on the optimisation pairs, and the bar is the same: 20 % on evaluation pairs, above the 95th percentile of random active latents.
+To be quick this runs on fewer prompts and draws 32 random latents a dictionary. Too narrow a
+dictionary cannot spare a latent for a task, too dense a one might spread it over several. We expect most executors in between.
+"""
+
+# %%
+few = lambda pool, offset: cut(lm, prompts(pool, 0, offset, n=n_prompts // 2), layer_executor)
+choosing_few, testing_few = few("optimisation", 1), few("evaluation", 2)
+shown_few = many_shots.tokens[:, : n_prompts // 4].reshape(-1, many_shots.tokens.shape[-1])
+
+
+def decrease_of(where, directions):
+    """Relative loss decrease (task, direction) of directions (direction, d_model) for all tasks, or of (task, direction, d_model)."""
+    every = jnp.broadcast_to(directions, (n_tasks, *directions.shape[-2:]))
+    return -np.asarray(relative_change(inserted_nll(lm, where, every), base_nll(lm, where)))
+
+
+def directions_in(folder, survives, n_control=32):
+    """Directions (latent, d_model) of the candidates of another SAE, and of random latents that fire in the prompts."""
+    sae = load_sae(store.run_dir / folder).fold()
+    found = np.flatnonzero(survives.any(axis=0))
+    fires = np.asarray((sae.encode(resid_few) > 0).any(axis=(0, 1)))
+    drawn = random_latents(fires, min(n_control, int(fires.sum() - fires[found].sum())), found, key=keys["executors"])
+    return latent_directions(sae, found, chosen), latent_directions(sae, drawn, chosen)
+
+
+# %% [markdown]
+"""
+All latents of all dictionaries are tried in one call: what differs is only the direction that is added.
+"""
+
+# %%
+dictionaries = store.load_table("sae_sweep", expect={"model": model}) if sweep_widths else pd.DataFrame({"folder": []})
+if sweep_widths:
+    survivors, _ = store.load("cleaned_sweep", expect={"model": model, "tasks": names, "layer": layer_executor})
+    at = sae_executor.site_in
+    resid_few = run_with_cache(lm, shown_few, [at])[1][at]
+    pairs = [directions_in(folder, survivors[folder]) for folder in dictionaries["folder"]]
+    ends_found, ends_drawn = (np.cumsum([len(pair[i]) for pair in pairs])[:-1] for i in (0, 1))
+    on_choosing = np.split(decrease_of(choosing_few, jnp.concatenate([found for found, _ in pairs])), ends_found, axis=1)
+    random_few = np.split(decrease_of(testing_few, jnp.concatenate([drawn for _, drawn in pairs])), ends_drawn, axis=1)
+    picked = jnp.stack([found[scores.argmax(axis=1)] for (found, _), scores in zip(pairs, on_choosing, strict=True)], axis=1)
+    own_few = decrease_of(testing_few, picked)
+    bars = np.stack([np.percentile(effects, 95, axis=1) for effects in random_few], axis=1)
+    dictionaries["tasks"] = ((own_few >= 0.2) & (own_few > bars)).sum(axis=0)
+    dictionaries["effect"] = own_few.mean(axis=0)
+    dictionaries["candidates"] = [len(found) for found, _ in pairs]
+
+# %%
+if sweep_widths:
+    fig, panels = plt.subplots(1, 3, figsize=(9.6, 3.1), layout="constrained")
+    labels = {"tasks": f"tasks with an executor (of {n_tasks})", "effect": "mean loss decrease by the executor", "candidates": "candidates"}
+    for ax, (column, label) in zip(panels, labels.items(), strict=True):
+        figures.width_lines(dictionaries, column, ax=ax)
+        ax.set(ylabel=label, ylim=(0, None))
+    panels[0].set_ylim(0, n_tasks + 0.5)
+    panels[0].legend(loc="lower center")
+    plt.show()
+
+# %% tags=["nbval-check-output"]
+if sweep_widths:
+    for what, digits in {"tasks": 0, "effect": 2}.items():
+        print(f"{what}:\n{dictionaries.pivot(index='d_sae', columns='sparsity', values=what).round(digits).to_string()}")
+
+# %% [markdown]
+"""
+In every dictionary 21 to 26 of 28 tasks have an executor, and in all but one that is enough for the bar (78 %). The exception has 512 latents and is
+dense. The narrowest have the fewest at every sparsity but the strongest (23 or 24, mean decrease 0.55 to 0.60); 1,024 latents have 26 and a mean
+decrease of 0.71 to 0.75, except in the sparsest. So an optimum in between, as we expected, shows at the sparse end and for the narrower ones, and
+the differences of two or three tasks are small: executors are not made by one choice of dictionary.
 """
 
 # %% [markdown]
@@ -247,9 +337,9 @@ print(
 
 # %% [markdown]
 """
-It is far more specific here than in the paper: its own executor costs a task 0.57 of an accuracy of 0.89, another one 0.02. What is
-lost outside of the own column is mostly lost in the family (another target language). The translations into English are the
-exception: their shared latent is worth a lot when added, but little is lost without it, so they must have a second way.
+It is far more specific here than in the paper: its own executor costs a task 0.70 of an accuracy of 0.92, another one 0.04. What is
+lost outside of the own column is mostly lost to two latents, 450 (English words) and 1020 (opposites): without them gerunds, professions and
+currencies suffer too, which have little in common but that their answers are English words.
 """
 
 # %% [markdown]
@@ -277,8 +367,8 @@ print(f"executors: {100 * arrow_mass:.0f} % of the activation is on arrows ({len
 
 # %% [markdown]
 """
-92 % of the activation is on arrows, beside 90 % in the paper, and most executors fire hardly anywhere else. The outliers are 128
-(opposites) and 494 (past tense), which also fire on the newline before an input, and 150 (perfect), which fires on inputs too.
+94 % of the activation is on arrows, beside 90 % in the paper, and most executors fire hardly anywhere else. The outliers are 30
+(gerunds), which fires as much on outputs, and 1020 (opposites), which also fires on the newline before an input.
 """
 
 # %% [markdown]
@@ -324,7 +414,7 @@ print(f"L0 of the cleaned output vectors {float(found.l0.mean()):.1f}; they help
 
 # %% [markdown]
 """
-The cleaned vectors, three latents each, beat the raw ones: 0.46 against 0.63 nats, from 1.68 with nothing inserted. Unlike in the paper the raw
+The cleaned vectors, three latents each, beat the raw ones: 0.56 against 0.65 nats, from 1.41 with nothing inserted. Unlike in the paper the raw
 vector of outputs works too. In a model of six layers it is close to what a real output would have left there.
 """
 
@@ -351,8 +441,8 @@ plt.show()
 
 # %% [markdown]
 """
-Columns are now more widely shared than executors were, and the sharing follows the *output*: 535 serves all tasks that answer with a
-language, 354 those that answer in Spanish, 141 those that answer with an English noun. A detector seems to say "a word of this kind came
+Columns are now more widely shared than executors were, and the sharing follows the *output*: 423 serves all tasks that answer with a
+language, 51 those that answer in Spanish, 741 those that answer in French, and 815 many that answer with an English word. A detector seems to say "a word of this kind came
 after an arrow", not which way led there.
 
 The control as before, with 50 random latents.
@@ -374,9 +464,9 @@ print(f"scale {chosen_d / norm_d:.2g} x the norm of the residual stream at Y")
 
 # %% [markdown]
 """
-Every task has one, also the sequences. The optimum of the sweep is its largest length, twice the norm: it lies one layer and one attention step
+25 have one; the two sequences and the past tense are just below 20 %. The optimum of the sweep is its largest length, twice the norm: it lies one layer and one attention step
 away from the answer, where too long a vector does less harm than at the arrow itself. Random latents do nothing here, whose 95th
-percentile stays below 0.12.
+percentile stays below 0.2.
 
 Next, where the detectors fire. The bar is 80 % of the activation on outputs; the paper has 97 %.
 """
@@ -398,7 +488,7 @@ print(f"detectors: {100 * output_mass:.0f} % of the activation is on outputs ({l
 
 # %% [markdown]
 """
-99 %: detectors are cleaner than executors, in the paper as well.
+99.8 %: detectors are cleaner than executors, in the paper as well.
 """
 
 # %% [markdown]
@@ -473,11 +563,10 @@ for what, sae, latents in (("executors", sae_executor, np.unique(executors)), ("
 
 # %% [markdown]
 """
-The executors hold outside of prompts, and at nearly the strength they have there (0.93). The one of continents fires on "in" of "is a
-country in Asia", before the answer, and that of opposites on "but" of "it was not unhappy but happy"; it also fires on "means", before
-a translation. Detectors carry over less (0.40). The one of opposites fires on "key" in "chiave means key": a relation completed by an English
-word, though not by an opposite. The one of continents fires once on "Africa" and otherwise on "they", which has nothing to do with
-continents. The text of this language is a few fixed sentences, so a detector of prompts need not mean anything in it.
+The executors hold outside of prompts, and at nearly the strength they have there (0.97). The one of continents fires on "in" of "is a
+city in Europe", before the answer, and that of opposites on "and" of "rude and polite" and "but" of "not rude but polite". Detectors carry over
+less (0.29). The one of continents fires on "Europe", as it should. The one of opposites, which many tasks share, fires weakly on
+"spider" in lists of nouns, which completes nothing. The text of this language is a few fixed sentences, so a detector of prompts need not mean anything in it.
 """
 
 # %% [markdown]
@@ -556,11 +645,11 @@ print(f"of a task's own executor {100 * own_link:.0f} % goes with its detector, 
 
 # %% [markdown]
 """
-Same-task pairs stand out at every strength, by 3.8 to 1 at $s = 10$ and by 3.2 to 1 at the paper's $s = 50$, where 61 % of a task's own
+Same-task pairs stand out at every strength, by 4.5 to 1 at $s = 10$ and by 4.2 to 1 at the paper's $s = 50$, where 53 % of a task's own
 executor goes with its own detector; random latents take nothing. Three things weaken the picture. Ablation, the smallest intervention, takes
-only 3 % of the executor: one detector is one of several latents that tell the kind of an output, and the arrow reads many outputs. The
+only 2 % of the executor: one detector is one of several latents that tell the kind of an output, and the arrow reads many outputs. The
 brightest cell of the figure is no pair of one task: dividing by each task's largest effect makes a weak effect in a single task look
-large. And if effects below 0.1 are left out, the averages run over fewer tasks, and the ratio falls from 3.2 at $s = 10$ to 1.9 at $s = 50$.
+large. And if effects below 0.1 are left out, the averages run over fewer tasks, and the ratio falls from 4.2 at $s = 10$ to 2.4 at $s = 50$.
 """
 
 # %% [markdown]
@@ -658,16 +747,17 @@ ledger.table()[["item", "key", "published", "ours", "criterion", "holds"]]
 """
 ## What we saw
 
-- 26 of 28 tasks of the embedded model have an executor: one latent at the arrow that alone removes 39 to 96 % of the loss, on pairs that
-  were not used to find it, where 95 of 100 random latents remove less. Taken away, it costs its own task 0.57 of accuracy, other tasks 0.02.
-- Executors are active on arrows (92 % of their activation) and in plain text before the word that completes the relation.
-- Detectors are active on outputs (99 %). Alone, at a dummy output, each of them sets the task; twelve serve all 28 tasks.
-- Pushing a task's detector down on the outputs takes more from its own executor than from others, 3.8 to 1 (published: 0.71 to 0.15, 4.8 to 1).
+- 24 of 28 tasks of the embedded model have an executor: one latent at the arrow that alone removes 33 to 98 % of the loss, on pairs that
+  were not used to find it, where 95 of 100 random latents remove less. Taken away, it costs its own task 0.70 of accuracy, other tasks 0.04.
+- SAEs of other widths and sparsities have executors for 21 to 26 tasks; only one of twelve falls short of the bar.
+- Executors are active on arrows (94 % of their activation) and in plain text before the word that completes the relation.
+- Detectors are active on outputs (99.8 %). Alone, at a dummy output, thirteen of them set 25 of 28 tasks.
+- Pushing a task's detector down on the outputs takes more from its own executor than from others, 4.5 to 1 (published: 0.71 to 0.15, 4.8 to 1).
 
 ## Limits
 
 - One model, one SAE suite, one layer for each kind. The detectors' scale is at the end of its sweep.
-- The sequences have detectors but no executor: none of the latents that cleaning leaves works alone.
+- The sequences have no executor: none of the latents that cleaning leaves does much alone.
 - Executors and detectors are shared within families, so "a task's own" is often a family's own, and same-task cells are not independent.
 - The ratio of the link figure depends on how small effects are averaged (the table above), its being above one does not. Taking one
   detector away, as it is, leaves nearly all of the executor.
