@@ -49,8 +49,11 @@ def test_environment_yml_is_pyproject_in_the_pinned_versions():
 
 def test_torch_is_for_tests_only():
     assert not any(Requirement(r).name == "torch" for r in _project()["dependencies"])
-    imports = [p.name for p in (root() / "icl_lib").rglob("*.py") if re.search(r"^\s*(import|from) torch\b", p.read_text(), re.M)]
-    assert imports == []
+    texts = {p.name: p.read_text() for p in (root() / "icl_lib").rglob("*.py")}
+    assert not [name for name, text in texts.items() if re.search(r"^(import|from) torch\b", text, re.M)]
+    # ae.pt is read without torch; writing one, as rehearsals and tests do, takes torch's own writer
+    inside = {name for name, text in texts.items() if re.search(r"^\s+(import|from) torch\b", text, re.M)}
+    assert inside == {"dictionary_learning.py", "stand_in.py"}
 
 
 def test_package_data_is_declared():
