@@ -400,7 +400,7 @@ if sweep_widths:
     right.axhline(change_here, color="black", linestyle=":", linewidth=1, label="task vector")
     left.set_ylabel("latents of a task vector (L0)")
     plain_log(left.yaxis)
-    right.set(ylabel="relative change of loss", ylim=(None, 0), title="full: TVC, dashed: SAE reconstruction")
+    right.set(ylabel="relative change of loss", title="full: TVC, dashed: SAE reconstruction")
     left.legend(fontsize=7)
     right.legend()
     plt.show()
