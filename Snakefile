@@ -11,6 +11,7 @@ import sys
 
 import yaml
 
+from icl_lib.runs.checks import check_against_model
 from icl_lib.runs.params import CardError, all_declared, check_values, for_notebook, notebook_files, read_card
 from icl_lib.runs.paths import root, run_folder
 from icl_lib.runs.store import code_version, write_atomic
@@ -31,7 +32,9 @@ try:
         raise CardError("name a card: snakemake --configfile params/tiny.yaml --cores 2")
     for path in workflow.configfiles:
         read_card(path)  # snakemake keeps the last of two equal keys; ours refuses them
-    CARD = check_values(config, all_declared(), ", ".join(map(str, workflow.configfiles)))
+    source = ", ".join(map(str, workflow.configfiles))
+    CARD = check_values(config, all_declared(), source)
+    check_against_model(CARD, source)
 except CardError as err:
     sys.exit(f"{err}")
 

@@ -10,15 +10,16 @@ import pytest
 from icl_lib.models import tiny_config
 from icl_lib.models.families import known_config, n_params
 from icl_lib.runs import preflight, root
+from icl_lib.runs.checks import config_of, defaults_of, full_card
 from icl_lib.runs.hardware import parse_devices
-from icl_lib.runs.params import check_card
-from icl_lib.runs.workload import dictionaries, steps, token_flops
+from icl_lib.runs.params import CardError
+from icl_lib.runs.workload import dictionaries, n_tasks, steps, token_flops
 
 CARDS = sorted(p for p in (root() / "params").glob("*.yaml"))
 
 
 def _card(name="gemma-2-9b", **changes):
-    return preflight.defaults_of(check_card(root() / "params" / f"{name}.yaml")) | changes
+    return defaults_of(full_card(root() / "params" / f"{name}.yaml")) | changes
 
 
 @pytest.mark.parametrize(
@@ -50,8 +51,8 @@ def test_other_devices_are_refused_with_a_hint(text, words):
 def test_every_card_fits_on_one_large_card_and_its_parameters_are_the_models(path, capsys):
     assert preflight.main([str(path), "--devices", "h200"]) == 0
     out = capsys.readouterr().out
-    card = check_card(path)
-    assert f"{n_params(preflight.config_of(card['model'])):,} parameters" in out
+    card = full_card(path)
+    assert f"{n_params(config_of(card['model'])):,} parameters" in out
     assert [line[:2] for line in out.splitlines() if line[:2].isdigit()] == ["00", "01", "02", "03", "04", "05"]
 
 
@@ -79,7 +80,7 @@ def test_bad_cards_and_devices_have_status_2(tmp_path, capsys):
     ],
 )
 def test_a_card_that_no_machine_can_run_is_refused(changes, words):
-    with pytest.raises(preflight.PreflightError, match=words):
+    with pytest.raises((preflight.PreflightError, CardError), match=words):
         preflight.estimate(_card(**changes), parse_devices("h100"), compile=False)
 
 
@@ -100,6 +101,15 @@ def test_widths_and_places_of_dictionaries_come_from_their_names():
     # 302 MB is what the hub shows for one file of 16k
     scope = dictionaries(_card("gemma-2-2b-16k"), known_config("google/gemma-2-2b"))[0]
     assert scope.bytes == pytest.approx(302e6, rel=0.01)
+
+
+def test_tasks_are_counted_and_an_unknown_source_is_no_number(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.json", "sub/b.tsv"):
+        (tmp_path / name).write_text("{}")
+    assert (n_tasks("paper"), n_tasks(str(tmp_path))) == (23, 2)
+    with pytest.raises(ValueError, match="no task source 'embeded': there are embedded, paper"):
+        n_tasks("embeded")
 
 
 def test_flops_of_a_token_are_twice_the_weights_and_the_scores():

@@ -10,11 +10,12 @@ import yaml
 
 from icl_lib.models import Site, load_model, load_tokenizer, run_with_cache
 from icl_lib.models.families import known_config
-from icl_lib.runs import preflight, rehearse, root, workload
-from icl_lib.runs.params import check_card
+from icl_lib.runs import rehearse, root, workload
+from icl_lib.runs.checks import defaults_of, full_card
 from icl_lib.runs.stand_in import sites_of, small_config, small_tokenizer
 from icl_lib.saes import load_suite
 from icl_lib.saes.formats import gemma_scope
+from icl_lib.saes.formats.suites import has_layer, layers_of, with_layer
 from icl_lib.tasks import Role, Template, load_tasks, make_prompts
 
 CARDS = sorted(p.stem for p in (root() / "params").glob("*.yaml") if p.stem != "tiny")
@@ -22,15 +23,15 @@ each_card = pytest.mark.parametrize("name", CARDS)
 
 
 def _card(name):
-    return preflight.defaults_of(check_card(root() / "params" / f"{name}.yaml"))
+    return defaults_of(full_card(root() / "params" / f"{name}.yaml"))
 
 
 def _served(card, n_layers):
     """The sites that the card's SAEs read, the residual behind a block as the input of the next."""
     found = set()
     for pattern in card["saes"]:
-        for layer in card["sae_layers"]:
-            site = sites_of(pattern, layer)[0] if "{layer}" in pattern else Site("resid_pre", layer)
+        for layer in layers_of(pattern, card["sae_layers"]):
+            site = sites_of(pattern, layer)[0] if has_layer(pattern) else Site("resid_pre", layer)
             after = site.name == "resid_post" and site.layer + 1 < n_layers
             found.add(Site("resid_pre", site.layer + 1) if after else site)
     return found
@@ -58,7 +59,7 @@ def test_the_saes_of_a_card_can_be_resolved(name):
     card = _card(name)
     for pattern in card["saes"]:
         for layer in card["sae_layers"] if pattern.endswith("canonical") else []:
-            assert "average_l0_" in gemma_scope.resolve(pattern.replace("{layer}", str(layer)))
+            assert "average_l0_" in gemma_scope.resolve(with_layer(pattern, layer))
 
 
 @each_card

@@ -219,6 +219,12 @@ def test_suite_from_patterns(getkey, tmp_path):
     assert list(load_suite(name, config)) == [Site("resid_post", 1), Site("resid_pre", 1)]
     assert list(load_suite(name, layers=[0])) == [Site("resid_post", 0)]
     assert list(load_suite([name, attention], config, layers=[0])) == [Site("attn_out", 0), Site("resid_pre", 1)]
+    some = attention.replace("{layer}", "{layer:1-5}")  # where the first block has none
+    assert list(load_suite([name, some], config, layers=[0, 1])) == [Site("attn_out", 1), Site("resid_post", 1), Site("resid_pre", 1)]
+    assert list(load_suite(some, config)) == [Site("attn_out", 1)]
+    for bad in ("{layer:1}", "{layer:5-1}", "{layer1-5}"):
+        with pytest.raises(ValueError, match=r"layers are written {layer}, or {layer:0-16}"):
+            load_suite(attention.replace("{layer}", bad), config)
     assert list(load_suite(tmp_path, config)) == [Site("attn_out", 0), Site("attn_out", 1), Site("resid_post", 1), Site("resid_pre", 1)]
     assert list(load_suite(tmp_path, config, layers=[0])) == [Site("attn_out", 0)]
     assert list(load_suite([name, tmp_path / "nev"], config, layers=[0])) == [Site("attn_out", 0), Site("resid_pre", 1)]

@@ -251,9 +251,11 @@ def for_notebook(card: Mapping[str, Any], notebook: Path) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     """Check cards and print their values beside their meanings; exit status 2 on the first bad card."""
+    from icl_lib.runs.checks import full_card  # which reads cards through this module
+
     for path in argv or ["params/tiny.yaml"]:
         try:
-            card, known = check_card(path), all_declared()
+            card, known = full_card(path), all_declared()
         except CardError as err:
             print(err, file=sys.stderr)
             return 2
@@ -265,4 +267,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from icl_lib.runs import params  # the module that others import: its CardError is not that of `__main__`
+
+    sys.exit(params.main(sys.argv[1:]))

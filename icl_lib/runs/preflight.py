@@ -21,9 +21,9 @@ import jax
 import icl_lib.models.families as families
 from icl_lib.models import ModelConfig
 from icl_lib.models.sharding import check_mesh, largest_split, make_mesh, shardings
+from icl_lib.runs.checks import check_against_model, config_of, defaults_of, full_card
 from icl_lib.runs.hardware import EFFICIENCY, Devices, parse_devices, present
-from icl_lib.runs.params import CardError, all_declared, check_card
-from icl_lib.runs.paths import resolve
+from icl_lib.runs.params import CardError
 from icl_lib.runs.workload import Dictionary, Step, dictionaries, parameters, steps
 
 _DEPTHS = (2, 4)  # layers of the models that are compiled; even, for families whose layers alternate
@@ -67,21 +67,18 @@ class Estimate:
         return max(0, step.rows + (self.devices.memory - self.peak(step)) // step.per_row)
 
 
-def config_of(model: str) -> ModelConfig:
-    """The config of a known model or of a folder with a `config.json`. Raises `PreflightError` for any other."""
-    known = families.known_config(model)
-    if known is not None:
-        return known
-    path = Path(resolve(model)) / "config.json"
-    if not path.is_file():
+def sizes_of(model: str) -> ModelConfig:
+    """The config of a known model or of a folder. Raises `PreflightError` for any other."""
+    config = config_of(model)
+    if config is None:
         raise PreflightError(f"the sizes of {model!r} are not known here: pass a folder with its config.json as `model` in the card")
-    return ModelConfig.from_hf(json.loads(path.read_text()), source=str(path))
+    return config
 
 
 def estimate(card: Mapping[str, Any], devices: Devices, compile: bool | None = None) -> Estimate:
-    """What the card asks of these devices. `compile` None compiles where they are present. Raises `PreflightError`."""
-    config = config_of(card["model"])
-    _check_layers(card, config)
+    """What the card asks of these devices. `compile` None compiles where they are present. Raises `PreflightError` or `CardError`."""
+    config = sizes_of(card["model"])
+    check_against_model(card, card["card"])
     split, size = largest_split(config, devices.count), 4 if devices.dtype == "float32" else 2
     n = parameters(config)
     saes, todo = dictionaries(card, config), steps(card, config, split, devices.dtype)
@@ -101,16 +98,6 @@ def estimate(card: Mapping[str, Any], devices: Devices, compile: bool | None = N
 def _stored(model: str) -> str:
     known = json.loads((Path(families.__file__).parent / "known_configs.json").read_text())
     return known.get(model, {}).get("torch_dtype", "bfloat16")
-
-
-def _check_layers(card: Mapping[str, Any], config: ModelConfig) -> None:
-    """Layers that the model does not have, and prompts longer than its context."""
-    for key in ("layer_executor", "layer_detector", "sae_layers", "circuit_layers"):
-        for layer in card[key] if isinstance(card[key], list) else [card[key]]:
-            if not 0 <= layer < config.n_layers:
-                raise PreflightError(f"`{key}` names layer {layer}, but {card['model']} has the layers 0 to {config.n_layers - 1}")
-    if card["layer_detector"] >= card["layer_executor"]:
-        raise PreflightError("`layer_detector` must be below `layer_executor`: detectors act on later layers")
 
 
 def measured(step: Step, config: ModelConfig, dtype: str, split: int = 1) -> Step:
@@ -189,11 +176,6 @@ def show(e: Estimate) -> str:
     return "\n".join([*lines, f"In all about {total:.1f} hours."])
 
 
-def defaults_of(card: Mapping[str, Any]) -> dict[str, Any]:
-    """The card with the notebooks' defaults for what it does not set."""
-    return {name: p.default for name, p in all_declared().items()} | dict(card)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Print the estimate; exit status 1 if the card cannot fit, 2 if the card or the devices are not understood."""
     parser = argparse.ArgumentParser(prog="python -m icl_lib.runs.preflight", description="What a card needs, and whether it fits.")
@@ -201,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--devices", default="cpu", help="h100, 8xv5e, v4-8, cpu, ...")
     options = parser.parse_args(argv)
     try:
-        card, devices = defaults_of(check_card(options.card)), parse_devices(options.devices)
+        card, devices = defaults_of(full_card(options.card)), parse_devices(options.devices)
     except (CardError, ValueError) as err:
         print(err, file=sys.stderr)
         return 2

@@ -22,10 +22,12 @@ from typing import Any
 import yaml
 
 from icl_lib.models import load_tokenizer
-from icl_lib.runs.params import CardError, check_card
+from icl_lib.runs.checks import defaults_of, full_card
+from icl_lib.runs.params import CardError
 from icl_lib.runs.paths import root
-from icl_lib.runs.preflight import PreflightError, config_of, defaults_of
+from icl_lib.runs.preflight import PreflightError, sizes_of
 from icl_lib.runs.stand_in import sites_of, write_model, write_saes
+from icl_lib.saes.formats.suites import has_layer, layers_of, with_layer
 from icl_lib.tasks import Task, Template, load_tasks
 
 MOST_LAYERS = 7
@@ -46,8 +48,8 @@ def small_layers(card: Mapping[str, Any], n_layers: int) -> tuple[dict[str, Any]
     proportion, and where that would put two on one they are moved apart: the order stays, neighbours stay neighbours.
     """
     executor, detector, circuit = card["layer_executor"], card["layer_detector"], card["circuit_layers"]
-    residual = next(p for p in card["saes"] if "{layer}" not in p or sites_of(p, 0)[0].name.startswith("resid"))
-    behind = 1 if "{layer}" in residual and sites_of(residual, 0)[0].name == "resid_post" else 0  # such a file serves the next layer
+    residual = next(p for p in card["saes"] if not has_layer(p) or sites_of(p, 0)[0].name.startswith("resid"))
+    behind = 1 if has_layer(residual) and sites_of(residual, 0)[0].name == "resid_post" else 0  # such a file serves the next layer
     some = sorted({circuit[0], circuit[-1], *({executor} & set(circuit))})
     kept = sorted({executor - behind, detector - behind, *some} & set(card["sae_layers"]))
     named = sorted({executor, detector, *some, *kept})
@@ -58,7 +60,16 @@ def small_layers(card: Mapping[str, Any], n_layers: int) -> tuple[dict[str, Any]
     places = [min(place, n - len(named) + i) for i, place in enumerate(places)]
     at = dict(zip(named, places, strict=True))
     keys = {"layer_executor": at[executor], "layer_detector": at[detector]}
-    return keys | {"circuit_layers": [at[i] for i in some], "sae_layers": [at[i] for i in kept]}, n
+    keys |= {"circuit_layers": [at[i] for i in some], "sae_layers": [at[i] for i in kept]}
+    return keys | {"saes": [_small_range(pattern, kept, at) for pattern in card["saes"]]}, n
+
+
+def _small_range(pattern: str, kept: list[int], at: Mapping[int, int]) -> str:
+    """A pattern that has SAEs at some layers only, with the places of those that were kept."""
+    some = [at[layer] for layer in layers_of(pattern, kept)]
+    if has_layer(pattern) and len(some) < len(kept):
+        return with_layer(pattern, f"{{layer:{min(some)}-{max(some)}}}") if some else pattern
+    return with_layer(pattern, "{layer}")
 
 
 def small_tasks(source: str, folder: Path) -> dict[str, Task]:
@@ -78,7 +89,7 @@ def prepare(card: Mapping[str, Any], folder: Path, **sizes: int) -> Path:
 
     `sizes` changes the cut-down sizes. Raises `CardError` or `PreflightError` where the card does not fit its model.
     """
-    config = config_of(card["model"])
+    config = sizes_of(card["model"])
     shutil.rmtree(folder, ignore_errors=True)
     tasks = small_tasks(card["tasks"], folder / "tasks")
     layers, n_layers = small_layers(card, config.n_layers)
@@ -88,7 +99,7 @@ def prepare(card: Mapping[str, Any], folder: Path, **sizes: int) -> Path:
     small |= {"tvc_l1": sorted({card["tvc_l1"][0], card["tvc_l1"][-1]}), "card": f"rehearsal of {card['card']}"}
     write_saes(small, hub, model, tasks, load_tokenizer(hub / card["model"]), template)
     small |= {"model": str(hub / card["model"]), "tasks": str(folder / "tasks"), "run_dir": str(folder / "run")}
-    small |= {"saes": [str(hub / pattern) for pattern in card["saes"]]}
+    small |= {"saes": [str(hub / pattern) for pattern in small["saes"]]}
     path = folder / "card.yaml"
     path.write_text(yaml.safe_dump(small, sort_keys=False))
     return path
@@ -121,7 +132,7 @@ def rehearse(name: str, notebooks: Iterable[str] | None = None, **sizes: int) ->
     """Rehearse one card; prints how it went and how long it took. Whether all notebooks ran through."""
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else root() / "params" / f"{name}.yaml"
     start = time.monotonic()
-    card = defaults_of(check_card(path))
+    card = defaults_of(full_card(path))
     small = prepare(card, root() / "runs" / "rehearsal" / card["card"], **sizes)
     good, text = run(small, notebooks)
     times = [line for line in text.splitlines() if ": done in" in line]

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from icl_lib.models import ModelConfig, Site, Transformer, run_with_cache, save_model
 from icl_lib.saes import SAE, save_suite
 from icl_lib.saes.formats import dictionary_learning, files, gemma_scope, saex
+from icl_lib.saes.formats.suites import has_layer, layers_of, with_layer
 from icl_lib.tasks import Task, Template, make_prompts, stack_prompts
 
 _D_SAE = 160
@@ -98,7 +99,7 @@ def write_model(folder: Path, config: ModelConfig, n_layers: int, tasks: Mapping
 
 def sites_of(pattern: str, layer: int) -> tuple[Site, Site]:
     """Where the SAE sits that this name stands for with that number in it: (input, output)."""
-    name = pattern.replace("{layer}", str(layer))
+    name = with_layer(pattern, layer)
     if "saex" in pattern:
         return saex._sites(Path(name.replace("*", "1.00E-05")))
     if "gemma-scope" in pattern:
@@ -113,8 +114,8 @@ def write_saes(card: Mapping[str, Any], root: Path, model: Transformer, tasks: M
     """The SAEs of a card in the format of each of its names, below `root`; thresholds so that about a tenth of the latents fire."""
     wanted = {}  # (input, output) -> name and format
     for pattern in card["saes"]:
-        if "{layer}" in pattern:
-            wanted |= {sites_of(pattern, layer): (pattern, layer) for layer in card["sae_layers"]}
+        if has_layer(pattern):
+            wanted |= {sites_of(pattern, layer): (pattern, layer) for layer in layers_of(pattern, card["sae_layers"])}
         else:
             kinds = (("resid_pre", "resid_pre"), ("attn_out", "attn_out"), ("mlp_in", "mlp_out"))
             wanted |= {tuple(Site(name, layer) for name in kind): (pattern, layer) for kind in kinds for layer in card["sae_layers"]}
@@ -132,7 +133,7 @@ def write_saes(card: Mapping[str, Any], root: Path, model: Transformer, tasks: M
             saex.write(sae, folder, mean_norm=norm)
         elif "gemma-scope" in pattern:
             gemma_scope.write(sae, folder)
-        elif "{layer}" in pattern:
+        elif has_layer(pattern):
             write_dictionary(sae, folder)
         else:
             own.setdefault(pattern, {})[pair[0]] = sae
@@ -142,7 +143,7 @@ def write_saes(card: Mapping[str, Any], root: Path, model: Transformer, tasks: M
 
 def _folder(pattern: str, layer: int) -> str:
     """The folder of one SAE: `canonical` spelt out as on the hub, a star as some coefficient."""
-    return gemma_scope.resolve(pattern.replace("{layer}", str(layer))).replace("*", "3.0e-05")
+    return gemma_scope.resolve(with_layer(pattern, layer)).replace("*", "3.0e-05")
 
 
 def random_sae(pair: tuple[Site, Site], x: np.ndarray, d_out: int, *, gated: bool, seed: int) -> SAE:

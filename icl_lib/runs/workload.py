@@ -22,6 +22,9 @@ from typing import Any
 
 from icl_lib.models import ModelConfig, Site
 from icl_lib.models.families import n_params
+from icl_lib.runs.checks import task_files
+from icl_lib.runs.paths import resolve
+from icl_lib.saes.formats.suites import has_layer, layers_of
 
 # Tokens of a pair with its arrow and newline, of the longest task of each source: prompts are padded to that.
 PAIR_TOKENS = {"embedded": 6, "paper": 16, "function_vectors": 40}
@@ -71,12 +74,21 @@ def dictionaries(card: Mapping[str, Any], config: ModelConfig) -> list[Dictionar
         for kind in _kinds(pattern):
             d_in = config.width("z") if kind == "attn" and "gemma-scope" in pattern else config.d_model
             d_out = d_in if kind == "attn" else config.d_model
-            found += [Dictionary(kind, layer, d_in, d_out, width) for layer in card["sae_layers"]]
+            found += [Dictionary(kind, layer, d_in, d_out, width) for layer in layers_of(pattern, card["sae_layers"])]
     return found
 
 
+def n_tasks(source: str) -> int:
+    """Tasks of a source or folder. Raises `ValueError` if it is neither."""
+    if source in N_TASKS:
+        return N_TASKS[source]
+    if not (found := task_files(Path(resolve(source)))):
+        raise ValueError(f"no task source {source!r}: there are {', '.join(N_TASKS)}, or a folder of .json or .tsv files")
+    return len(found)
+
+
 def _kinds(pattern: str) -> list[str]:
-    if "{layer}" not in pattern:  # a suite in one folder: what train_suite makes
+    if not has_layer(pattern):  # a suite in one folder: what train_suite makes
         return ["resid", "attn", "transcoder"]
     for kind, words in (("transcoder", ("transcoder",)), ("attn", ("att",)), ("mlp", ("mlp",)), ("resid", ())):
         if not words or any(word in pattern for word in words):
@@ -93,7 +105,7 @@ def _latents(pattern: str, config: ModelConfig) -> int:
     for repo, width in _LATENTS.items():
         if pattern.startswith(repo):
             return width
-    for file in sorted(Path(pattern).glob("*/cfg.json")):
+    for file in sorted(Path(resolve(pattern)).glob("*/cfg.json")):
         if text := re.search(r'"d_sae": (\d+)', file.read_text()):
             return int(text[1])
     return 16 * config.d_model
@@ -124,8 +136,8 @@ class _Costs:
     def __init__(self, card, config: ModelConfig, split: int, size: int):
         self.card, self.config, self.split, self.size = card, config, split, size
         self.saes = dictionaries(card, config)
-        self.tasks = N_TASKS.get(card["tasks"], 23)
-        self.pair = PAIR_TOKENS.get(card["tasks"], 16)
+        self.tasks = n_tasks(card["tasks"])
+        self.pair = PAIR_TOKENS.get(card["tasks"], PAIR_TOKENS["paper"])  # of a folder's words nothing is known
 
     def seq(self, shots: int) -> int:
         return min((shots + 1) * self.pair + _PREFIX_TOKENS, self.config.n_ctx)

@@ -1,6 +1,7 @@
 """Suites: one SAE for each of many sites of a model, read from patterns, lists and folders, written as a folder of folders."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from icl_lib.saes.formats import layer_files, saelens
 from icl_lib.saes.formats.load import detect, load_sae
 from icl_lib.saes.sae import SAE
 
+_LAYER = re.compile(r"\{layer(?::(\d+)-(\d+))?\}")
 _DEEPEST = 5  # folders below a suite's: dictionaries/model/place/run/ae.pt
 
 
@@ -29,7 +31,8 @@ def load_suite(
 
     `source` is a folder, of which all SAEs in any format of `load_sae` are taken; or a name for `load_sae` with `{layer}` in it,
     such as "google/gemma-scope-2b-pt-res/layer_{layer}/width_16k/canonical"; or a list of these. `layers` are the numbers to
-    put there (default: all of the model) and in a folder the layers of the sites to keep. `sites` are the names of the sites to
+    put there (default: all of the model; of `{layer:0-16}` those from 0 to 16, where there is no SAE for the others) and in a
+    folder the layers of the sites to keep. `sites` are the names of the sites to
     keep, such as ["resid_pre"]; others are read and dropped one by one. With a mesh (that of the model: `mesh_of`) each device
     holds its part of the latents.
 
@@ -42,7 +45,7 @@ def load_suite(
     suite: dict[Site, SAE] = {}
     for pattern, name in [(str(each), name) for each in sources for name in _names(str(each), config, layers)]:
         sae = _renamed(load_sae(name, revision, variant), config)
-        if layers is not None and "{layer}" not in pattern and sae.site_in.layer not in layers:
+        if layers is not None and not has_layer(pattern) and sae.site_in.layer not in layers:
             continue
         if kept is not None and sae.site_in.name not in kept:
             continue
@@ -94,12 +97,31 @@ def check_fit(sae: SAE, config: ModelConfig, name: str) -> None:
             )
 
 
+def has_layer(pattern: str) -> bool:
+    """Whether a name stands for many: `{layer}` or `{layer:0-16}` is in it. Raises `ValueError` on any other form of it."""
+    match = _LAYER.search(pattern)
+    if "{layer" in pattern and (match is None or (match[1] and int(match[1]) > int(match[2]))):
+        raise ValueError(f"{pattern!r}: layers are written {{layer}}, or {{layer:0-16}} where only those from 0 to 16 have an SAE")
+    return match is not None
+
+
+def layers_of(pattern: str, layers: Iterable[int]) -> list[int]:
+    """Those of `layers` that a name with `{layer:first-last}` allows; all without such a range."""
+    match = _LAYER.search(pattern)
+    return [layer for layer in layers if not (match and match[1]) or int(match[1]) <= layer <= int(match[2])]
+
+
+def with_layer(pattern: str, layer: int | str) -> str:
+    """The name for one layer: the number in the place of `{layer}` or `{layer:0-16}`."""
+    return _LAYER.sub(str(layer), pattern)
+
+
 def _names(source: str, config: ModelConfig | None, layers: tuple[int, ...] | None) -> list[str]:
     """Names for `load_sae` of what one source stands for."""
-    if "{layer}" in source:
+    if has_layer(source):
         if layers is None and config is None:
             raise ValueError(f"{source!r} has a {{layer}} in it: say which with layers=[...], or pass the model's config for all")
-        return [source.replace("{layer}", str(layer)) for layer in (range(config.n_layers) if layers is None else layers)]
+        return [with_layer(source, layer) for layer in layers_of(source, range(config.n_layers) if layers is None else layers)]
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {source!r}: a suite is a folder of SAEs, or names with {{layer}} in them, here or on the hub")
