@@ -212,16 +212,43 @@ def test_ranking_orders_positive_effects_and_compact_keeps_the_first(effects):
     assert max(t.shape[-1] for t in small.rank.values()) < 24
 
 
-def test_random_ranking_matches_counts_and_avoids_the_circuit(effects, getkey):
-    ranking, n = rank_nodes(effects), jnp.array([10, 4, 0], jnp.int32)
-    control = random_ranking(ranking, effects, n, key=getkey())
+def nodes_per_cell(ranking, site, n) -> np.ndarray:
+    """Nodes of a site among the first n of every task, by role (tasks, n_roles)."""
+    return (np.asarray(ranking.rank[site]) < np.minimum(n, np.asarray(ranking.n))[:, None, None]).sum(axis=-1)
+
+
+def test_a_control_matches_sites_and_roles_at_every_size(effects, getkey):
+    """As far as active nodes suffice; 120 nodes exhaust some roles here, which must not move other ranks."""
+    ranking, n = rank_nodes(effects), np.array([120, 25, 0], np.int32)
+    control = random_ranking(ranking, effects, jnp.asarray(n), key=getkey())
+    short = 0
     for site in effects.latents:
-        circuit = np.asarray(ranking.rank[site]) < np.asarray(n)[:, None, None]
+        circuit = np.asarray(ranking.rank[site]) < n[:, None, None]
         drawn = np.asarray(control.rank[site]) < UNRANKED
         spare = (np.asarray(effects.means[site]) > 0) & ~circuit
         assert (drawn <= spare).all()
-        np.testing.assert_array_equal(drawn.sum(-1), np.minimum(circuit.sum(-1), spare.sum(-1)))
-    assert control.n[2] == 0 and control.n[0] <= 10
+        for k in range(121):
+            wanted = nodes_per_cell(ranking, site, np.minimum(k, n))
+            np.testing.assert_array_equal(nodes_per_cell(control, site, k), np.minimum(wanted, spare.sum(axis=-1)))
+        short += (circuit.sum(axis=-1) > spare.sum(axis=-1)).sum()
+    assert short > 0 and control.n.tolist() == n.tolist()
+    assert ranking.count(n).tolist() == n.tolist()
+    assert control.count(n)[0] < 120 and control.count(n)[1:].tolist() == [25, 0]
+
+
+def test_empty_ranks_of_a_control_are_passed_over(effects, setting, getkey):
+    """All nodes of a control with gaps, ablated through `compact` and as the complement of what is kept."""
+    ranking, n = rank_nodes(effects), jnp.full(3, 120, jnp.int32)
+    control = random_ranking(ranking, effects, n, key=getkey())
+    assert (control.count(n) < 120).any()
+    closed = {site: np.where(np.asarray(table) < UNRANKED, 0, UNRANKED).astype(np.int32) for site, table in control.rank.items()}
+    at_once = dataclasses.replace(control, rank=jax.tree.map(jnp.asarray, closed), n=jnp.ones(3, jnp.int32))
+    for mode in ("keep", "inverse"):
+        expected = faithfulness(setting, at_once, [1], mode)
+        np.testing.assert_allclose(faithfulness(setting, control, [120], mode), expected, rtol=1e-5, atol=1e-5)
+    assert (
+        np.abs(np.asarray(faithfulness(setting, control, [60], "inverse") - faithfulness(setting, control, [120], "inverse"))).max() > 1e-3
+    )
 
 
 def test_matrix_has_the_own_curve_on_its_diagonal(world):

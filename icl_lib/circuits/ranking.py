@@ -20,14 +20,20 @@ ALL = 2**31 - 1  # upper end of a range of ranks that takes every node
 class Ranking(eqx.Module):
     """Nodes of every task in order: rank 0 is the most helpful, `UNRANKED` one that does not help.
 
-    Column j of a site's table belongs to latent `latent[site][task, j]`; rows are roles. `n` counts the ranked nodes.
-    `whole` says that the columns are all latents in their own order.
+    Column j of a site's table belongs to latent `latent[site][task, j]`; rows are roles. All ranks are below `n`, which
+    is the number of ranked nodes unless ranks are left empty (`random_ranking`). `whole` says that the columns are all
+    latents in their own order.
     """
 
     rank: dict[Site, Int[Array, "tasks n_roles _"]]
     latent: dict[Site, Int[Array, "tasks _"]]
     n: Int[Array, " tasks"]
     whole: bool = eqx.field(static=True, default=True)
+
+    def count(self, n: Int[Array | np.ndarray, " tasks"]) -> Int[np.ndarray, " tasks"]:
+        """How many nodes each task has with a rank below n[task]."""
+        below = np.asarray(n)[:, None, None]
+        return np.sum([(np.asarray(table) < below).sum(axis=(1, 2)) for table in self.rank.values()], axis=0)
 
 
 def rank_nodes(effects: Effects) -> Ranking:
@@ -68,24 +74,25 @@ def compact(ranking: Ranking, n: int) -> Ranking:
     return Ranking(rank, latent, ranking.n, whole=False)
 
 
-def random_ranking(ranking: Ranking, effects: Effects, n: Int[Array, " tasks"], *, key: PRNGKeyArray) -> Ranking:
-    """A control: as many nodes per site and role as the first n[task] of `ranking`, drawn from the other active ones.
+def random_ranking(ranking: Ranking, effects: Effects, n: Int[Array | np.ndarray, " tasks"], *, key: PRNGKeyArray) -> Ranking:
+    """A control for the first n[task] nodes of `ranking`: a random node in place of each, of the same site and role.
 
-    Active means that the latent fires at the role in the prompts of `effects`. The drawn nodes have the ranks 0, 1, ...
-    in no particular order; `n` of the result says how many there were to draw (fewer where a role has too few active nodes).
+    Nodes are drawn without repetition among the active ones outside of these n; active means that the latent fires at the
+    role in the prompts of `effects`. A drawn node has the rank of the node that it stands for, so the first k of the
+    control have as many nodes at every site and role as the first k of the circuit, for every k <= n. Where a role has
+    too few active nodes, the circuit's last ones there have no stand-in and their ranks stay empty; `Ranking.count` says
+    how many nodes there are. For k far below n, draw anew with n = k: this draw leaves out the other n - k nodes as well.
     """
-    counts, drawn = np.asarray(n)[:, None, None], {}
-    for key_site, (site, table) in zip(jax.random.split(key, len(ranking.rank)), ranking.rank.items(), strict=True):
-        circuit = np.asarray(table) < counts
+    limit = jnp.minimum(jnp.asarray(n, jnp.int32), ranking.n)
+    rank = {}
+    for site_key, (site, table) in zip(jax.random.split(key, len(ranking.rank)), ranking.rank.items(), strict=True):
+        circuit = np.asarray(table) < np.asarray(limit)[:, None, None]
         free = (np.asarray(effects.means[site]) > 0) & ~circuit
-        score = np.where(free, np.asarray(jax.random.uniform(key_site, table.shape)), -1.0)
-        place = np.argsort(np.argsort(-score, axis=-1, kind="stable"), axis=-1, kind="stable")
-        drawn[site] = free & (place < circuit.sum(axis=-1, keepdims=True))
-    flat = np.concatenate([d.reshape(len(d), -1) for d in drawn.values()], axis=1)
-    ranks = np.where(flat, np.cumsum(flat, axis=1) - 1, UNRANKED).astype(np.int32)
-    parts = np.split(ranks, np.cumsum([d[0].size for d in drawn.values()])[:-1], axis=1)
-    rank = {s: jnp.asarray(part.reshape(drawn[s].shape)) for s, part in zip(drawn, parts, strict=True)}
-    return Ranking(rank, ranking.latent, jnp.asarray(flat.sum(axis=1), jnp.int32))
+        score = np.where(free, np.asarray(jax.random.uniform(site_key, table.shape)), -1.0)
+        place = np.argsort(np.argsort(-score, axis=-1, kind="stable"), axis=-1, kind="stable")  # in the order of the draw
+        taken = np.sort(np.where(circuit, np.asarray(table), UNRANKED), axis=-1)  # ranks of this site and role, then none
+        rank[site] = jnp.asarray(np.where(free, np.take_along_axis(taken, place, axis=-1), UNRANKED).astype(np.int32))
+    return Ranking(rank, ranking.latent, limit)
 
 
 def restrict(ranking: Ranking, suite: Suite) -> Ranking:

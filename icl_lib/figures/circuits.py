@@ -115,9 +115,12 @@ def ablation_matrix(change: Values, tasks: Sequence[str], groups: Sequence[str] 
     return ax
 
 
-def ie_scatter(estimated: Values, exact: Values, groups: Sequence[object] | None = None, *, ax: Axes | None = None) -> Axes:
-    """App. E: effect of ablating each node alone, estimated by the gradient (x) and measured (y), both (node,) in nats.
+def ie_scatter(
+    estimated: Values, exact: Values, groups: Sequence[object] | None = None, *, unit: str = "units of m", ax: Axes | None = None
+) -> Axes:
+    """App. E: effect of ablating each node alone, estimated by the gradient (x) and measured (y), both (node,).
 
+    `unit` is that of the metric m, such as "logits" for a logit or "nats" for a log-probability.
     `groups` (kind, role or layer of each node) colours the dots. Axes are linear within 1 % of the largest effect and
     logarithmic outside; the title gives Pearson's r of the plain values.
     """
@@ -139,7 +142,7 @@ def ie_scatter(estimated: Values, exact: Values, groups: Sequence[object] | None
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
     limits = (-1.6 * most if min(x.min(), y.min()) < -0.01 * most else -0.02 * most, 1.6 * most)
-    ax.set(xlim=limits, ylim=limits, xlabel="estimated effect (nats)", ylabel="measured effect (nats)")
+    ax.set(xlim=limits, ylim=limits, xlabel=f"estimated effect ({unit})", ylabel=f"measured effect ({unit})")
     varied = len(x) > 1 and x.std() > 0 and y.std() > 0
     ax.set_title(f"{len(x)} nodes, r = {np.corrcoef(x, y)[0, 1]:.2f}" if varied else f"{len(x)} nodes")
     if groups is not None:

@@ -73,7 +73,7 @@ def place(nodes: pd.DataFrame) -> Layout:
 
 
 def circuit_graph(nodes: pd.DataFrame, edges: pd.DataFrame | None = None, *, title: str = "") -> Figure:
-    """Draw the tables of a `Circuit`. Box colour: effect of the node on the metric; edges: width by size, colour by sign.
+    """Draw the tables of a `Circuit`. Box colour: effect of the node on the metric m; edges: width by size, colour by sign.
 
     `nodes` has the columns `layer`, `kind` (residual, attn_out, transcoder, or the site read), `latent` (below 0: the
     error node), `role`, `effect`; `edges` has `source` and `target`, values of the index of `nodes`, and `effect`.
@@ -96,7 +96,7 @@ def circuit_graph(nodes: pd.DataFrame, edges: pd.DataFrame | None = None, *, tit
         draw_edges(ax, layout, nodes, edges)
     draw_boxes(ax, layout, nodes, norm, columns)
     bar = figure.colorbar(ScalarMappable(norm, "PuOr"), ax=ax, pad=0.01, fraction=0.025, aspect=30)
-    bar.set_label("effect on the metric (nats); edges by sign")
+    bar.set_label("effect on m (units of m); edges by sign")
     bar.outline.set_visible(False)
     ax.set_title(title, pad=20)
     return figure
