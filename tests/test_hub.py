@@ -75,6 +75,7 @@ def hub(tmp_path, monkeypatch, getkey):
     """The folder that `owner/open` serves."""
     folder = save_model(Transformer.init(tiny_config("qwen2"), key=getkey()), tmp_path / "served", dtype="float32")
     (folder / "pytorch_model.bin").write_bytes(b"not asked for")
+    (folder / "icl_gate.json").write_text("{}")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     move_hub(monkeypatch, server.server_port)
@@ -95,6 +96,7 @@ def test_a_hub_id_is_downloaded_once_and_found_again_without_a_network(hub, monk
         assert (ours == theirs).all()
     snapshot = fetch("owner/open")
     assert snapshot.name == COMMITS["main"] and not (snapshot / "pytorch_model.bin").exists()
+    assert (snapshot / "icl_gate.json").is_file()  # the recorded logits come along
     move_hub(monkeypatch, 1)  # where nobody listens
     assert fetch("owner/open") == snapshot
 

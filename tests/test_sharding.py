@@ -8,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icl_lib.models import Site, Transformer, record, save_model, tiny_config
+from icl_lib.models import Site, Transformer, gate, load_model, perturb, record, save_model, tiny_config
 from icl_lib.runs import devices
 from icl_lib.runs.store import Store
+from icl_lib.saes import load_suite
 
 HERE = Path(__file__).parent
 LAUNCHERS = ("JAX_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "XLA_FLAGS")
@@ -32,6 +34,14 @@ def test_eight_devices_give_the_numbers_of_one():
     run = subprocess.run(command, env=environment(8), capture_output=True, text=True, cwd=HERE.parent)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 40 and "skipped" not in run.stdout
+
+
+TOKENS = jnp.arange(48).reshape(4, 12) % 40
+
+
+def log_prob(logits):
+    """Mean log-probability of the next token of TOKENS."""
+    return jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), TOKENS[:, 1:, None], axis=-1))
 
 
 def free_port():
@@ -60,14 +70,21 @@ def test_two_processes_give_the_numbers_of_one_and_one_file(data, tmp_path, getk
 
     arrays, _ = Store(tmp_path / "run").load("first")
     cache = {}
-    logits = model(jnp.arange(48).reshape(4, 12) % 40, tap=record([Site("resid_post", 1)], cache))
+    logits = model(TOKENS, tap=record([Site("resid_post", 1)], cache))
     np.testing.assert_allclose(arrays["logits"], logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(arrays["resid"], cache[Site("resid_post", 1)], rtol=1e-4, atol=1e-5)
+    grad = jax.grad(lambda delta: log_prob(model(TOKENS, tap=perturb({Site("resid_pre", 1): delta}))))(jnp.zeros((4, 12, 16)))
+    np.testing.assert_allclose(arrays["gradient"], grad, rtol=1e-4, atol=1e-6)
+    assert jnp.abs(grad).max() > 1e-3
     mean, meta = Store(tmp_path / "run").load("second")
     np.testing.assert_allclose(mean["mean"], jnp.mean(logits), rtol=1e-3, atol=1e-6)
     assert meta == {"data": data}
     assert Store(tmp_path / "own0").names() == ["kept"]
     assert json.loads((tmp_path / "own0" / "ledger" / "00.json").read_text())[0]["key"] == "mean"
+    assert gate.check(model, lambda prompt: {"input_ids": [1, 2, 3]}, tmp_path / "own0" / "model") < 1e-4
+    for ours, theirs in zip(*map(jax.tree.leaves, (load_model(tmp_path / "own0" / "model"), model)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert load_suite(tmp_path / "own0" / "saes", config)[Site("resid_pre", 1)].W_enc.shape == (16, 8)
     assert not [path for path in (tmp_path / "own1").rglob("*") if path.is_file()]
 
 

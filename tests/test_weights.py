@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import struct
 import subprocess
 import sys
@@ -36,7 +37,8 @@ GEMMA_2B = {
     "num_hidden_layers": 18, "num_key_value_heads": 1, "pad_token_id": 0, "rms_norm_eps": 1e-06, "rope_scaling": None,
     "rope_theta": 10000.0, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 256000,
 }  # fmt: skip
-CONFIGS = Path(__file__).parents[1].parent / "shared" / "data" / "hf_configs"  # where a checkout comes with them
+DATA = Path(__file__).parents[1].parent / "shared" / "data"  # where a checkout comes with it
+CONFIGS, SENTENCEPIECE = DATA / "hf_configs", DATA / "tokenizers" / "mistral_v1_sentencepiece" / "tokenizer.model"
 
 
 def gemma_2b_tensors():
@@ -92,7 +94,8 @@ def test_new_field_names_mean_the_same_as_the_old():
     new |= {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}, "dtype": "bfloat16", "hidden_act": "gelu_pytorch_tanh"}
     assert ModelConfig.from_hf(new) == ModelConfig.from_hf(GEMMA_2B | {"rope_theta": 500.0})
     assert ModelConfig.from_hf(new).rope_theta == 500.0
-    assert ModelConfig.from_hf(new | {"eos_token_id": [1, 107]}).eos_id == 1
+    several = ModelConfig.from_hf(new | {"eos_token_id": [1, 107]})
+    assert (several.eos_id, several.more_eos) == (1, (107,)) and ModelConfig.from_hf(several.to_hf("float32")) == several
 
 
 def test_to_hf_is_the_inverse_of_from_hf():
@@ -242,6 +245,9 @@ def test_broken_json_is_named(folder, name):
     (folder / name).write_text('{"model_type": "gem')
     with pytest.raises(ValueError, match=rf"{name} is not valid JSON"):
         load_model(folder)
+    (folder / name).write_text("[1, 2]")
+    with pytest.raises(ValueError, match=rf"{name} must hold a JSON object, got list"):
+        load_model(folder)
 
 
 def test_what_a_folder_lacks_is_named(folder):
@@ -271,6 +277,13 @@ def test_an_unusable_tokenizer_is_refused(folder, files, message):
     for name, text in files.items():
         (folder / name).write_text(text)
     with pytest.raises(ValueError, match=message):
+        load_tokenizer(folder)
+
+
+@pytest.mark.skipif(not SENTENCEPIECE.is_file(), reason="a copy of a published tokenizer.model is needed")
+def test_a_sentencepiece_file_alone_asks_for_the_fast_tokenizer(folder):
+    shutil.copy(SENTENCEPIECE, folder / "tokenizer.model")
+    with pytest.raises(ValueError, match="add the tokenizer.json of the model"):
         load_tokenizer(folder)
 
 

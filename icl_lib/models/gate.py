@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from icl_lib.models.sharding import is_writer, to_host
 from icl_lib.models.transformer import Transformer
+from icl_lib.models.weights import GATE as FILE
 
-FILE = "icl_gate.json"
 PROMPT = "Follow the pattern:\nhot -> cold\nbig -> small\nup ->"
 N_TOP = 10
 # In standard deviations of the logits: several times what another device, order of summation or matmul precision changes.
@@ -22,10 +23,15 @@ class GateError(ValueError):
     """The loaded model is not the recorded one; the message says which of tokenizer, dtype and weights differs."""
 
 
+def _share(dtype: str) -> float:
+    """The tolerance of a dtype, in standard deviations of the logits."""
+    return _TOLERANCE.get(dtype, _LOW_PRECISION)
+
+
 def _measure(model: Transformer, ids: list[int]) -> tuple[np.ndarray, str]:
     """Logits after the last token, in float32, and the dtype of the weights."""
     logits = eqx.filter_jit(lambda model, tokens: model(tokens)[0, -1])(model, jnp.asarray([ids], jnp.int32))
-    return np.asarray(logits, np.float32), str(model.embed.dtype)
+    return to_host(logits).astype(np.float32), str(model.embed.dtype)
 
 
 def record(model: Transformer, tokenizer, folder: str | Path, prompt: str = PROMPT) -> Path:
@@ -43,21 +49,22 @@ def record(model: Transformer, tokenizer, folder: str | Path, prompt: str = PROM
             f"{int((~np.isfinite(logits)).sum())} of {len(logits)} logits are not finite: this model cannot be a reference"
         )
     top = np.argsort(-logits, kind="stable")[:N_TOP]
-    tolerance = _TOLERANCE.get(dtype, _LOW_PRECISION) * float(logits.std())
+    tolerance = _share(dtype) * float(logits.std())
     content = {
         "prompt": prompt, "tokens": ids, "dtype": dtype, "d_vocab": len(logits), "device": jax.devices()[0].device_kind,
         "top_ids": top.tolist(), "top_logits": [round(float(x), 5) for x in logits[top]], "tolerance": float(f"{tolerance:.3g}"),
     }  # fmt: skip
     path = Path(folder) / FILE
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    if is_writer():
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return path
 
 
 def check(model: Transformer, tokenizer, folder: str | Path) -> float | None:
     """The largest difference of the recorded logits; None if the folder carries no `icl_gate.json`.
 
-    Raises `GateError` if the tokenizer cuts the prompt into other tokens, the weights have another dtype than the recorded,
-    or a logit differs by more than the tolerance; `ValueError` if the file cannot be read.
+    Between two dtypes the tolerance is that of the lower precision. Raises `GateError` if the tokenizer cuts the prompt into other
+    tokens, the vocabulary has another size, or a logit differs by more than the tolerance; `ValueError` if the file cannot be read.
     """
     path = Path(folder) / FILE
     if not path.is_file():
@@ -70,18 +77,17 @@ def check(model: Transformer, tokenizer, folder: str | Path) -> float | None:
             f"this tokenizer is not the one recorded in {path}: of the prompt {kept['prompt']!r} token {at} is {ids[at : at + 1]}, recorded "
             f"{kept['tokens'][at : at + 1]} ({len(ids)} tokens, recorded {len(kept['tokens'])}); load tokenizer and model from the same folder"
         )
-    if (dtype := str(model.embed.dtype)) != kept["dtype"]:
-        raise GateError(f"{path} was recorded in {kept['dtype']}, this model has {dtype}: load it with dtype={kept['dtype']!r} to compare")
     if model.config.d_vocab != kept["d_vocab"]:
         raise GateError(f"{path} was recorded with {kept['d_vocab']} logits, this model has {model.config.d_vocab}: it is another model")
-    logits, _ = _measure(model, ids)
+    logits, dtype = _measure(model, ids)
+    tolerance = kept["tolerance"] * max(1.0, _share(dtype) / _share(kept["dtype"]))
     differ = np.abs(logits[kept["top_ids"]] - np.asarray(kept["top_logits"], np.float32))
     worst = int(differ.argmax())
-    if not differ[worst] <= kept["tolerance"]:  # NaN fails too
+    if not differ[worst] <= tolerance:  # NaN fails too
         raise GateError(
             f"these are not the weights recorded in {path}: the logit of token {kept['top_ids'][worst]} after the prompt "
             f"{kept['prompt']!r} is {logits[kept['top_ids'][worst]]:.4f}, recorded {kept['top_logits'][worst]:.4f} on {kept['device']}, more than "
-            f"the tolerance of {kept['tolerance']} apart; check revision and files, or record the gate again if the weights are right"
+            f"the tolerance of {tolerance:.3g} apart; check revision and files, or record the gate again if the weights are right"
         )
     return float(differ[worst])
 

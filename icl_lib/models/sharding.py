@@ -4,7 +4,7 @@ Along `data` each device holds other rows of the batch; along `model` it holds o
 carry their places with them, so the model's code is the same on one device and on many: XLA adds the communication.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -120,3 +120,17 @@ def _put(x, place: NamedSharding) -> jax.Array:
         return jax.device_put(x, place)
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+
+def is_writer() -> bool:
+    """Whether this process writes files: process 0, or the only one."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def to_host(x: Any) -> np.ndarray:
+    """An array as NumPy on this process, whole even where its parts lie with others; every process has to call it then."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)

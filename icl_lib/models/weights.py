@@ -21,11 +21,13 @@ from safetensors.numpy import save_file
 from icl_lib.models.config import ModelConfig
 from icl_lib.models.families import abstract, ignored, leaf_path, sources, tensor_shapes
 from icl_lib.models.hub import fetch_folder
-from icl_lib.models.sharding import auto_mesh, shardings
+from icl_lib.models.sharding import auto_mesh, is_writer, shardings, to_host
 from icl_lib.models.transformer import Transformer
 
+GATE = "icl_gate.json"  # recorded logits, where the folder has them: see `gate`
 _FILES = [
     "config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt",
+    GATE,
 ]  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _PIECE = 1 << 23  # elements of the file read at once, so that no whole tensor passes through host memory
@@ -73,14 +75,20 @@ def load_model(name: str | Path, revision: str | None = None, dtype: str = "floa
 
 
 def save_model(model: Transformer, folder: str | Path, dtype: str = "float16") -> Path:
-    """Write `config.json` and `model.safetensors` so that transformers and `load_model` read them back."""
+    """Write `config.json` and `model.safetensors` so that transformers and `load_model` read them back.
+
+    Of several processes all have to call it, and the first one writes.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     shapes, where = tensor_shapes(model.config), sources(model.config)
-    tensors = {name: np.empty(shape, jnp.dtype(dtype)) for name, shape in shapes.items()}
+    tensors = {name: np.empty(shape, jnp.dtype(dtype)) for name, shape in shapes.items()} if is_writer() else {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
-        name, rows = where[leaf_path(path)]
-        tensors[name][slice(None) if rows is None else rows] = np.asarray(leaf).astype(jnp.dtype(dtype))
+        (name, rows), whole = where[leaf_path(path)], to_host(leaf)
+        if tensors:
+            tensors[name][slice(None) if rows is None else rows] = whole.astype(jnp.dtype(dtype))
+    if not is_writer():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(model.config.to_hf(dtype), indent=2) + "\n")
     return folder
@@ -114,9 +122,12 @@ def load_tokenizer(name: str | Path, revision: str | None = None):
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): is it cut short? Download it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}: download it again")
+    return value
 
 
 def _find_tensors(folder: Path, config: ModelConfig) -> dict[str, Path]:

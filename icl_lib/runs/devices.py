@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
+from icl_lib.models.sharding import is_writer, to_host
 from icl_lib.runs.paths import run_folder
+
+__all__ = ["compute_dtype", "describe", "is_writer", "join_processes", "setup", "to_host", "wait_for_all"]
 
 
 def setup(run_dir: str | Path) -> dict[str, Any]:
@@ -65,26 +67,12 @@ def _integer(name: str) -> int | None:
     return None if text is None else int(text)
 
 
-def is_writer() -> bool:
-    """Whether this process writes files: process 0, or the only one."""
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
-
-
 def wait_for_all(what: str) -> None:
     """Return when every process has come here; `what` names the place. At once if there is one process."""
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(what)
-
-
-def to_host(x: Any) -> np.ndarray:
-    """An array as NumPy on this process, whole even where its parts lie with others; every process has to call it then."""
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        from jax.experimental import multihost_utils
-
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
 
 
 def describe() -> dict[str, Any]:

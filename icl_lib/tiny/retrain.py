@@ -1,6 +1,6 @@
 """`python -m icl_lib.tiny.retrain`: make the embedded model, its tokenizer and its SAE suite again from nothing.
 
-Writes `<folder>/{config.json, model.safetensors, tokenizer.json, ...}`, `<folder>/saes/` and `<folder>/made.json`, which
+Writes `<folder>/{config.json, model.safetensors, tokenizer.json, icl_gate.json, ...}`, `<folder>/saes/` and `<folder>/made.json`, which
 holds the command, the settings, the final losses and the SHA-256 of every file.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from icl_lib.models import Site, Transformer, load_model, save_model
+from icl_lib.models import Site, Transformer, gate, load_model, load_tokenizer, save_model
 from icl_lib.runs import devices
 from icl_lib.runs.paths import root
 from icl_lib.saes.activations import harvest, needed_sites, suite_sites
@@ -61,6 +61,7 @@ def make_model(config: PretrainConfig, folder: Path, progress: Callable[[str], N
     model, losses = pretrain(config, tokens, tokenizer.get_vocab_size(), progress=progress)
     save_model(model, folder, dtype="float16")
     save_tokenizer(tokenizer, folder)
+    gate.record(load_model(folder), load_tokenizer(folder), folder)
     np.savetxt(folder / "losses.csv", losses, fmt="%.4f", header="loss", comments="")
     return {"pretrain": dataclasses.asdict(config), "final_loss": round(float(losses[-50:].mean()), 4)}
 

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from icl_lib.models import Site
+from icl_lib.models.sharding import is_writer
 from icl_lib.saes.sae import SAE
 
 Weights = dict[str, np.ndarray]
@@ -164,7 +165,9 @@ def no_site(path: Path) -> ValueError:
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under another name first, so that an interrupted run leaves the old file or the new one."""
+    """Write under another name first, so that an interrupted run leaves the old file or the new one. Only the first process writes."""
+    if not is_writer():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
     write(partial)

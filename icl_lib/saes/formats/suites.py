@@ -6,15 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from icl_lib.models import ModelConfig, Site
-from icl_lib.saes.formats import layer_files, saelens
+from icl_lib.models.sharding import to_host
+from icl_lib.saes.formats import layer_files, saelens, sparsify
 from icl_lib.saes.formats.load import detect, load_sae
 from icl_lib.saes.sae import SAE
 
 _LAYER = re.compile(r"\{layer(?::(\d+)-(\d+))?\}")
+_DTYPES = ("float32", "float16", "bfloat16")
 _DEEPEST = 5  # folders below a suite's: dictionaries/model/place/run/ae.pt
 
 
@@ -72,10 +75,15 @@ def save_sae(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
     """Write an SAE so that `load_sae` and SAELens read it; the matrices in `dtype`, the vectors always in float32.
 
     SAELens has no batchtopk, which comes back as the jumprelu it is, and no gated transcoder: one is written as the
-    `jumprelu_transcoder` it folds to. Files appear whole or not at all. Raises `ValueError` if `dtype` is not float32, float16
-    or bfloat16, if a weight is not finite in it, or on a topk transcoder.
+    `jumprelu_transcoder` it folds to. A topk transcoder, which SAELens lacks and which cannot be folded, is written as sparsify
+    does. Files appear whole or not at all. Raises `ValueError` if `dtype` is not float32, float16 or bfloat16, or if a weight is
+    not finite in it, and `OSError` if the disk is full. Of several processes all have to call it.
     """
-    return saelens.write(sae, folder, dtype)
+    whole = lambda leaf: leaf if leaf.is_fully_addressable else jnp.asarray(to_host(leaf))  # noqa: E731
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    write = sparsify.write if sae.is_transcoder and sae.architecture == "topk" else saelens.write
+    return write(jax.tree.map(whole, sae), folder, dtype)
 
 
 def save_suite(suite: Mapping[Site, SAE], folder: str | Path, dtype: str = "float32") -> Path:
