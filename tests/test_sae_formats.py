@@ -63,8 +63,17 @@ def test_batchtopk_comes_back_as_jumprelu(getkey, tmp_path):
     again = load_sae(save_sae(sae, tmp_path))
     assert again.architecture == "jumprelu"
     np.testing.assert_array_equal(again(x), sae(x))
-    with pytest.raises(ValueError, match="no topk transcoder"):
-        save_sae(transcoder(getkey, architecture="topk"), tmp_path / "b")
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_topk_transcoders_are_written_as_sparsify_does(skip, getkey, tmp_path):
+    sae, x = transcoder(getkey, architecture="topk", skip=skip), jax.random.normal(getkey(), (30, 16))
+    again = load_suite(save_suite({sae.site_in: sae}, tmp_path / "a"), tiny_config())[sae.site_in]
+    assert (tmp_path / "a" / "mlp_in.1" / "sae.safetensors").is_file() and (again.k, again.metadata) == (sae.k, sae.metadata)
+    same(again, sae, x)
+    half = load_sae(save_sae(sae, tmp_path / "b", "bfloat16"))
+    np.testing.assert_allclose(half.W_dec, sae.W_dec, rtol=1e-2)
+    np.testing.assert_array_equal(half.b_dec, sae.b_dec)
 
 
 @pytest.mark.parametrize("dtype, rtol", [("float16", 2e-3), ("bfloat16", 1e-2)])
@@ -264,6 +273,9 @@ def test_from_the_hub(getkey, tmp_path, monkeypatch):
     sae = load_sae("google/gemma-scope-2b-pt-res/layer_20/width_16k/canonical", revision="abc")
     assert sae.site_in == Site("resid_post", 20)
     assert calls == [("google/gemma-scope-2b-pt-res", "abc", ["layer_20/width_16k/average_l0_71/params.npz"])]
+    for name in ("gemma-scope-2b-pt-res-canonical", "gemma-scope-2b-pt-res", "google/gemma-scope-2b-pt-res-canonical"):  # as SAELens has it
+        assert load_sae(f"{name}/layer_20/width_16k/canonical").site_in == Site("resid_post", 20)
+        assert calls.pop()[0] == "google/gemma-scope-2b-pt-res"
     with pytest.raises(FileNotFoundError, match="has no layer_20/width_16k/average_l0_23: .*tree/main .*average_l0 22, 38, 71, 139, 294"):
         load_sae("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_23")
 

@@ -1,13 +1,17 @@
 """Files of the library sparsify: a folder named after its hookpoint, with `cfg.json` and `sae.safetensors`. All are topk.
 
+`write` adds our sites and metadata to `cfg.json`, which sparsify skips over: a folder of any name is then read back.
+
 Source: eai-sparsify 1.3.3, with which tests/golden compares. (sae-lens transposes the decoder of these files by mistake.)
 """
 
 import re
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.flax import save_file
 
 from icl_lib.models import Site
 from icl_lib.saes.formats import files
@@ -31,11 +35,14 @@ def read(folder: Path, site: Sites | None = None, variant: str | None = None) ->
     spec = _SPEC | ({"W_skip": "W_skip o d"} if cfg.get("skip_connection", False) else {})
     w = files.take(files.read_safetensors(folder / WEIGHTS), spec, folder / WEIGHTS, d=d_in, F=d_sae, o=d_in)
     w = w if transcoder else files.fold_input_shift(w, w["b_dec"])
-    return files.build(w, site or _sites(folder, transcoder), "topk", folder, k=k)
+    return files.build(w, site or _sites(cfg, folder, transcoder), "topk", folder, cfg.get("metadata"), k=k)
 
 
-def write(sae: SAE, folder: str | Path) -> Path:
-    """Write a topk SAE or transcoder as sparsify does. The folder's name, `layers.3` or `layers.3.mlp`, says where it sits."""
+def write(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
+    """Write a topk SAE or transcoder as sparsify does, matrices in `dtype`. It expects a folder named `layers.3` or `layers.3.mlp`.
+
+    Raises `ValueError` on another architecture, on a transcoder between widths, or if a weight is not finite in `dtype`.
+    """
     if sae.architecture != "topk" or sae.d_in != sae.d_out:
         raise ValueError(f"sparsify's files are for topk SAEs of one width, got a {sae.architecture} one, {sae.d_in} to {sae.d_out}")
     folder = Path(folder)
@@ -43,14 +50,19 @@ def write(sae: SAE, folder: str | Path) -> Path:
     w = w if sae.is_transcoder else files.fold_input_shift(w, -w["b_dec"])
     tensors = {"encoder.weight": w["W_enc"].T.copy(), "encoder.bias": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
     tensors |= {"W_skip": w["W_skip"].T.copy()} if "W_skip" in w else {}
+    tensors = {name: jnp.asarray(value, dtype if value.ndim == 2 else "float32") for name, value in tensors.items()}
+    files.check_finite(tensors, f"{folder} (as {dtype})")
     cfg = {"activation": "topk", "expansion_factor": 1, "num_latents": sae.d_sae, "k": sae.k, "d_in": sae.d_in, "multi_topk": False}
     cfg |= {"normalize_decoder": False, "skip_connection": "W_skip" in w, "transcode": sae.is_transcoder}
+    cfg |= {"site_in": str(sae.site_in), "site_out": str(sae.site_out), "metadata": dict(sae.metadata)}
     files.replace_file(folder / WEIGHTS, lambda partial: save_file(tensors, partial))
     files.write_json(folder / CONFIG, cfg)
     return folder
 
 
-def _sites(folder: Path, transcoder: bool) -> Sites:
+def _sites(cfg: dict[str, Any], folder: Path, transcoder: bool) -> Sites:
+    if "site_in" in cfg:
+        return files.hook(cfg["site_in"], folder), files.hook(cfg.get("site_out", cfg["site_in"]), folder)
     name = folder.absolute().name
     found = files.place(name)
     if transcoder:
