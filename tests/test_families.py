@@ -211,6 +211,9 @@ def test_what_the_real_configs_say_of_windows_and_rotation():
     assert known_config("Qwen/Qwen2.5-0.5B").windows is None  # present in its config, but not in use
     assert (pythia.rotary_dim, pythia.d_head, pythia.parallel) == (16, 64, True)
     assert gemma.attn_scale == 1 / 16
+    raw = json.loads((Path(__file__).parents[1] / "icl_lib/models/known_configs.json").read_text())["google/gemma-2-2b"]
+    assert ModelConfig.from_hf({k: v for k, v in raw.items() if k != "sliding_window"}) == gemma  # as transformers fills it in
+    assert ModelConfig.from_hf(raw | {"sliding_window": None}).windows is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -78,6 +78,9 @@ def test_stops_and_pads(prompts, getkey):
     named = Transformer(model.embed, model.blocks, model.norm, model.unembed, dataclasses.replace(model.config, eos_id=ends[0]))
     by_default = generate(named, prompts, jnp.asarray(LENGTHS), 8)
     np.testing.assert_array_equal(by_default, generate(model, prompts, jnp.asarray(LENGTHS), 8, stop=(ends[0],)))
+    both = dataclasses.replace(model.config, eos_id=ends[0], more_eos=ends[1:])
+    by_default = generate(Transformer(model.embed, model.blocks, model.norm, model.unembed, both), prompts, jnp.asarray(LENGTHS), 8)
+    np.testing.assert_array_equal(by_default, stopped)
 
 
 def test_one_program_for_all_lengths(prompts, getkey):

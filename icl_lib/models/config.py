@@ -48,7 +48,7 @@ class ModelConfig:
     behind each branch too (Gemma 2); `gated` MLPs multiply by a second projection; in a `parallel` block attention and
     MLP read the same residual (GPT-NeoX); scores are divided by $\sqrt{d_{head}}$ or multiplied by `attn_scale`; soft caps
     $c \tanh(x / c)$ act on scores and logits; `windows[i]` is how many keys layer i sees (None: all); `tied` models
-    unembed with the embedding; `scale_embed` multiplies it by $\sqrt{d_{model}}$.
+    unembed with the embedding; `scale_embed` multiplies it by $\sqrt{d_{model}}$. A text also ends at any id of `more_eos`.
     """
 
     family: str
@@ -64,6 +64,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     bos_id: int | None = 2
     eos_id: int = 1
+    more_eos: tuple[int, ...] = ()
     pad_id: int = 0
     norm: str = "rms"
     norm_offset: float = 1.0
@@ -168,7 +169,8 @@ def _activation(raw: dict, family: str, source: str) -> str:
 
 def _windows(raw: dict, family: str) -> tuple[int | None, ...] | None:
     """Keys that each layer sees. New configs list `layer_types`; in old ones the family's rule applies."""
-    size, n = raw.get("sliding_window"), raw["num_hidden_layers"]
+    default = {"gemma2": 4096, "qwen2": 4096}.get(family)  # as in transformers
+    size, n = raw.get("sliding_window", default), raw["num_hidden_layers"]
     if family not in ("gemma2", "phi3", "qwen2") or size is None or (family == "qwen2" and not raw.get("use_sliding_window")):
         return None
     if "layer_types" in raw and raw["layer_types"] is not None:
@@ -210,13 +212,13 @@ def _rope(raw: dict, d_head: int, source: str) -> dict[str, Any]:
     return fields
 
 
-def _ids(raw: dict) -> dict[str, int | None]:
-    eos = raw.get("eos_token_id", 1)
-    eos = eos[0] if isinstance(eos, list) else eos  # chat models list several
+def _ids(raw: dict) -> dict[str, Any]:
+    ends = raw.get("eos_token_id", 1)
+    eos, *more = ends if isinstance(ends, list) else [ends]  # chat models list several
     pad = raw.get("pad_token_id")
     if pad is None:
         pad = 0 if raw["model_type"].startswith("gemma") else eos
-    return {"bos_id": raw.get("bos_token_id", 2), "eos_id": eos, "pad_id": pad}
+    return {"bos_id": raw.get("bos_token_id", 2), "eos_id": eos, "more_eos": tuple(more), "pad_id": pad}
 
 
 def _caps(raw: dict, family: str) -> dict[str, Any]:

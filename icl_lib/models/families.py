@@ -150,7 +150,7 @@ def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "tie_word_embeddings": config.tied,
         "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_id,
+        "eos_token_id": [config.eos_id, *config.more_eos] if config.more_eos else config.eos_id,
         "pad_token_id": config.pad_id,
         "torch_dtype": dtype,
     }
