@@ -44,6 +44,7 @@ card: str = "tiny"  # name of the experiment
 model: str = "assets/icl-tiny"  # model folder or hub id
 saes: list[str] = ["assets/icl-tiny/saes"]  # folder of the SAE suite, or folders and hub paths with {layer} in them
 sae_layers: list[int] = [0, 1, 2, 3, 4, 5]  # layers whose SAEs are loaded, counted as their files do
+sae_variant: str = ""  # "paper" reads the ICL-SFC authors' own SAEs in the form of their experiments; empty: as trained
 tasks: str = "embedded"  # task source
 prefix: str = "Follow the pattern:\n"  # what stands before the pairs of a prompt; chat models may want a turn opened
 run_dir: str = "runs/tiny"  # where results go, counted from the repository root
@@ -63,7 +64,7 @@ setup(run_dir)
 store, ledger = Store(run_dir), Ledger(Store(run_dir), notebook="03_task_vector_cleaning")
 lm = load_model(resolve(model), dtype=compute_dtype(), mesh="auto")
 tokenizer = load_tokenizer(resolve(model))
-suite = load_suite(resolve(saes), lm.config, sae_layers, sites=["resid_pre"], mesh=mesh_of(lm))
+suite = load_suite(resolve(saes), lm.config, sae_layers, variant=sae_variant or None, sites=["resid_pre"], mesh=mesh_of(lm))
 suite = {site: sae.fold() for site, sae in suite.items()}
 task_set, template = load_tasks(tasks), Template(prefix=prefix)
 names = list(task_set)
@@ -81,7 +82,14 @@ $$\min_\theta\; \mathrm{NLL}(v_\theta) + \lambda \sum_i f_i, \qquad f = \mathrm{
 
 Three things to know. A latent that is off gets no gradient, so the support only shrinks: TVC selects and re-weights. It stops when L0
 has not fallen for `tvc_patience` steps, and returns the last iterate. And $b_{dec}$ is always inserted.
+"""
 
+# %%
+figures.cleaning_overview()
+plt.show()
+
+# %% [markdown]
+r"""
 The optimisation sees two thirds of the pairs of the optimisation pool. The last third is for choices ($\lambda$, learning rate), and the
 evaluation pool for what we report.
 """
@@ -149,8 +157,8 @@ plt.show()
 
 # %% [markdown]
 """
-More than half of the latents go in the first 20 steps, and the loss falls at the same time, from 0.3 to below 0.2 nats for the three smaller
-penalties: what went was not needed. The two larger ones buy their last latents with loss.
+More than half of the latents go in the first 20 steps. The first steps overshoot, since a latent needs but one to be switched off; then the loss
+settles, below that of the start for the two smallest penalties: what went was not needed. The larger ones buy their last latents with loss.
 """
 
 # %% [markdown]
@@ -170,32 +178,36 @@ plt.show()
 
 # %% [markdown]
 r"""
-Up to $\lambda = 0.003$ there is a plateau above the task vector's dashed line while L0 falls from 0.39 to 0.25 of the encoding's (here a mean over
-tasks of fractions); at 0.01 the lead over the task vector is gone, and at 0.03 the penalty outweighs the loss. Prices are relative to activations
+Up to $\lambda = 0.001$ there is a plateau above the task vector's dashed line, with a third of the encoding's latents (here a mean over
+tasks of fractions); at 0.003 the lead over the task vector is nearly gone, and at 0.03 the penalty outweighs the loss. Tasks differ much (the shaded
+band), so a penalty that is too large for one may spare latents in another. Prices are relative to activations
 (0.015 nats a latent at $\lambda = 0.003$), so a good $\lambda$ need not carry over to another SAE.
 
 ## The choice of the penalty
 
-Both rules below are read on the pairs kept for choices. **TVC** from here on: one $\lambda$ for all tasks, the largest that keeps 95 % of
-the best mean change of the loss, so that no latent is saved at the price of the effect. **Sparsest**: for each task the fewest latents whose loss is
-at most 1.02 times the task vector's, so that only what the vector did has to be kept. All losses are on the evaluation pool.
+Both rules are read on the pairs kept for choices. **TVC** from here on: for each task the fewest latents whose loss is at most 1.02 times the
+task vector's, so that only what the vector did has to be kept. **TVC, one λ**: the same rule for the means over tasks, one penalty for all. It is
+what a user has who sets $\lambda$ once, and what we use below where a whole sweep would take too long. All losses are on the evaluation pool.
 
 The learning rate was chosen on the pairs kept for choices as well, among 5, 10 and 20: at 10 fewer latents were left than at 5 for nearly the same
 loss, and at 20 the loss was far higher. It is large because activations are: see the steps that it takes to switch a latent off, above.
 """
 
 # %% tags=["nbval-check-output"]
-mean_choose = relative(tvc_choose, zero_choose).mean(axis=0)
-chosen = int(np.flatnonzero(mean_choose <= mean_choose.min() + 0.05 * abs(mean_choose.min())).max())
-picks = {"TVC": jnp.full(len(names), chosen)}
-picks["TVC, sparsest"] = select_l1(cleaned.l0, jnp.asarray(tvc_choose), jnp.asarray(tv_choose))
 of = lambda table, index: np.take_along_axis(np.asarray(table), np.asarray(index)[:, None], axis=1)[:, 0]
+rule = lambda **kind: select_l1(cleaned.l0, jnp.asarray(tvc_choose), jnp.asarray(tv_choose), **kind)
+picks = {"TVC": rule(), "TVC, one λ": rule(shared=True)}
+shared_l1 = tvc_l1[int(picks["TVC, one λ"][0])]
 l0s = {"SAE encoding": encoded_l0} | {name: of(cleaned.l0, index) for name, index in picks.items()}
 change = {"task vector": relative(tv_test, zero_test)} | {name: relative(of(tvc_test, index), zero_test) for name, index in picks.items()}
 final, l0 = cleaned.take(picks["TVC"]), l0s["TVC"]
-print(f"chosen: λ = {tvc_l1[chosen]:g}")
+print(
+    "penalties chosen: "
+    + ", ".join(f"{n} tasks {value:g}" for value, n in zip(tvc_l1, np.bincount(picks["TVC"], minlength=len(tvc_l1)), strict=True))
+)
+print(f"one λ for all: {shared_l1:g}")
 for name in picks:
-    print(f"{name:16s} L0 {l0s[name].mean():4.1f} of {encoded_l0.mean():.1f}; relative loss change {change[name].mean():+.2f}")
+    print(f"{name:10s} L0 {l0s[name].mean():4.1f} of {encoded_l0.mean():.1f}; relative loss change {change[name].mean():+.2f}")
 print(f"task vector: relative loss change {change['task vector'].mean():+.2f}")
 
 # %%
@@ -204,9 +216,9 @@ plt.show()
 
 # %% [markdown]
 """
-The dashed levels are for Gemma-1 2B at layer 12; the shape is the same. Of 8.0 encoded latents TVC leaves 1.9, a quarter, with a loss
-change of -85 % against the task vector's -79 %. The "sparsest" choice differs little here (2.1 latents, -85 %): the task vector is good enough that its
-loss is a bar as strict as ours.
+The dashed levels are for Gemma-1 2B at layer 12; the shape is the same. Of 8.3 encoded latents TVC leaves 1.9, less than a quarter, with a loss
+change of -84 % against the task vector's -79 %. With one penalty for all tasks it is 2.6 latents and -87 %: a penalty that is small enough for
+the task that needs most latents leaves others with more than they need.
 """
 
 # %% [markdown]
@@ -240,61 +252,63 @@ plt.show()
 # %% [markdown]
 """
 From two latents on TVC reaches losses that ITO reaches with no number of latents. With fewer, ITO is ahead: its first latent alone gives
--76 %, and more of them bring it to the task vector, whose direction it approximates, and no further.
+-77 %, and more of them bring it to the task vector, whose direction it approximates, and no further. Here one penalty serves all tasks at each point of TVC.
 """
 
 # %% [markdown]
 r"""
 ## At equal L0, task by task
 
-For each task, ITO gets exactly as many steps as TVC left latents (a task with none left has only the bias, and ITO one latent). One
-difference is not about latents: TVC inserts $b_{dec}$, ITO as published does not. So we also give ITO the bias: its pursuit then explains
-$v - b_{dec}$, and the bias is added back.
+For each task, ITO gets as many latents as TVC left (a task with none left has only the bias, and ITO one latent): of its codes the last one that
+uses no more. One difference is not about latents: TVC inserts $b_{dec}$, ITO as published does not. So we also give ITO the bias: its pursuit
+then explains $v - b_{dec}$, and the bias is added back.
 """
 
 
 # %%
-def ito_change(table):
-    """Relative loss change (task,) of ITO with as many steps as TVC has latents, from losses (task, step)."""
-    return relative(of(table, np.clip(l0, 1, n_steps) - 1), zero_test)
+def ito_at(codes, bias, l0):
+    """Relative loss change (task,) of codes (step, task, d_sae), for each task the last that has at most `l0` latents."""
+    used = np.asarray((codes > 0).sum(axis=-1)).T <= np.maximum(l0, 1)[:, None]
+    last = used.shape[1] - 1 - used[:, ::-1].argmax(axis=1)
+    return relative(loss(test_cut, codes[last, np.arange(len(names))] @ sae.W_dec + bias), zero_test)
 
 
-with_bias = pursuit_path(vector - sae.b_dec[None], sae.W_dec, n_steps) @ sae.W_dec + sae.b_dec[None, None]
-ito_equal, ito_bias_equal = ito_change(ito_test), ito_change(loss(test_cut, jnp.moveaxis(with_bias, 0, 1)))
+codes_with_bias = pursuit_path(vector - sae.b_dec[None], sae.W_dec, n_steps)
+ito_equal, ito_bias_equal = ito_at(codes, 0.0, l0), ito_at(codes_with_bias, sae.b_dec[None], l0)
 figures.equal_l0(ito_equal, change["TVC"], names, l0)
 plt.show()
 
 # %% tags=["nbval-check-output"]
 wins, wins_bias = change["TVC"] < ito_equal, change["TVC"] < ito_bias_equal
-sparsest = "TVC, sparsest"
-wins_sparsest = change[sparsest] < relative(of(ito_test, np.clip(l0s[sparsest], 1, n_steps) - 1), zero_test)
+one = "TVC, one λ"
+wins_one = change[one] < ito_at(codes, 0.0, l0s[one])
 print(f"at equal L0 TVC beats ITO on {wins.sum()} of {len(names)} tasks, and ITO with the bias on {wins_bias.sum()}")
-print(f"at the sparsest choice TVC beats ITO at equal L0 on {wins_sparsest.sum()}")
+print(f"with one λ TVC beats ITO at equal L0 on {wins_one.sum()}")
 print(f"mean change: TVC {change['TVC'].mean():+.2f}, ITO {ito_equal.mean():+.2f}, ITO with the bias {ito_bias_equal.mean():+.2f}")
 print(f"not better than ITO on: {', '.join(np.array(names)[~wins]) or 'none'}")
 
 # %% [markdown]
 """
-TVC is ahead on 24 of 28 tasks, and on 25 at the sparsest choice. With the bias ITO does better, -80 % on average against TVC's -85 %, and TVC is
-ahead on 19 only: part of its advantage over ITO as published is the bias that it inserts.
+TVC is ahead on 25 of 28 tasks, with a penalty for each or one for all. With the bias ITO does better, -81 % on average against TVC's -84 %, and TVC is
+ahead on 16 only: much of its advantage over ITO as published is the bias that it inserts. For `next_item` cleaning left nothing but the bias.
 """
 
 # %% [markdown]
 r"""
 ## All layers
 
-Fig. 3a of the paper has five methods; the last notebook drew four. At the other layers TVC runs with the $\lambda$ chosen above.
-Layers 0 and 1 are left out: no vector works there.
+Fig. 3a of the paper has five methods; the last notebook drew four. At every layer from 2 on TVC now runs its sweep, and the penalty is chosen
+for each task by the rule above. Layers 0 and 1 are left out: no vector works there.
 """
 
+
 # %%
-penalty = tvc_l1[chosen]
-
-
-def cleaned_at(layer, l1=penalty):
+def cleaned_at(layer):
     """Cleaned vectors of one layer, and their relative loss change (task,) on the evaluation pool."""
-    fit, test = (cut(lm, p, layer) for p in (fitting, held_out))
-    result = clean(lm, suite[Site("resid_pre", layer)], vectors[:, layer], fit, l1=l1, **options)
+    sae, v = suite[Site("resid_pre", layer)], vectors[:, layer]
+    fit, choose, test = (cut(lm, p, layer) for p in (fitting, choosing, held_out))
+    swept = clean(lm, sae, v, fit, l1=tvc_l1, **options)
+    result = swept.take(select_l1(swept.l0, jnp.asarray(loss(choose, swept.vector)), jnp.asarray(loss(choose, v))))
     return result, relative(loss(test, result.vector), zero_test)
 
 
@@ -314,15 +328,16 @@ for i in layers:
 
 # %% [markdown]
 """
-From layer 2 on cleaning is better than the vector it started from, by little at the last layer. At layer 3 it gains most:
--91 % from a vector of -66 %, better than any vector of any layer, so the latents are there a layer earlier than the vector works best.
+At every layer cleaning is better than the vector it started from, by little at the last. At layer 3, the elbow, it gains most:
+-86 % from a vector of -66 %, better than any vector of any layer, so the latents are there a layer earlier than the vector works best. At layer 2
+it does not make a vector that works; it takes the harm away.
 """
 
 # %% [markdown]
 """
 ## How stable is the result?
 
-The paper's supports differ between runs. Here the cleaning is repeated with other prompts, and with learning rates three times smaller
+The paper's supports differ between runs. Here the cleaning with one $\lambda$ is repeated with other prompts, and with learning rates three times smaller
 and larger. The overlap is the mean over tasks of the shared share of surviving latents (intersection over union; two empty sets overlap fully).
 """
 
@@ -337,21 +352,21 @@ def overlap(f, g):
 
 again = cut(lm, prompts(lambda task: [pair for i, pair in enumerate(task.pool("optimisation")) if i % 3], offset=6), best)
 runs = {"other prompts": (again, tvc_lr), "lr / 3": (fit_cut, tvc_lr / 3), "lr x 3": (fit_cut, tvc_lr * 3)}
-results = {"as above": final} | {
-    name: clean(lm, sae, vector, where, l1=penalty, **(options | {"lr": lr})) for name, (where, lr) in runs.items()
+results = {"as above": cleaned.take(picks["TVC, one λ"])} | {
+    name: clean(lm, sae, vector, where, l1=shared_l1, **(options | {"lr": lr})) for name, (where, lr) in runs.items()
 }
 rows = [
     {"run": name, "L0": float(r.l0.mean()), "loss change": relative(loss(test_cut, r.vector), zero_test).mean(),
-     "steps": float(r.steps.mean()), "overlap": overlap(r.f, final.f)}
+     "steps": float(r.steps.mean()), "overlap": overlap(r.f, results["as above"].f)}
     for name, r in results.items()
 ]  # fmt: skip
 stability = pd.DataFrame(rows)
-figures.style_table(stability, caption=f"λ = {penalty:g} at layer {best}", digits={"L0": 1, "steps": 0})
+figures.style_table(stability, caption=f"λ = {shared_l1:g} at layer {best}", digits={"L0": 1, "steps": 0})
 
 # %% [markdown]
 """
-The effect depends neither on prompts nor on a smaller rate (-85 and -86 %). Of these supports about four fifths are shared (overlap 0.78 and 0.85): as in
-the paper, the surviving set is one of several that do. Three times the rate is too much: it leaves 1.1 latents and costs effect (-70 %).
+The effect depends neither on prompts nor on a smaller rate (-87 to -88 %). Of these supports four fifths are shared (overlap 0.83): as in
+the paper, the surviving set is one of several that do. Three times the rate is too much: it leaves 1.5 latents and costs effect (-77 %).
 """
 
 # %% [markdown]
@@ -359,7 +374,7 @@ r"""
 ## Does it depend on the dictionary?
 
 The paper's reviewers asked what a wider or a sparser SAE would change. Notebook 01 trained SAEs of several widths with several penalties at
-`layer_executor`. Each gets the vectors, the prompts and the $\lambda$ from above: a latent is in units of the vector that it writes in all of
+`layer_executor`. Each gets the vectors, the prompts and the one $\lambda$ from above: a latent is in units of the vector that it writes in all of
 them, so its price is the same. The learning rate is half of the SAE's own $\bar f$, so that a latent takes two steps to switch off everywhere: dense SAEs
 have many small latents, which the rate of above would jump over all at once. The authors answered that cleaning works for all SAEs that they tried, of L0 20 to
 300, and that "very high L0s seem to produce lower L0 task vectors". We expect fewer latents after cleaning than in the encoding everywhere, and
@@ -378,7 +393,7 @@ def cleaned_in(folder):
     sae = dataclasses.replace(load_sae(store.run_dir / folder).fold(), metadata=())  # without what differs, one compilation serves a width
     start = sae.encode(vectors_here)
     lr = 0.5 * float(start.sum() / (start > 0).sum())
-    result = clean(lm, sae, vectors_here, fit_here, l1=penalty, **(options | {"lr": lr}))
+    result = clean(lm, sae, vectors_here, fit_here, l1=shared_l1, **(options | {"lr": lr}))
     losses = {"change": loss(test_here, result.vector), "reconstruction": loss(test_here, sae.decode(start))}
     counts = {"encoded": float((start > 0).sum(axis=-1).mean()), "left": float(result.l0.mean())}
     return result.f > 0, counts | {name: relative(x, zero_test).mean() for name, x in losses.items()}
@@ -417,16 +432,12 @@ if sweep_widths:
 
 # %% [markdown]
 r"""
-Cleaning takes latents away in every one of them: of the 3 to 108 that encode a task vector it leaves 1 to 6. What is left grows slowly with the
+Cleaning takes latents away in every one of them: of the 3 to 109 that encode a task vector it leaves 1 to 11. What is left grows slowly with the
 SAE's L0, while the encoding grows fast, so dense SAEs gain most latents from cleaning; but at one $\lambda$ their task vectors are not sparser than
-those of sparse SAEs (the authors compared at different $\lambda$). The cleaned vector beats the task vector in 9 of the 12, by up to 0.07. The three of the
-largest training penalty (L0 5 to 14) stay up to 0.02 behind: their encodings have three to eight latents and lose effect already, of which cleaning
-wins most back. Width hardly changes what is left; at equal L0 the wider SAEs have the slightly lower loss.
-
-A quarter of $\bar f$ as the rate gave the same losses to 0.01, with up to 0.7 latents more. Twice $\bar f$, the rate of the main SAE above, did not: half of the
-SAEs, the densest narrow ones among them, then fell behind the task vector. Of the two settings that cleaning has, it is the rate that does not carry over
-from one dictionary to another.
-"""
+those of sparse SAEs (the authors compared at different $\lambda$). The cleaned vector beats the task vector in 11 of the 12, by up to 0.11. The one
+exception, 1,024 latents at the largest training penalty, stays 0.01 behind: its encodings have four latents and lose effect already, of which cleaning
+wins most back. Where an encoding has two or three latents (256 at the largest penalty) cleaning leaves just over half of them, and our criterion of
+half fails there. Width hardly changes what is left; at equal L0 the wider SAEs have the slightly lower loss."""
 
 # %% [markdown]
 """
@@ -461,9 +472,9 @@ print(f"{(survives_in > 0).sum()} latents survive in some task, {(survives_in ==
 
 # %% [markdown]
 """
-No latent is encoded in half of the tasks: what all arrows share seems to sit in the bias. Of the 37 survivors 25 belong to one task, the
-others to a few. What remains has grown, mostly to three times its activation and more (country_capital: one latent, from 11 to 36). These are the candidates for
-task executors, which the next notebook tries one by one.
+No latent is encoded in half of the tasks: what all arrows share seems to sit in the bias. Of the 40 survivors 26 belong to one task, the
+others to two. What remains has grown, mostly to more than three times its activation where one latent is left (country_capital: from 10
+to 35). These are the candidates for task executors, which the next notebook tries one by one.
 """
 
 # %% [markdown]
@@ -485,11 +496,16 @@ if sweep_widths:
 ratio, margin = float(l0.mean() / encoded_l0.mean()), float(change["TVC"].mean() - change["task vector"].mean())
 nll_tvc, nll_tv = float(of(tvc_test, picks["TVC"]).mean()), float(tv_test.mean())
 share, share_bias = float(wins.mean()), float(wins_bias.mean())
+at_elbow = {method: values.mean(axis=0) for method, values in curves.items()}
+elbow = int(np.diff(at_elbow["task vector"]).argmin()) + 1  # the first layer behind the largest fall
+lead = [float(at_elbow[method][elbow] - at_elbow["TVC"][elbow]) for method in ("SAE reconstruction", "ITO(20)")]
 numbers = [
     ("tvc_l0", "Fig 3b", 3.78, float(l0.mean()), "at most 0.3 x encoded L0", ratio <= 0.3),
     ("encoded_l0", "Fig 3b", 10.87, float(encoded_l0.mean()), "more than TVC leaves", ratio < 1),
     ("tvc_minus_tv", "Fig 3a", -0.003, margin, "relative loss change at most 0.05 above the task vector's", margin <= 0.05),
     ("tvc_nll", "Fig 3a", None, nll_tvc, f"no worse than the task vector's {nll_tv:.2f}", nll_tvc <= nll_tv),
+    ("latents_removed", "Sec 3.1", "50 to 70 %", f"{100 * (1 - ratio):.0f} %", "at least half", ratio <= 0.5),
+    ("lead_at_elbow", "Fig 3a", [0.27, 0.23], lead, "at least 0.15 ahead of SAE reconstruction and ITO(20)", min(lead) >= 0.15),
     ("beats_ito_at_equal_l0", "App D.1", None, share, "on at least 80 % of the tasks", share >= 0.8),
     ("beats_ito_with_bias_at_equal_l0", "App D.1", None, share_bias, "on at least 80 % of the tasks", share_bias >= 0.8),
 ]
@@ -510,16 +526,16 @@ assert card != "tiny" or verdicts[required].all(), verdicts[required]
 """
 ## What we saw
 
-- Cleaning leaves 1.9 of 8.0 latents with a lower loss than the task vector's, on words that it has not seen.
-- At equal L0 it beats ITO on 24 of 28 tasks, and ITO with the bias on 19.
+- Cleaning leaves 1.9 of 8.3 latents with a lower loss than the task vector's, on words that it has not seen.
+- At equal L0 it beats ITO on 25 of 28 tasks, and ITO with the bias on 16.
 - Which latents survive depends a little on prompts and learning rate; what they do does not.
-- In dictionaries of 256 to 1,024 latents it leaves 1 to 6 of 3 to 108; nine of twelve beat the task vector, the sparsest stay 0.02 behind.
+- In dictionaries of 256 to 1,024 latents it leaves 1 to 11 of 3 to 109; eleven of twelve beat the task vector, one of the sparsest stays 0.01 behind.
 
 ## Limits
 
 The support can only shrink, so a latent that the encoder misses is lost for good. Adam's rate and the penalty are in units of the
-activations; the paper's rate, 0.15, left more latents and more loss here. Rate, penalties and the
-95 % of the rule were set with the bars on L0 and ITO in view, with the evaluation losses printed beside those for choices; the two agreed to 0.01 nats for all settings near ours. The pairs for fitting are few for the smallest tasks, and both cleaning and the choice of the
+activations; the paper's rate, 0.15, left more latents and more loss here. Rate and penalties were set on an earlier suite of SAEs with the bars on L0
+and ITO in view; the suite was trained anew afterwards, and the bars still hold. The pairs for fitting are few for the smallest tasks, and both cleaning and the choice of the
 penalty use losses, which ITO does not see at all.
 
 ## Next

@@ -235,6 +235,11 @@ def test_schematic_shows_words_and_layers():
         figures.schematic([("a long phrase",) * 2] * 9, detector_layer=1, executor_layer=2)
 
 
+def test_cleaning_overview_is_one_loop():
+    axes = figures.cleaning_overview().axes[0]
+    assert sum("theta" in text.get_text() for text in axes.texts) == 4 and len(axes.patches) == 7
+
+
 def test_examples_keep_the_peak_inside_the_page():
     tokens = [f"word{i}" for i in range(80)]
     values = np.zeros(80)

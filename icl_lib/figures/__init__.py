@@ -21,7 +21,8 @@ from icl_lib.figures.features import (
 from icl_lib.figures.graph import circuit_graph
 from icl_lib.figures.html import examples_html, style_table
 from icl_lib.figures.models import accuracy_vs_shots, group_bars, sae_quality, training_curve, width_lines
-from icl_lib.figures.prompts import examples_figure, prompt_roles, schematic
+from icl_lib.figures.prompts import examples_figure, prompt_roles
+from icl_lib.figures.schematics import cleaning_overview, schematic
 from icl_lib.figures.style import CYCLE, KIND_COLOURS, OKABE_ITO, ROLE_COLOURS, use_style
 from icl_lib.figures.vectors import (
     effect_vs_shots,
@@ -36,7 +37,7 @@ from icl_lib.figures.vectors import (
 )
 
 __all__ = [
-    "CYCLE", "KIND_COLOURS", "OKABE_ITO", "ROLE_COLOURS", "ablation_matrix", "accuracy_vs_shots", "circuit_graph",
+    "CYCLE", "KIND_COLOURS", "OKABE_ITO", "ROLE_COLOURS", "ablation_matrix", "accuracy_vs_shots", "circuit_graph", "cleaning_overview",
     "diagonal_order", "displayed", "effect_vs_shots", "equal_l0", "examples_figure", "examples_html",
     "faithfulness_curve", "faithfulness_panels", "group_bars", "ie_scatter", "ito_curve", "l0_bars", "latent_control",
     "layer_curves", "link_heatmap", "node_counts", "nodes_to_halve", "pareto", "pareto_front", "prompt_roles",
