@@ -10,11 +10,11 @@
 r"""
 # A few hundred latents carry a task, and other tasks can do without them
 
-**Claim.** Of the tens of thousands of nodes (latent, token role) in the upper two thirds of the layers, a few hundred have to be ablated to break one
-task. The same nodes hardly matter to unrelated tasks, and as many random nodes hardly matter to anyone.
+**Claim.** Of the tens of thousands of nodes (latent, token role) in the upper two thirds of the layers, a few hundred have to be ablated
+to break one task. The same nodes hardly matter to unrelated tasks, and as many random nodes hardly matter to anyone.
 
 - You will see the effect of every node from one backward pass, how good that estimate is, what is left of a task when its nodes are kept
-  or ablated, the task by task ablation matrix, and one circuit drawn with its edges.
+  or ablated, the task by task ablation matrix, and three circuits drawn with their edges.
 - You need the SAE suite, a CPU and a minute. By default this is the embedded model, `icl-tiny`: a working example, not the paper's result.
 - Source: Kharlapenko et al. (2025), "Scaling Sparse Feature Circuits For Studying In-Context Learning" (ICL-SFC), Sec. 4, Fig. 6 and
   App. E; the method is from Marks et al. (2025), "Sparse Feature Circuits" (SFC), Sec. 3.
@@ -39,6 +39,7 @@ card: str = "tiny"  # name of the experiment card
 model: str = "assets/icl-tiny"  # folder or hub id of the model
 saes: list[str] = ["assets/icl-tiny/saes"]  # folder of the SAE suite, or folders and hub paths with {layer} in them
 sae_layers: list[int] = [0, 1, 2, 3, 4, 5]  # layers whose SAEs are loaded, counted as their files do
+sae_variant: str = ""  # "paper" reads the ICL-SFC authors' own SAEs in the form of their experiments; empty: as trained
 tasks: str = "embedded"  # embedded, paper, function_vectors, or a folder of task files
 prefix: str = "Follow the pattern:\n"  # what stands before the pairs of a prompt; chat models may want a turn opened
 run_dir: str = "runs/tiny"  # where results go, from the repository root
@@ -55,7 +56,7 @@ store = Store(run_dir, params={"card": card, "model": model, "saes": saes, "task
 ledger = Ledger(store, "05_sparse_feature_circuits")
 lm = load_model(resolve(model), dtype=compute_dtype(), mesh="auto")
 tokenizer = load_tokenizer(resolve(model))
-suite = load_suite(resolve(saes), lm.config, sae_layers, mesh=mesh_of(lm))
+suite = load_suite(resolve(saes), lm.config, sae_layers, variant=sae_variant or None, mesh=mesh_of(lm))
 suite = {at: sae for at, sae in suite.items() if at.name != "resid_post"}  # behind the last block, no role can be ablated any more
 task_list = list(load_tasks(tasks).values())
 names, groups = [task.name for task in task_list], np.array([task.group for task in task_list])
@@ -73,8 +74,8 @@ with the sign turned so that **positive helps**. One backward pass gives all nod
 
 Faithfulness is measured in log-probability: $m$ is the mean log-probability of the first output token after every arrow but the first
 pair's, of which nothing can be known. For the *gradient* that is a poor choice here. This model is nearly certain of its answers, and the
-gradient of $\log p$ carries a factor $1 - p$. So nodes are found by the effect on the logit of the same tokens, as in the first version of
-the paper; we show below what the log-probability would have given.
+gradient of $\log p$ carries a factor $1 - p$. So nodes are found by the effect on the logit of the same tokens, as in the first version
+of the paper; we show below what the log-probability would have given.
 
 Nodes are found on prompts from the extraction pool. Everything measured later uses the evaluation pool, which shares no pair with it.
 """
@@ -87,15 +88,17 @@ held_out = stack_prompts([draw(task, "evaluation", circuit_prompts, seed + 101) 
 effects = circuits.node_effects(lm, suite, stack_prompts(found), circuit_layers, metric=pair_logit)
 ranking = circuits.rank_nodes(effects)
 active = sum((np.asarray(table) != 0).sum(axis=(1, 2)) for table in effects.latents.values())
-print(f"{len(task_list)} tasks, {len(effects.latents)} SAEs in layers {circuit_layers}")
+n_nodes = sum(table.shape[-1] for table in effects.latents.values()) * (len(Role) - 1)  # tokens of no role have no nodes
+print(f"{len(task_list)} tasks, {len(effects.latents)} SAEs in layers {circuit_layers}: {n_nodes:,} nodes")
 
 # %%
 print(f"nodes with any effect: {np.median(active):.0f} (median over tasks); with a positive effect: {np.median(ranking.n):.0f}")
 
 # %% [markdown]
 """
-Of 61,440 nodes (twelve SAEs, 1,024 latents, five roles) about one in six is active in a task's prompts, and less than half of those help. Where do
-the strongest sit? We expect some at the outputs of the examples, where the task is read off, and most at the arrows, where it is used.
+Of 61,440 nodes (twelve SAEs, 1,024 latents, five roles) about one in six is active in a task's prompts, and less than half of those help.
+Where do the strongest sit? We expect some at the outputs of the examples, where the task is read off, and most at the arrows, where it is
+used.
 """
 
 # %%
@@ -111,8 +114,8 @@ print((100 * share).sort_values(ascending=False).round(0).astype(int).to_string(
 
 # %% [markdown]
 """
-More than four fifths of the effect sits at the arrows, where the answer is made. Outputs come second and lie low: layer 3 is the last from which
-the arrows read them. Inputs matter little this late, and newlines and the instruction not at all.
+More than four fifths of the effect sits at the arrows, where the answer is made. Outputs come second and lie low: layer 3 is the last
+from which the arrows read them. Inputs matter little this late, and newlines and the instruction not at all.
 
 What the SAEs leave out has effects too. An *error node* stands for all of it at one SAE and role; the method lists these and never
 ablates them. If they carried most of the effect, circuits of latents would describe little.
@@ -126,7 +129,7 @@ for what, tables in parts.items():
         total = np.asarray(table).reshape(len(names), len(Role), -1).sum(axis=(1, 2))  # the summed effect of a site
         size[site.layer, site.name, what] = np.abs(total).mean()
 table = pd.Series(size).unstack().rename_axis(["layer", "SAE at"]).reset_index()
-figures.style_table(table, caption="Size of the summed effect (nats, mean over tasks)", digits={"latents": 2, "errors": 2})
+figures.style_table(table, caption="Size of the summed effect on the logit (logits, mean over tasks)", digits={"latents": 2, "errors": 2})
 
 # %% [markdown]
 """
@@ -153,7 +156,8 @@ for k, (metric, source) in enumerate({pair_logit: effects, pair_logprob: plain}.
     some = pd.concat([strong, weak.sample(min(100, len(weak)), random_state=seed)])
     alone = circuits.prepare(lm, suite, stack_prompts([found[shown]]), layers=circuit_layers, metric=metric)
     exact = circuits.brute_force_effects(alone, some)
-    ax = figures.ie_scatter(some.effect, exact, some.kind, ax=figure.add_subplot(1, 2, k + 1))
+    ax = figures.ie_scatter(some.effect, exact, some.kind, unit=("logits", "nats")[k], ax=figure.add_subplot(1, 2, k + 1))
+    ax.set_title(f"{('logit', 'log-probability')[k]}: {ax.get_title(loc='left')}")
     ax.get_legend().set_visible(k == 0)
     agree[metric.__name__] = float(np.corrcoef(some.effect, exact)[0, 1])
 plt.show()
@@ -163,45 +167,52 @@ print(f"{names[shown]}: r = {agree['pair_logit']:.2f} (logit), {agree['pair_logp
 
 # %% [markdown]
 r"""
-The logit's gradient predicts single ablations well (r = 0.99), and errs to the low side. The log-probability's gradient is many times too small for
-the strongest nodes and has the sign wrong for some others: at a near certain answer its slope is a small difference of small numbers, and what a real ablation does comes
-from the curvature. The paper's model was less sure of its answers than this one, so there the log-probability could serve.
+The logit's gradient predicts single ablations well (r = 0.99), and errs to the low side. The log-probability's gradient is many times too
+small for the strongest nodes and has the sign wrong for some others (r = 0.78): at a near certain answer its slope is a small difference
+of small numbers, and what a real ablation does comes from the curvature. The paper's model was less sure of its answers than this one, so
+there the log-probability could serve.
 """
 
 # %% [markdown]
 r"""
 ## Keep a circuit, or ablate it
 
-*Faithfulness* of a set of nodes $C$ is $(m(C) - m(\emptyset)) / (m(M) - m(\emptyset))$: 1 for the whole model, 0 with every latent of these
-layers ablated. Left: only the top nodes are kept. Right: only they are ablated. Dashed: as many random nodes that fire at the same SAE
-and role. We expect both curves to move long before the random ones.
+*Faithfulness* of a set of nodes $C$ is $(m(C) - m(\emptyset)) / (m(M) - m(\emptyset))$: 1 for the whole model, 0 with every latent of
+these layers ablated. Left: only the top nodes are kept. Right: only they are ablated. Dashed: as many random nodes that fire at the same
+SAE and role, drawn anew for every count from those outside of the circuit. We expect both curves to move long before the random ones.
 """
 
 # %%
 setting = circuits.prepare(lm, suite, held_out, layers=circuit_layers)
-counts = [10, 30, 100, 200, 500, 1000]
-keys = jax.random.split(jax.random.key(seed), 3)
-limit = np.minimum(max(counts), np.asarray(ranking.n))
-others = circuits.random_ranking(ranking, effects, limit, key=keys[0])
-keep = np.asarray(circuits.faithfulness(setting, ranking, counts, "keep"))
-inverse = np.asarray(circuits.faithfulness(setting, ranking, counts, "inverse"))
+counts = [10, 30, 50, 100, 200, 500, 1000]
+curves = {mode: np.asarray(circuits.faithfulness(setting, ranking, counts, mode)) for mode in ("keep", "inverse")}
+keep, inverse = curves["keep"], curves["inverse"]
 
 # %%
-keep_random = np.asarray(circuits.faithfulness(setting, others, counts, "keep"))
-inverse_random = np.asarray(circuits.faithfulness(setting, others, counts, "inverse"))
-figures.faithfulness_panels(counts, keep, inverse, keep_control=keep_random, ablate_control=inverse_random)
+curve_key, matrix_key = jax.random.split(jax.random.key(seed))
+sizes = np.minimum(np.array(counts)[:, None], np.asarray(ranking.n))  # (count, task): no circuit is larger than what helps
+draws = [circuits.random_ranking(ranking, effects, n, key=k) for n, k in zip(sizes, jax.random.split(curve_key, len(counts)), strict=True)]
+one_count = lambda drawn, n, mode: np.asarray(circuits.faithfulness(setting, drawn, [n], mode))
+random = {mode: np.hstack([one_count(d, n, mode) for d, n in zip(draws, counts, strict=True)]) for mode in curves}
+figures.faithfulness_panels(counts, keep, inverse, keep_control=random["keep"], ablate_control=random["inverse"])
 plt.show()
+
+# %%
+found_share = np.array([drawn.count(n) / n for drawn, n in zip(draws, sizes, strict=True)])
+means = {"kept": keep, "random kept": random["keep"], "ablated": inverse, "random ablated": random["inverse"], "drawn/asked": found_share.T}
+print(pd.DataFrame({name: values.mean(axis=0) for name, values in means.items()}, index=counts).round(2).to_string())
 
 # %% tags=["nbval-check-output"]
 print(f"m of the whole model {np.mean(setting.full):.1f} nats, with all latents ablated {np.mean(setting.empty):.1f}")
-print(f"keeping 500 nodes: {keep[:, counts.index(500)].mean():.2f}, 500 random ones: {keep_random[:, counts.index(500)].mean():.2f}")
+print(f"keeping 500 nodes: {keep[:, counts.index(500)].mean():.2f}, 500 random ones: {random['keep'][:, counts.index(500)].mean():.2f}")
 print(f"ablating 100 nodes leaves {inverse[:, counts.index(100)].mean():.2f}")
 
 # %% [markdown]
 """
-Here, as everywhere below, the measure is log-probability. With 200 nodes kept half of the behaviour is there, with 500 two thirds;
-random nodes bring nothing. Ablating 100 leaves 0.68, 500 next to nothing. Faint lines spread widely, so the mean is no
-portrait of a single task.
+Here, as everywhere below, the measure is log-probability. With 200 nodes kept half of the behaviour is there (0.50), with 500 two thirds
+(0.67), with 1,000 three quarters (0.75). Ablating 100 leaves 0.68, ablating 500 next to nothing (0.07). Random nodes bring at most 0.04
+and take away at most 0.01; there were enough active ones for every draw (last column). The published curve starts higher and is flatter
+(0.32 with 50 nodes, where ours has 0.17). Faint lines spread widely, so the mean is no portrait of a single task.
 """
 
 # %% [markdown]
@@ -218,16 +229,20 @@ figures.nodes_to_halve(np.where(reached, halved, np.nan), names, bar=300)
 plt.show()
 
 # %% tags=["nbval-check-output"]
-median = float(np.median(np.where(reached, halved, np.inf)))
 by_logprob, fell = (np.asarray(a) for a in circuits.nodes_to_halve(setting, circuits.rank_nodes(plain)))
-print(f"ranked by the logit: median {median:.0f} nodes, {reached.sum()} of {len(names)} tasks fall below one half")
-print(f"ranked by the log-probability: {fell.sum()} of {len(names)} tasks fall")
+needed = {"the logit": np.where(reached, halved, np.inf), "the log-probability": np.where(fell, by_logprob, np.inf)}
+for metric, n in needed.items():
+    print(
+        f"ranked by {metric}: {np.isfinite(n).sum()} of {len(names)} tasks fall, "
+        f"at {n.min():.0f} to {n.max():.0f} nodes, median {np.median(n):.0f}"
+    )
 
 # %% [markdown]
 """
-Most tasks need one to three hundred nodes, some a few dozen; all fall, the last at about 350. Where the answer is one of a few words, few nodes
-are enough (the language of a word, a continent); translations and sequences take the most. The second count shows what the choice of gradient is
-worth: ranked by the log-probability, ten tasks do not fall within 1,024 nodes.
+All tasks fall, at 18 to 385 nodes; most need one to three hundred, seven fewer. Where the answer is one of a few words, few nodes are
+enough (the language of a word, a continent); translations and `previous_item` take the most. The second line shows what the choice of
+gradient is worth: ranked by the log-probability, as in the paper's final form, nine of 28 tasks do not fall within 1,024 nodes (inf), and
+the median is 440 in place of 168.
 """
 
 # %% [markdown]
@@ -244,8 +259,8 @@ figures.ablation_matrix(change, names, list(groups))
 plt.show()
 
 # %%
-drawn = circuits.random_ranking(ranking, effects, halved, key=keys[1])
-control = np.asarray(circuits.faithfulness(setting, drawn, [int(drawn.n.max())], "inverse"))[:, 0] - 1
+drawn = circuits.random_ranking(ranking, effects, halved, key=matrix_key)
+control = np.asarray(circuits.faithfulness(setting, drawn, [int(halved.max())], "inverse"))[:, 0] - 1
 own, off_diagonal = np.diag(change), ~np.eye(len(names), dtype=bool)
 same_group = off_diagonal & (groups[:, None] == groups[None, :])
 unrelated = off_diagonal & ~same_group
@@ -253,15 +268,55 @@ rows = {"own task": own, "same group": change[same_group], "other groups": chang
 rows["random nodes, own task"] = control
 
 # %% tags=["nbval-check-output"]
-summary = pd.DataFrame({k: {"mean": v.mean(), "median": np.median(v)} for k, v in rows.items()}).T
-print(summary.round(2).to_string())
+n_drawn = drawn.count(halved)
+summary = pd.DataFrame({k: {"mean": v.mean(), "median": np.median(v)} for k, v in rows.items()}).T.round(2)
+summary["nodes (median)"] = [int(np.median(n)) for n in (halved, halved, halved, halved, n_drawn)]
+print(summary.to_string())
+
+# %% tags=["nbval-check-output"]
+least = float((n_drawn / halved).min())
+below = lambda ranks: np.asarray(ranks) < halved[:, None, None]
+mass = lambda order: sum((np.asarray(effects.means[site]) * below(order.rank[site])).sum(axis=(1, 2)) for site in effects.means)
+print(f"random nodes drawn: median {np.median(n_drawn):.0f} for circuits of {np.median(halved):.0f}; the smallest share is {least:.2f}")
+print(f"their summed mean activation is {100 * np.median(mass(drawn) / mass(ranking)):.0f} % of the circuit's (median)")
 
 # %% [markdown]
 """
-The matrix is close to its diagonal: the own task loses half, tasks of other groups next to nothing, as many random nodes nothing. Spill-over
-follows meaning. Tasks that answer with a language break each other, as do the verb forms, the two directions through a sequence, and
-translations that share a language. "antonyms" suffers from translations, whose adjectives are its inputs. A few cells follow no meaning
-that we can see: the nodes of `present_perfect` matter to currencies and professions.
+The matrix is close to its diagonal: the own task loses half, tasks of other groups next to nothing. Random nodes of the same SAEs and
+roles, as many as asked for in every task, change nothing. That is a mild control: most active nodes fire seldom or weakly, and those
+drawn carry a tenth of the circuit's activation. The harder one is the matrix itself: its other rows are nodes that matter to some task.
+"""
+
+# %% [markdown]
+"""
+Where does the rest go? Two blocks are published: tasks that translate out of English, and those that translate into it. We give each
+without its diagonal, which is a half by construction, and with it in brackets. Then all cells below -0.2, by group.
+"""
+
+# %% tags=["nbval-check-output"]
+sides = {"en_*": [n.startswith("en_") for n in names], "*_en": [n.endswith("_en") for n in names]}
+blocks = {side: np.outer(member, member) for side, member in sides.items() if sum(member) > 1}
+spill = {side: float(change[block & off_diagonal].mean()) for side, block in blocks.items()}
+for side, block in blocks.items():
+    print(f"{side}: {spill[side]:.2f} ({change[block].mean():.2f})")
+strong = off_diagonal & (change < -0.2)
+inside = strong & same_group
+print(
+    f"{100 * strong.sum() / off_diagonal.sum():.0f} % of the other cells are below -0.2, {inside.sum()} of these {strong.sum()} inside a group"
+)
+
+# %% tags=["nbval-check-output"]
+ablated, tested = (pd.Series(groups[i], name=name) for i, name in zip(np.nonzero(strong), ("ablated", "tested"), strict=True))
+print(pd.crosstab(ablated, tested).to_string())
+
+# %% [markdown]
+"""
+Spill-over follows meaning more than our groups. Tasks that answer with a language break each other, as do the verb forms, the two
+directions through a sequence, and translations that share a language. The block out of English loses as much as the published one
+(-0.25), the block into English more (-0.45, published -0.31). Of the 18 cells outside of any group, 14 join translations with `antonyms`
+and `plural_singular`, which share English words with them. The other four follow no meaning that we can see: the nodes of
+`present_gerund` and `present_perfect` matter to continents, currencies and professions. So spill-over only inside groups, which is what
+the paper's matrix shows, does not hold here.
 """
 
 # %% [markdown]
@@ -283,6 +338,8 @@ for name, source in sources.items():
     lost[name] = nats(other, np.asarray(circuits.faithfulness(other, ranking, counts, "inverse")))
 ax = figures.effect_vs_shots(counts, lost, ylabel="log-probability lost (nats)")
 ax.set(xscale="log", xlabel="top nodes ablated")
+ax.set_xticks(counts, counts)
+ax.minorticks_off()
 plt.show()
 
 # %% tags=["nbval-check-output"]
@@ -291,66 +348,163 @@ print("lost by ablating 200 nodes (nats): " + ", ".join(f"{name} {values[:, at].
 
 # %% [markdown]
 """
-So it is for the first few hundred: replaced by its mean in the task, a node is hardly missed (0.7 nats for 200), which says that these nodes do carry
-what is common to a task's prompts. The mean over all tasks takes away the task and keeps the rest, and costs 1.8 nats, nearly all of it with the
-first 100 nodes. With 1,000 nodes the order turns, as the task's own mean also wipes out what tells one word from another. Zero costs nearly four
-times as much: beyond the task it pushes the stream to places where it never is. The paper's faithfulness is of this harsher kind.
+So it is for the first few hundred: replaced by its mean in the task, a node is hardly missed (0.7 nats for 200), which says that these
+nodes do carry what is common to a task's prompts. The mean over all tasks takes away the task and keeps the rest, and costs 1.8 nats,
+nearly all of it with the first 100 nodes. With 1,000 nodes the order turns, as the task's own mean also wipes out what tells one word
+from another. Zero costs nearly four times as much: beyond the task it pushes the stream to places where it never is. The paper's
+faithfulness is of this harsher kind.
 """
 
 # %% [markdown]
 """
-## One circuit, drawn
+## Three circuits, drawn
 
-The 40 strongest nodes of one task with the edges between them: how much of a node's effect comes straight from another node, at most
-one layer below. Layers run upwards, roles from left to right.
+The 40 strongest nodes of a task with the edges between them: how much of a node's effect comes straight from another node, at most
+one layer below. Layers run upwards, roles from left to right. First the task whose circuit has the median size.
 """
 
 # %%
-drawn_task = int(np.argsort(np.where(reached, halved, np.inf))[reached.sum() // 2])  # the median circuit
-circuit = circuits.Circuit.from_effects(effects.task(drawn_task), n=40)
-edges = circuits.edge_effects(lm, suite, found[drawn_task], circuit, metric=pair_logit)
-circuit = circuit.with_edges(edges[edges.source.isin(circuit.nodes.index)], per_node=2)  # error nodes are not drawn
-figures.circuit_graph(circuit.nodes, circuit.edges, title=names[drawn_task])
-plt.show()
+by_size = np.argsort(np.where(reached, halved, np.inf), kind="stable")
+middle = lambda tasks: int(tasks[len(tasks) // 2])  # the median circuit among tasks ordered by size
+
+
+def draw_circuit(task: int) -> circuits.Circuit:
+    """Draw the 40 strongest nodes and 80 edges of a task; effects and edges are those on the logit."""
+    circuit = circuits.Circuit.from_effects(effects.task(task), n=40)
+    edges = circuits.edge_effects(lm, suite, found[task], circuit, metric=pair_logit)
+    circuit = circuit.with_edges(edges[edges.source.isin(circuit.nodes.index)], per_node=2)  # error nodes are not drawn
+    figures.circuit_graph(circuit.nodes, circuit.edges, title=f"{names[task]}: m is the logit")
+    plt.show()
+    return circuit
+
+
+first = middle(by_size[: max(1, reached.sum())])
+shown_circuits = [draw_circuit(first)]
 
 # %% [markdown]
 """
-It reads from the lower right to the top: latents on the outputs in layers 2 and 3, attention that carries them to the arrow, strong residual
-latents at the arrow of layers 3 and 4, and the latents of layer 5 that they write. Notebook 04 looks for detectors among the first and for
-executors among those of layer 4.
+It reads from the lower right to the top: latents on the outputs in layers 2 and 3, attention that carries them to the arrow, residual
+latents at the arrow of layers 3 and 4, two strong ones in each, and the latents of layer 5 that they write. Notebook 04 looks for
+detectors among the first and for executors among those of layer 4. Now the median task of the largest other group.
+"""
+
+# %%
+others = [group for group in dict.fromkeys(groups[by_size]) if group != groups[first]]
+largest = sorted(others, key=lambda group: -(groups == group).sum())
+for group in largest[:1]:
+    shown_circuits.append(draw_circuit(middle(by_size[groups[by_size] == group])))
+
+# %% [markdown]
+"""
+A smaller circuit has stronger nodes: a chain of one latent a layer at the arrow (873, 554, 108), each worth about a logit, and more
+latents on the outputs below it. Last, the median task of the next group.
+"""
+
+# %%
+for group in largest[1:2]:
+    shown_circuits.append(draw_circuit(middle(by_size[groups[by_size] == group])))
+
+# %% tags=["nbval-check-output"]
+labels = pd.concat([circuit.nodes for circuit in shown_circuits]).index
+print("nodes in more than one circuit:", ", ".join(sorted(set(labels[labels.duplicated()]))) or "none")
+
+# %% [markdown]
+"""
+Here two latents of layer 4 (425, 55) share the work, and a few edges are negative, those into the attention output 256 of layer 3. The
+three circuits have the plan in common and only three nodes, all at the bottom, in layer 2.
 """
 
 # %% [markdown]
 """
-## What we saw
+## The ledger
 
-- About 170 of 61,440 nodes are enough to break the median task; as many random ones do nothing.
-- Other tasks lose a twelfth of what the own task loses, and mostly where they share their words or their answers.
-- 500 kept nodes hold two thirds of the behaviour, with everything else in these layers set to zero.
-
-**Limits.** One small model, one seed of prompts. Error nodes are never ablated and carry much. Positive effects only, one at a time:
-redundant nodes hide behind each other. The range of layers and the number of prompts that nodes are found on were chosen on an earlier model,
-with the bar of 300 nodes in view. Few active nodes are left for the control of large circuits. Nodes were ranked by logits because log-probabilities saturate here.
-
-**Next.** [04_executors_and_detectors](04_executors_and_detectors.ipynb) looks at two kinds of nodes one by one. Any SAE suite and task set
-goes through this notebook with a card of its own in `params/`.
+The circuits are saved; then our numbers go to the ledger beside the published ones. Where the paper gives several versions, we take
+the one with the target of one half. First the circuits and the matrix.
 """
 
 # %%
 halves = [circuits.Circuit.from_effects(effects.task(i), n=int(n)).nodes.assign(task=names[i]) for i, n in enumerate(halved)]
 store.save_table("circuits", pd.concat(halves), meta={"model": model, "tasks": tasks, "layers": circuit_layers})
 store.save("circuit_ablation", {"change": change, "halved": halved, "keep": keep, "inverse": inverse}, meta={"tasks": names})
-spared, ratio, kept = float(change[off_diagonal].mean()), float(control.mean() / own.mean()), float(keep[:, counts.index(500)].mean())
+
+# %%
+own_mean, spared = float(own.mean()), float(change[off_diagonal].mean())
+half, half_logprob = needed["the logit"], needed["the log-probability"]
+median, ratio = float(np.median(half)), float(control.mean() / own_mean)
 in_group, out_group = float(change[same_group].mean()), float(change[unrelated].mean())
-ledger.record("nodes_to_halve", item="Sec. 4.2", published=195, ours=median, criterion="median of at most 300 nodes", holds=median <= 300)
-ledger.record("own_task", item="Fig 6", published=-0.49, ours=float(own.mean()), criterion="mean below -0.4", holds=own.mean() < -0.4)
-ledger.record("other_tasks", item="Fig 6", published=-0.04, ours=spared, criterion="mean change above -0.15", holds=spared > -0.15)
-ledger.record("groups", item="Fig 6", published=None, ours=in_group, criterion="more in the group than outside", holds=in_group < out_group)
-ledger.record("random_nodes", item="control", published=None, ours=ratio, criterion="below 1/4 of the own effect", holds=abs(ratio) < 0.25)
-ledger.record("keep_500", item="Sec. 4.2", published=0.61, ours=kept, criterion="mean at least 0.5", holds=kept >= 0.5)
-ledger.record("estimates", item="App. E", published=None, ours=agree["pair_logit"], criterion="r >= 0.7", holds=agree["pair_logit"] >= 0.7)
+kept, left_100 = dict(zip(counts, keep.mean(axis=0).tolist(), strict=True)), float(inverse[:, counts.index(100)].mean())
+middle_cell, many = float(np.median(change[off_diagonal])), float(strong.sum() / off_diagonal.sum())
+specific = bool(reached.all() and half.min() >= 12 and half.max() <= 912 and spared > -0.1)
+numbers = [
+    ("nodes_to_halve", "Sec 4.2", 195, median, "median of at most 300 nodes", median <= 300),
+    ("nodes_to_halve_min", "Sec 4.2", 12, half.min(), "at least 12", half.min() >= 12),
+    ("nodes_to_halve_max", "Sec 4.2", 912, half.max(), "at most 912", half.max() <= 912),
+    ("own_task", "Fig 6", -0.49, own_mean, "mean below -0.4", own_mean < -0.4),
+    ("other_tasks", "Fig 6", -0.04, spared, "mean change above -0.15", spared > -0.15),
+    ("other_tasks_median", "Fig 6", -0.02, middle_cell, "above -0.05", middle_cell > -0.05),
+    ("cells_below_-0.2", "Fig 6", 0.04, many, "at most 10 % of the cells off the diagonal", many <= 0.1),
+    ("groups", "Fig 6", None, in_group, "more in the group than outside", in_group < out_group),
+    (
+        "spill_inside_groups",
+        "Fig 6",
+        None,
+        inside.sum() / max(1, strong.sum()),
+        "all cells below -0.2 are inside a group",
+        (inside == strong).all(),
+    ),
+    ("specific", "Fig 6", None, spared, "every task halves within 12 to 912 nodes, others change above -0.1", specific),
+    ("random_nodes", "control", None, ratio, "below 1/4 of the own effect", abs(ratio) < 0.25),
+    ("random_nodes_drawn", "control", None, least, "at least 0.9 of the circuit's number in every task", least >= 0.9),
+    ("inverse_100", "App", 0.50, left_100, "within 0.1 of the published", abs(left_100 - 0.50) <= 0.1),
+    ("estimates", "App E", None, agree["pair_logit"], "r >= 0.7", agree["pair_logit"] >= 0.7),
+]
+
+# %% [markdown]
+"""
+The paper's final form takes log-probabilities for the metric that nodes are ranked by; these are its numbers here, beside those of the
+logit. Blocks and points of the curve follow.
+"""
+
+# %%
+fall, r = int(np.isfinite(half_logprob).sum()), agree["pair_logprob"]
+numbers += [
+    ("logprob_tasks_fall", "Sec 4.2", None, fall, "ranked by log-probability, all tasks fall below 0.5", fall == len(names)),
+    ("logprob_nodes_to_halve", "Sec 4.2", 195, np.median(half_logprob), "median of at most 300 nodes", np.median(half_logprob) <= 300),
+    ("logprob_estimates", "App E", None, r, "r >= 0.7", r >= 0.7),
+]
+for side, published in (("en_*", -0.25), ("*_en", -0.31)):
+    if side in spill:
+        numbers.append((f"block_{side}", "Fig 6", published, spill[side], "below -0.1 without its diagonal", spill[side] < -0.1))
+for n, published in ((50, 0.32), (100, 0.42), (200, 0.50), (1000, 0.67)):
+    numbers.append((f"keep_{n}", "App", published, kept[n], "within 0.1 of the published", abs(kept[n] - published) <= 0.1))
+numbers.append(("keep_500", "App", 0.61, kept[500], "mean at least 0.5", kept[500] >= 0.5))
+for key, item, published, ours, criterion, holds in numbers:
+    ledger.record(key, item=item, published=published, ours=ours, criterion=criterion, holds=holds)
 ledger.write()
 
 # %% tags=["nbval-check-output"]
-print(ledger.table()[["key", "holds"]].to_string(index=False))
-assert ledger.table()["holds"].all() or card != "tiny", "a claim of this notebook does not hold; see the ledger"
+verdicts = ledger.table().set_index("key")["holds"]
+print(verdicts.to_string())
+print("not held:", ", ".join(verdicts.index[~verdicts]) or "none")
+# bars for the embedded model. Other models only record their verdicts.
+required = ["nodes_to_halve", "other_tasks", "random_nodes", "random_nodes_drawn", "keep_500"]
+assert card != "tiny" or verdicts[required].all(), f"a bar is missed; see the ledger:\n{verdicts[required]}"
+
+# %% [markdown]
+"""
+## What we saw
+
+- 168 of 61,440 nodes are enough to break the median task (18 to 385 over tasks); as many random ones at the same SAEs and roles do nothing.
+- Other tasks change by -0.04 where the own task changes by -0.51, and mostly where they share their words or their answers.
+- 500 kept nodes hold two thirds of the behaviour, with everything else in these layers set to zero. With 50 nodes we are well below the
+  paper's curve, and 100 ablated nodes take away less than in the paper.
+- All this is for nodes ranked by the logit. Ranked by the log-probability, nine of 28 tasks do not fall within 1,024 nodes.
+
+**Limits.** One small model, one seed of prompts. Error nodes are never ablated and carry much. Positive effects only, one at a time:
+redundant nodes hide behind each other. The range of layers and the number of prompts that nodes are found on were chosen on an earlier
+model, with the bar of 300 nodes in view. The random nodes match circuits in number, SAE and role, not in how strongly they fire. The two
+estimates were compared on one task.
+
+**Next.** [04_executors_and_detectors](04_executors_and_detectors.ipynb) looks at two kinds of nodes one by one. Any SAE suite and task
+set goes through this notebook with a card of its own in `params/`.
+"""
