@@ -17,7 +17,8 @@ n_shots: int = 8  # examples a prompt
 layer_executor: int = 3  # resid_pre layer
 tvc_l1: list[float] = [0.001, 0.01]  # L1 coefficients
 tvc_lr: float = 0.05  # Adam's rate
-quick: bool = False  # fewer tasks"""
+quick: bool = False  # fewer tasks
+sae_variant: str = ""  # form of the SAEs"""
 
 
 def _notebook(folder, name, cell):
@@ -62,6 +63,7 @@ def test_a_good_card_passes_and_numbers_take_their_declared_type(check):
 
 def test_a_sweep_may_be_empty_and_then_there_is_none(check):
     assert check(sweep_widths=[])["sweep_widths"] == []
+    assert check(sae_variant="")["sae_variant"] == "", "a text may be empty where its default is"
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,7 @@ def test_a_sweep_may_be_empty_and_then_there_is_none(check):
         ({"layer_executor": -1}, ["layer_executor", "0 or more"]),
         ({"model": ""}, ["model", "empty"]),
         ({"model": "assets/no-such-model"}, ["model", "assets/no-such-model does not exist", "hub id"]),
+        ({"sae_variant": "papers"}, ["sae_variant", "'papers' is none of '', 'paper'"]),
         ({"quick": "yes"}, ["quick", "expected bool"]),
     ],
 )

@@ -26,8 +26,9 @@ from icl_lib.runs.paths import resolve, root
 REQUIRED = ("run_dir",)  # without it a card would write over the results of another one
 _SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
 _MAY_BE_ZERO = ("layer", "seed", "shots")  # a layer index, a seed or a number of shots counts from 0; sizes count from 1
+_CHOICES = {"sae_variant": ("", "paper")}
 _MAY_BE_EMPTY = ("sweep_",)  # no values, no sweep; any other list needs a value
-_LOCAL = ("assets/", "runs/", "params/", "data/", "./", "../", "/", "~")  # a hub id never starts like this
+LOCAL = ("assets/", "runs/", "params/", "data/", "./", "../", "/", "~")  # a hub id never starts like this
 
 
 class CardError(ValueError):
@@ -223,11 +224,13 @@ def _is_number(text: str) -> bool:
 def _possible(p: Parameter, v: Any) -> None:
     """Raise `ValueError` for a value no run can have: negative sizes, infinite rates, files that are not there."""
     if isinstance(v, str):
-        if not v.strip():
+        if not v.strip() and p.default != "":
             raise ValueError("is empty")
+        if v not in _CHOICES.get(p.name, (v,)):
+            raise ValueError(f"{v!r} is none of {', '.join(map(repr, _CHOICES[p.name]))}")
         # SAEs below runs/ are made by the run itself, and a pattern names many files: both are looked for when they are loaded
         later = p.name == "saes" and (v.startswith("runs/") or "{" in v)
-        if p.name in ("model", "saes", "tasks") and v.startswith(_LOCAL) and not later and not Path(resolve(v)).exists():
+        if p.name in ("model", "saes", "tasks") and v.startswith(LOCAL) and not later and not Path(resolve(v)).exists():
             raise ValueError(f"{v} does not exist (looked for {resolve(v)}); give a folder or a hub id")
     elif isinstance(v, float) and not math.isfinite(v):
         raise ValueError(f"{v} is not a finite number")
