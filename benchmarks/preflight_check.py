@@ -62,7 +62,7 @@ def measure(name: str, layers: int, rows: int, seq: int, what: str) -> dict:
         "layers": layers,
         "rows": rows,
         "seq": seq,
-        "what": what,
+        "computes": what,
         "measured_mb": measured // 10**6,
         **ratios,
         "flops": flops,
@@ -78,13 +78,18 @@ def main() -> None:
     if options.case:
         print(json.dumps(measure(*json.loads(options.case))))
         return
+    from common import write_line
+
     good = True
     for case in SMALL if options.small else CASES:
         for what in ("forward", "gradient"):
             command = [sys.executable, __file__, "--case", json.dumps([*case, what])]
-            line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
-            print(line, flush=True)
-            good &= all(0.75 <= json.loads(line)[key] <= 1.25 for key in ("arithmetic", "compiler", "flops"))
+            line = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1])
+            if options.small:
+                print(json.dumps(line), flush=True)
+            else:
+                write_line("preflight_check", **line)
+            good &= all(0.75 <= line[key] <= 1.25 for key in ("arithmetic", "compiler", "flops"))
     sys.exit(0 if good else 1)
 
 

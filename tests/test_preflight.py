@@ -64,6 +64,26 @@ def test_what_cannot_fit_is_refused_with_one_message_and_status_1(capsys):
     assert preflight.main([str(root() / "params/gemma-2-9b.yaml"), "--devices", "8xv5e"]) == 0
 
 
+def test_on_this_machine_host_memory_and_disk_have_to_suffice(monkeypatch, capsys):
+    """The embedded model on this CPU: compiled, and it fits; then with less memory and less disk than there is."""
+    tiny = str(root() / "params" / "tiny.yaml")
+    assert preflight.main([tiny, "--devices", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "* compiled for these devices, the others arithmetic" in out and "0.0 GB of weights and SAEs to download" in out
+    rows = {line[:2]: line for line in out.splitlines() if line[:2].isdigit()}
+    assert "node effects *" in rows["05"] or "ablation  " in rows["05"]
+    assert "*" not in rows["01"] + rows["03"], "what was not compiled is not said to be"
+    e = preflight.estimate(_card("tiny"), parse_devices("cpu"), compile=False)
+    here = dataclasses.replace(e, here=True)
+    preflight.refuse(here)
+    with pytest.raises(preflight.PreflightError, match="does not fit into the memory of this machine: notebook 01 .*fewer `rate_rows`"):
+        preflight.refuse(dataclasses.replace(here, host=10**15))
+    monkeypatch.setattr(preflight, "_free_disk", lambda: 10**9)
+    with pytest.raises(preflight.PreflightError, match="tiny downloads 2.0 GB of weights and SAEs, and 1.0 GB are free in"):
+        preflight.refuse(dataclasses.replace(here, disk=2 * 10**9))
+    preflight.refuse(dataclasses.replace(e, disk=10**15))  # of another machine nothing is known
+
+
 def test_bad_cards_and_devices_have_status_2(tmp_path, capsys):
     assert preflight.main([str(tmp_path / "none.yaml")]) == 2
     assert preflight.main([str(root() / "params/tiny.yaml"), "--devices", "abacus"]) == 2
@@ -118,7 +138,7 @@ def test_flops_of_a_token_are_twice_the_weights_and_the_scores():
     assert token_flops(config, 2000) - token_flops(config, 1000) == 4 * 18 * 8 * 256 * 1000
 
 
-@pytest.mark.parametrize("family", ["gemma", "gemma2", "gpt_neox", "qwen2"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neox", "qwen2"])
 def test_arithmetic_agrees_with_the_compiler(family):
     """Of weights and work arrays together, and of FLOPs, within 25 %; also where the depth is extrapolated."""
     config = dataclasses.replace(tiny_config(d_model=128, d_mlp=512, n_heads=4, d_head=32, d_vocab=4000, n_ctx=256), n_layers=7)
@@ -155,5 +175,5 @@ def test_a_real_process_takes_what_was_expected():
     script = root() / "benchmarks" / "preflight_check.py"
     done = subprocess.run([sys.executable, str(script), "--small"], capture_output=True, text=True, timeout=600)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["what"] for line in lines] == ["forward", "gradient"], done.stderr
+    assert [line["computes"] for line in lines] == ["forward", "gradient"], done.stderr
     assert done.returncode == 0, lines

@@ -65,9 +65,14 @@ def parse_devices(text: str) -> Devices:
         raise ValueError(f"{text!r}: the number of devices must be 1 or more")
     memory, speed, _ = KINDS[kind]
     if kind == "cpu":
-        pages, cores = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), len(os.sched_getaffinity(0))
-        return Devices(kind, count, int(_USABLE * pages / count), _CPU_FLOPS * cores / count)
+        cores = len(os.sched_getaffinity(0))
+        return Devices(kind, count, host_memory() // count, _CPU_FLOPS * cores / count)
     return Devices(kind, count, int(_USABLE * memory * 1e9), speed * 1e12)
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory that a run can have."""
+    return int(_USABLE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def present(devices: Devices) -> bool:

@@ -5,25 +5,29 @@
 Prints parameters, bytes per device, disk, FLOPs and a time estimate per notebook, and the largest batch that fits; exit status 1 and one
 message if the card cannot fit. It needs no network: the sizes of the cards' models are part of the package, those of any other are read
 from its folder. Where the named devices are there, the largest computations are compiled for them (at two depths, from which the full one
-follows: memory and FLOPs are linear in the number of layers) and the compiler's figures take the place of the arithmetic.
+follows: memory and FLOPs are linear in the number of layers) and the compiler's figures take the place of the arithmetic; host memory
+and disk are then this machine's, and have to suffice as well.
 """
 
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from huggingface_hub import constants, try_to_load_from_cache
 
 import icl_lib.models.families as families
 from icl_lib.models import ModelConfig
 from icl_lib.models.sharding import check_mesh, largest_split, make_mesh, shardings
 from icl_lib.runs.checks import check_against_model, config_of, defaults_of, full_card
-from icl_lib.runs.hardware import EFFICIENCY, Devices, parse_devices, present
-from icl_lib.runs.params import CardError
+from icl_lib.runs.hardware import EFFICIENCY, Devices, host_memory, parse_devices, present
+from icl_lib.runs.params import LOCAL, CardError
+from icl_lib.runs.paths import resolve
 from icl_lib.runs.workload import Dictionary, Step, dictionaries, parameters, steps
 
 _DEPTHS = (2, 4)  # layers of the models that are compiled; even, for families whose layers alternate
@@ -45,9 +49,17 @@ class Estimate:
     weights: int  # bytes
     saes: list[Dictionary]
     steps: list[Step]
-    disk: int  # bytes in all
+    disk: int  # bytes that are still to be downloaded
     host: int  # bytes of activations that notebook 01 keeps in host memory
-    compiled: bool
+    here: bool  # the devices are this machine's
+
+    def compiled(self, step: Step) -> bool:
+        """Whether the figures of a step are the compiler's."""
+        return self.here and step.function is not None
+
+    def host_bytes(self, step: Step) -> int:
+        """Host memory while a step runs: the activations that notebook 01 keeps, and on a CPU all else too."""
+        return (self.host if step.notebook == "01" else 0) + (self.peak(step) * self.devices.count if self.devices.kind == "cpu" else 0)
 
     def sae_bytes(self, notebook: str) -> int:
         """SAEs that a notebook holds: residual ones in 02 and 03, those of two layers in 04, all in the others; none in 00."""
@@ -89,15 +101,26 @@ def estimate(card: Mapping[str, Any], devices: Devices, compile: bool | None = N
     whole = config.d_vocab * config.d_model * (1 if config.tied else 2) if config.d_vocab % split else 0
     weights = int(size * ((n - whole) / split + whole))
     rows = max(s.seq for s in todo if s.notebook == "01") * (card["rate_rows"] * len(saes) + 500)
-    stored = 4 if "-it" not in card["model"] and _stored(card["model"]) == "float32" else 2
-    return Estimate(
-        card, config, devices, split, n, weights, saes, todo, n * stored + sum(d.bytes for d in saes), rows * config.d_model * 2, compile
-    )
+    disk = 0 if _downloaded(card["model"]) else n * _stored(card["model"])
+    disk += sum(d.bytes for d in saes) if any(not name.startswith(LOCAL) for name in card["saes"]) else 0
+    return Estimate(card, config, devices, split, n, weights, saes, todo, disk, rows * config.d_model * 2, compile)
 
 
-def _stored(model: str) -> str:
+def _downloaded(model: str) -> bool:
+    """Whether the model is a folder, or lies in the hub's cache."""
+    return Path(resolve(model)).is_dir() or isinstance(try_to_load_from_cache(model, "config.json"), str)
+
+
+def _free_disk() -> int:
+    """Bytes that are free where the hub's files go."""
+    folder = Path(constants.HF_HUB_CACHE)
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def _stored(model: str) -> int:
+    """Bytes of a stored weight."""
     known = json.loads((Path(families.__file__).parent / "known_configs.json").read_text())
-    return known.get(model, {}).get("torch_dtype", "bfloat16")
+    return 4 if "-it" not in model and known.get(model, {}).get("torch_dtype", "bfloat16") == "float32" else 2
 
 
 def measured(step: Step, config: ModelConfig, dtype: str, split: int = 1) -> Step:
@@ -129,19 +152,39 @@ def _compiled(step: Step, config: ModelConfig, dtype: str, split: int) -> tuple[
 def refuse(e: Estimate) -> None:
     """Raises `PreflightError` if something does not fit, with the worst step and what would do."""
     worst = max(e.steps, key=e.peak)
-    if e.peak(worst) <= e.devices.memory:
+    if e.peak(worst) > e.devices.memory:
+        raise PreflightError(_too_large(e, worst))
+    if not e.here:
         return
-    room = lambda x: f"{x / 1e9:.1f} GB"  # noqa: E731
-    parts = f"weights {room(e.weights)}, SAEs {room(e.sae_bytes(worst.notebook))}, work arrays {room(worst.temp)}"
+    worst, room = max(e.steps, key=e.host_bytes), host_memory()
+    if e.host_bytes(worst) > room:
+        raise PreflightError(
+            f"{e.card['card']} does not fit into the memory of this machine: notebook {worst.notebook} ({worst.what}) needs "
+            f"{_gb(e.host_bytes(worst))}, and {_gb(room)} can be used; fewer `rate_rows` or `sae_layers` would need less"
+        )
+    if e.disk > (free := _free_disk()):
+        raise PreflightError(
+            f"{e.card['card']} downloads {_gb(e.disk)} of weights and SAEs, and {_gb(free)} are free in {constants.HF_HUB_CACHE}: "
+            "make room, or set HF_HUB_CACHE to a folder on another disk"
+        )
+
+
+def _too_large(e: Estimate, worst: Step) -> str:
+    """Why the worst step does not fit on a device, and what would."""
+    parts = f"weights {_gb(e.weights)}, SAEs {_gb(e.sae_bytes(worst.notebook))}, work arrays {_gb(worst.temp)}"
     rows = e.largest_batch(worst)
     advice = [f"{rows} rows of {worst.rows} would fit"] if rows else []
     more = next((n for n in (2, 4, 8, 16, 32, 64) if n > e.devices.count and _fits(e, n)), None)
     advice += [f"{more} x {e.devices.kind} would do"] if more else []
     advice += ["fewer `sae_layers` would need less"] if e.sae_bytes(worst.notebook) > e.weights else []
-    raise PreflightError(
-        f"{e.card['card']} does not fit on {e.devices}: notebook {worst.notebook} ({worst.what}) needs {room(e.peak(worst))} a device "
-        f"({parts}), and there are {room(e.devices.memory)}. {'; '.join(advice) or 'Take devices with more memory'}."
+    return (
+        f"{e.card['card']} does not fit on {e.devices}: notebook {worst.notebook} ({worst.what}) needs {_gb(e.peak(worst))} a device "
+        f"({parts}), and there are {_gb(e.devices.memory)}. {'; '.join(advice) or 'Take devices with more memory'}."
     )
+
+
+def _gb(x: float | int) -> str:
+    return f"{x / 1e9:,.1f} GB"
 
 
 def _fits(e: Estimate, count: int) -> bool:
@@ -151,15 +194,15 @@ def _fits(e: Estimate, count: int) -> bool:
 
 def show(e: Estimate) -> str:
     """The estimate as text."""
-    gb = lambda x: f"{x / 1e9:,.1f} GB"  # noqa: E731
     used = f"the model divided among {e.split} of them" if e.split > 1 else "the model whole on one"
     lines = [
-        f"{e.card['card']} on {e.devices}: {gb(e.devices.memory)} usable each, {used}",
-        f"model     {e.card['model']}: {e.n_params:,} parameters, {gb(e.weights)} a device in {e.devices.dtype}",
+        f"{e.card['card']} on {e.devices}: {_gb(e.devices.memory)} usable each, {used}",
+        f"model     {e.card['model']}: {e.n_params:,} parameters, {_gb(e.weights)} a device in {e.devices.dtype}",
         f"SAEs      {len(e.saes)} at {len(e.card['sae_layers'])} layers, {max((d.d_sae for d in e.saes), default=0):,} latents: "
-        f"{gb(e.sae_bytes('05'))} a device in float32 when all are loaded",
-        f"disk      {gb(e.disk)} for weights and SAEs; host memory {gb(e.host)} for the activations of notebook 01",
-        f"figures   {'compiled for these devices' if e.compiled else 'arithmetic: these devices are not here'}; "
+        f"{_gb(e.sae_bytes('05'))} a device in float32 when all are loaded",
+        f"disk      {_gb(e.disk)} of weights and SAEs to download{f', {_gb(_free_disk())} free' if e.here else ''}; "
+        f"host memory {_gb(e.host)} for the activations of notebook 01",
+        f"figures   {'* compiled for these devices, the others' if e.here else 'these devices are not here: all by'} arithmetic; "
         f"times at {100 * EFFICIENCY:.0f} % of the peak, without compilation",
         "",
         f"{'notebook':<9} {'largest computation':<32} {'batch':>12} {'a device':>10} {'FLOPs':>9} {'hours':>7} {'largest batch':>14}",
@@ -170,7 +213,7 @@ def show(e: Estimate) -> str:
         flops = sum(s.flops * s.times for s in own)
         batch = f"{top.rows} x {top.seq}"
         lines.append(
-            f"{notebook:<9} {top.what:<32} {batch:>12} {gb(e.peak(top)):>10} {flops:9.1e} {e.hours(notebook):7.2f} {e.largest_batch(top):14,}"
+            f"{notebook:<9} {top.what + ' *' * e.compiled(top):<32} {batch:>12} {_gb(e.peak(top)):>10} {flops:9.1e} {e.hours(notebook):7.2f} {e.largest_batch(top):14,}"
         )
     total = sum(e.hours(n) for n in {s.notebook for s in e.steps})
     return "\n".join([*lines, f"In all about {total:.1f} hours."])
