@@ -1,6 +1,6 @@
 """Cards held to their models without a network, and run on small stand-ins of them."""
 
-import datetime
+import os
 import shutil
 from random import Random
 
@@ -13,13 +13,24 @@ from icl_lib.models.families import known_config
 from icl_lib.runs import rehearse, root, workload
 from icl_lib.runs.checks import defaults_of, full_card
 from icl_lib.runs.stand_in import sites_of, small_config, small_tokenizer
+from icl_lib.runs.store import code_version
 from icl_lib.saes import load_suite
 from icl_lib.saes.formats import gemma_scope
 from icl_lib.saes.formats.suites import has_layer, layers_of, with_layer
 from icl_lib.tasks import Role, Template, load_tasks, make_prompts
+from icl_lib.tasks.tasks import DATA_VARIABLE, POOLS
 
-CARDS = sorted(p.stem for p in (root() / "params").glob("*.yaml") if p.stem != "tiny")
+CARDS = [path.stem for path in rehearse.cards()]
+TASK_DATA = root().parent / "shared" / "data"  # where a checkout comes with the published tasks
+ALONE = ("00_a_model_that_learns_in_context", "01_sparse_autoencoders", "02_task_vectors", "05_sparse_feature_circuits")
 each_card = pytest.mark.parametrize("name", CARDS)
+
+
+@pytest.fixture(autouse=True)
+def published_tasks(monkeypatch):
+    """The papers' tasks where they are at hand; the embedded ones serve elsewhere."""
+    if DATA_VARIABLE not in os.environ and (TASK_DATA / "icl_task_vectors").is_dir():
+        monkeypatch.setenv(DATA_VARIABLE, str(TASK_DATA))
 
 
 def _card(name):
@@ -69,6 +80,13 @@ def test_the_prompts_of_a_card_fit_its_models_context(name):
     assert (shots + 2) * workload.PAIR_TOKENS[card["tasks"]] < known_config(card["model"]).n_ctx
 
 
+@pytest.mark.skipif(not (TASK_DATA / "icl_task_vectors").is_dir(), reason="the published tasks are needed")
+def test_every_pool_of_every_task_has_examples_for_the_cards_prompts():
+    smallest = min(len({x for x, _ in task.pool(use)}) for task in load_tasks("paper").values() for use in POOLS)
+    for name in CARDS:
+        assert max(_card(name)[key] for key in ("n_shots", "max_shots", "circuit_shots")) < smallest, name
+
+
 @each_card
 def test_small_layers_stay_apart_and_in_order(name):
     card = _card(name)
@@ -85,6 +103,14 @@ def test_layers_map_in_proportion_and_neighbours_stay_neighbours():
     card = _card("gemma-2-2b-16k") | {"layer_executor": 17, "layer_detector": 16, "circuit_layers": [0, 17, 25]}
     keys, n = rehearse.small_layers(card, 26)
     assert (n, keys["layer_detector"], keys["layer_executor"], keys["circuit_layers"]) == (7, 4, 5, [0, 5, 6])
+
+
+def test_a_range_of_layers_is_mapped_too():
+    card = _card("gemma-1-2b-it")
+    keys, _ = rehearse.small_layers(card, 18)
+    ranged = next(pattern for pattern in keys["saes"] if "transcoder" in pattern)
+    assert layers_of(ranged, keys["sae_layers"]) == keys["sae_layers"][:-1] and has_layer(ranged)
+    assert all(layers_of(p, keys["sae_layers"]) == keys["sae_layers"] for p in keys["saes"] if p != ranged)
 
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "phi3", "gpt_neox", "qwen2", "llama"])
@@ -149,11 +175,22 @@ def test_unknown_cards_have_status_2(capsys):
     assert "no card at" in capsys.readouterr().err
 
 
-def test_one_card_a_day_is_rehearsed(tmp_path):
-    """Of the card whose turn it is, the notebook that uses every kind of SAE (all cards, all notebooks: `make rehearse-all`)."""
-    name = CARDS[datetime.date.today().toordinal() % len(CARDS)]
+def test_without_a_card_those_there_are_are_named(capsys):
+    for argv in ([], [str(root() / "params" / "tiny.yaml")]):
+        assert rehearse.main(argv) == 2
+        said = capsys.readouterr().err
+        assert all(name in said for name in ("make rehearse CARD=", *CARDS)), argv
+
+
+def test_a_card_is_rehearsed(tmp_path):
+    """One notebook of one card, whose turn it is by the version of the library (all cards, all notebooks: `make rehearse-all`).
+
+    The turn goes round among the notebooks that read nothing from others; 03 and 04 would run three or four.
+    """
+    turns = [(name, notebook) for name in CARDS for notebook in ALONE]
+    name, notebook = turns[int(code_version()["library"], 16) % len(turns)]
     sizes = {"n_shots": 2, "n_prompts": 2, "max_shots": 2, "effect_prompts": 2, "circuit_shots": 2}
     small = rehearse.prepare(_card(name), tmp_path / name, **sizes)
-    good, text = rehearse.run(small, ["05_sparse_feature_circuits"])
-    assert good, f"{name}: {text[-3000:]}"
-    assert (tmp_path / name / "run" / "ledger" / "05_sparse_feature_circuits.json").is_file()
+    good, text = rehearse.run(small, [notebook])
+    assert good, f"{name}, {notebook}: {text[-3000:]}"
+    assert (tmp_path / name / "run" / "ledger" / f"{notebook}.json").is_file()

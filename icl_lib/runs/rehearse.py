@@ -5,12 +5,15 @@
 
 Writes `runs/rehearsal/CARD/`: a model of the card's family with few layers and random weights, SAEs in the card's formats, a few tasks, and
 a card with the same keys, whose layers are mapped onto the small model and whose sizes are cut down. Then it runs all notebooks on that
-card through the Snakefile, with the hub switched off. Claims are not asserted, because nothing is true of random weights; all else is.
+card through the Snakefile, with the hub switched off, and adds a line with their times to `runs/rehearsal/times.jsonl`. Claims are not
+asserted, because nothing is true of random weights; all else is.
 """
 
 import argparse
+import datetime
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,11 +27,12 @@ import yaml
 from icl_lib.models import load_tokenizer
 from icl_lib.runs.checks import defaults_of, full_card
 from icl_lib.runs.params import CardError
-from icl_lib.runs.paths import root
+from icl_lib.runs.paths import resolve, root
 from icl_lib.runs.preflight import PreflightError, sizes_of
 from icl_lib.runs.stand_in import sites_of, write_model, write_saes
 from icl_lib.saes.formats.suites import has_layer, layers_of, with_layer
 from icl_lib.tasks import Task, Template, load_tasks
+from icl_lib.tasks.tasks import DATA_VARIABLE, URLS
 
 MOST_LAYERS = 7
 # Tasks of each kind: shared inputs, shared outputs, several tokens, one of each group. Those that a source has are taken.
@@ -74,8 +78,8 @@ def _small_range(pattern: str, kept: list[int], at: Mapping[int, int]) -> str:
 
 def small_tasks(source: str, folder: Path) -> dict[str, Task]:
     """A few tasks of the card's source, written to `folder`; of the embedded ones where the source needs a network."""
-    local = os.environ.get("ICL_LIB_TASK_DATA")
-    tasks = load_tasks(source if source == "embedded" or local else "embedded")
+    here = source not in URLS or os.environ.get(DATA_VARIABLE)
+    tasks = load_tasks(resolve(source) if here else "embedded")
     chosen = {name: tasks[name] for name in _TASKS if name in tasks}
     for task in chosen.values():
         path = folder / task.group / f"{task.name}.json"
@@ -129,19 +133,35 @@ def run(small_card: Path, notebooks: Iterable[str] | None = None, cores: int = 2
 
 
 def rehearse(name: str, notebooks: Iterable[str] | None = None, **sizes: int) -> bool:
-    """Rehearse one card; prints how it went and how long it took. Whether all notebooks ran through."""
+    """Rehearse one card; prints how it went and how long it took. Whether all notebooks ran through.
+
+    Raises `CardError` for the embedded model, which has nothing to rehearse, besides what `prepare` raises.
+    """
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else root() / "params" / f"{name}.yaml"
-    start = time.monotonic()
+    start, folder = time.monotonic(), root() / "runs" / "rehearsal"
     card = defaults_of(full_card(path))
-    small = prepare(card, root() / "runs" / "rehearsal" / card["card"], **sizes)
+    if Path(resolve(card["model"])) == root() / "assets" / "icl-tiny":
+        raise CardError(f"{path} is the embedded model's own card, which runs as it is; {_which()}")
+    small = prepare(card, folder / card["card"], **sizes)
     good, text = run(small, notebooks)
-    times = [line for line in text.splitlines() if ": done in" in line]
-    print("\n".join(times if good else [text]))
-    print(
-        f"{card['card']}: {'rehearsed' if good else 'FAILED'} in {time.monotonic() - start:.0f} s; {small.parent.relative_to(root())}",
-        flush=True,
-    )
+    times, seconds = re.findall(r"^(\S+): done in (\d+) s", text, re.MULTILINE), round(time.monotonic() - start)
+    print("\n".join(f"{notebook}: done in {took} s" for notebook, took in times) if good else text)
+    print(f"{card['card']}: {'rehearsed' if good else 'FAILED'} in {seconds} s; {small.parent.relative_to(root())}", flush=True)
+    line = {"card": card["card"], "good": good, "seconds": seconds, "notebooks": {notebook: int(took) for notebook, took in times}}
+    line |= {"cores": os.cpu_count(), "date": datetime.date.today().isoformat()}
+    with open(folder / "times.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
     return good
+
+
+def cards() -> list[Path]:
+    """The cards that can be rehearsed: all but that of the embedded model."""
+    return sorted(path for path in (root() / "params").glob("*.yaml") if path.stem != "tiny")
+
+
+def _which() -> str:
+    names = ", ".join(path.stem for path in cards())
+    return f"name another card, `make rehearse CARD=gemma-2-9b`, or rehearse them all, `make rehearse-all`: {names}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -150,13 +170,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("cards", nargs="*", help="names or files of cards, such as gemma-2-9b")
     parser.add_argument("--all", action="store_true", help="every card in params/ but that of the embedded model")
     options = parser.parse_args(argv)
-    every = [str(p) for p in sorted((root() / "params").glob("*.yaml")) if p.stem != "tiny"]
+    if not options.all and not options.cards:
+        print(_which(), file=sys.stderr)
+        return 2
     try:
-        results = {name: rehearse(name) for name in (every if options.all else options.cards or ["gemma-1-2b-it"])}
+        results = [rehearse(name) for name in (map(str, cards()) if options.all else options.cards)]
     except (CardError, PreflightError) as err:
         print(err, file=sys.stderr)
         return 2
-    return 0 if all(results.values()) else 1
+    return 0 if all(results) else 1
 
 
 if __name__ == "__main__":
