@@ -13,7 +13,7 @@ import yaml
 
 from icl_lib.runs.checks import check_against_model
 from icl_lib.runs.params import CardError, all_declared, check_values, for_notebook, notebook_files, read_card
-from icl_lib.runs.paths import root, run_folder
+from icl_lib.runs.paths import resolve, root, run_folder
 from icl_lib.runs.store import code_version, write_atomic
 
 workdir: str(root())
@@ -35,6 +35,7 @@ try:
     source = ", ".join(map(str, workflow.configfiles))
     CARD = check_values(config, all_declared(), source)
     check_against_model(CARD, source)
+    CARD |= {"tasks": resolve(CARD["tasks"])} if "tasks" in CARD else {}  # a folder is looked for from the root, notebooks run elsewhere
 except CardError as err:
     sys.exit(f"{err}")
 

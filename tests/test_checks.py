@@ -60,7 +60,7 @@ def test_folders_of_tasks_and_models(tmp_path):
     with pytest.raises(CardError, match="has the layers 0 to 1"):
         check_against_model(values | {"model": str(tmp_path)}, "x.yaml")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CardError, match="config.json cannot be read as the config of a model"):
+    with pytest.raises(CardError, match="`model`: .*config.json is not valid JSON"):
         config_of(str(tmp_path))
     assert config_of("someone/unheard-of") is None, "of which the layers are checked when it is loaded"
 

@@ -5,12 +5,11 @@ other hub id nothing is known before the download, and its layers are checked wh
 """
 
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from icl_lib.models import ModelConfig
+from icl_lib.models import ModelConfig, load_config
 from icl_lib.models.families import known_config
 from icl_lib.runs.params import CardError, all_declared, check_card
 from icl_lib.runs.paths import resolve
@@ -33,11 +32,10 @@ def config_of(model: str) -> ModelConfig | None:
     folder = Path(resolve(model))
     if not folder.is_dir():
         return known_config(model)
-    path = folder / "config.json"
     try:
-        return ModelConfig.from_hf(json.loads(path.read_text()), source=str(path))
+        return load_config(folder)
     except (OSError, ValueError) as err:
-        raise CardError(f"`model`: {path} cannot be read as the config of a model ({err})") from err
+        raise CardError(f"`model`: {err}") from err
 
 
 def full_card(path: str | Path) -> dict[str, Any]:
