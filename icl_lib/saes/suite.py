@@ -25,9 +25,13 @@ class Member:
 class Suite:
     """What is trained and how; plain and hashable, because it is static under `jit`.
 
+    SAEs of one shape are stacked: `vmap` steps them together on accelerators; on a CPU they take turns (`lax.map`) inside the one
+    compiled program, since a stack's (tokens, latents) arrays would leave the cache, and shapes are compiled one by one.
+
     `widths` gives the last axis of every site in `sites`, as a mapping or pairs. With a `mesh` that has an axis "sae", the SAEs of
     equal shape are divided over it (`shard="sae"`), or the latents of each ("latent").
-    Raises `TrainingError` if there are no members, two are equal, a width is missing, or a number of latents cannot be.
+    Raises `TrainingError` if there are no members, two are equal, a width is missing, a number of latents cannot be, or the recipe has a
+    skip matrix where a member is no transcoder.
     """
 
     members: Sequence[Member]
@@ -50,6 +54,8 @@ class Suite:
             if m.d_sae < 1 or not m.sparsity >= 0 or not whole:
                 wanted = f"a whole k from 1 to d_sae = {m.d_sae}" if self.recipe.top else "0 or more"
                 raise TrainingError(f"sparsity of a {self.recipe.objective} SAE must be {wanted}, got {m.sparsity} at {m.site}")
+        if self.recipe.skip and (plain := [str(m.site) for m in self.members if output_site(m.site) == m.site]):
+            raise TrainingError(f"skip is for transcoders: with a skip matrix the SAE at {', '.join(plain)} would copy its input")
         self._check_mesh()
 
     def _check_mesh(self):
