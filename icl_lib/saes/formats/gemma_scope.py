@@ -32,6 +32,7 @@ _KINDS = {
     "res": ("resid_post", "resid_post"), "att": ("z", "z"), "mlp": ("mlp_out", "mlp_out"), "transcoders": ("mlp_normalized", "mlp_out"),
 }  # fmt: skip
 _RELEASE = re.compile(r"(gemma-scope-\w+-\w+-(res|att|mlp|transcoders))(?:-canonical)?/")
+_ID = re.compile(r"(?:google/)?(gemma-scope-\w+-\w+-(?:res|att|mlp|transcoders))(?:-canonical)?/(.+)")  # SAELens: release/id
 _PLACE = re.compile(r"(?:layer_(\d+)|(embedding))/width_(\w+)/(canonical|average_l0_\d+)")
 
 
@@ -62,6 +63,12 @@ def resolve(name: str) -> str:
     canonical, l0s = table()[release[1], layer, place[3]]
     best = canonical or min(l0s, key=lambda n: abs(n - 100))
     return name[: place.start(4)] + f"average_l0_{best}"
+
+
+def on_hub(name: str) -> str:
+    """Owner, repository and folder for SAELens' release and id, "gemma-scope-2b-pt-res-canonical/layer_20/...", and for the same with an owner."""
+    match = _ID.fullmatch(name)
+    return f"google/{match[1]}/{match[2]}" if match else name
 
 
 def others(name: str) -> str:

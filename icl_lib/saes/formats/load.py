@@ -34,7 +34,8 @@ def load_sae(
     Formats, told by the files: SAELens (version 6, and flat before it), Gemma Scope (`canonical` may end the name),
     dictionary_learning, sparsify, saex, Llama Scope, per-layer transcoders (name the file `layer_3.safetensors`). A `*` in
     the last part stands for what is not known, such as a coefficient; the first match in sorted order is taken. What the
-    original does to its input and output is folded into the weights, so that the SAE takes plain activations of its site.
+    original does to its input and output is folded into the weights, so that the SAE takes plain activations of its site; what
+    differs from token to token (layer_norm, constant_norm_rescale of SAELens) is in no fixed weights and is refused.
 
     `site` says where the SAE sits, for files that do not, or in place of what they say; (input, output) for a transcoder.
     `variant="paper"` reads saex in the form of the ICL-SFC experiments instead of the trained one; `variant="threshold"` reads
@@ -77,6 +78,7 @@ def _locate(name: str, revision: str | None) -> Path:
     name = gemma_scope.resolve(name)
     if found := _match(Path(name)):
         return found
+    name = gemma_scope.on_hub(name)
     parts = name.strip("/").split("/")
     if len(parts) < 2 or name.startswith(("/", ".", "~")):
         raise FileNotFoundError(f"no folder {name!r} with an SAE in it: pass one, or owner/repository/path on the hub")

@@ -34,7 +34,6 @@ _LAYOUTS = {
 }
 # sqrt(d) / mean norm of the activations, which the old files want and do not carry: as in sae-lens' registry
 _KNOWN_SCALES = {"gemma_2b_blocks.12.hook_resid_post_16384": 0.21381938399317255}
-_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def read(folder: Path, site: Sites | None = None, variant: str | None = None) -> SAE:
@@ -61,8 +60,6 @@ def read(folder: Path, site: Sites | None = None, variant: str | None = None) ->
 
 def write(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
     """Write an SAE so that `load_sae` and SAELens read it; see `save_sae`."""
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     folder = Path(folder)
     sae = sae.fold() if sae.architecture == "batchtopk" or (sae.is_transcoder and sae.architecture == "gated") else sae
     name = _name(sae)
@@ -137,15 +134,21 @@ def _sites(cfg: dict[str, Any], path: Path, transcoder: bool) -> Sites:
 
 
 def _unscaled(w: Weights, cfg: dict[str, Any], folder: Path) -> Weights:
-    """Folds the scaling of the input by its average norm. Other normalisations differ from token to token and are refused."""
+    """Folds the scaling of the input by its average norm, one number for all tokens.
+
+    layer_norm and constant_norm_rescale divide each token by its own spread or norm and multiply the reconstruction by it: not an
+    affine map of x, so that no weights do the same. They are refused, as is covariance_whitening, whose statistics no file carries.
+    """
     how = cfg.get("normalize_activations")
     if how in (None, False, "none"):
         return w
-    if how not in (True, "expected_average_only_in"):
+    if how in ("layer_norm", "constant_norm_rescale"):
         raise ValueError(
             f"{folder / CONFIG} has normalize_activations = {how!r}: the SAE sees each token rescaled by its own norm, which no "
             "fixed weights do; we read none and expected_average_only_in"
         )
+    if how not in (True, "expected_average_only_in"):
+        raise ValueError(f"{folder / CONFIG} has normalize_activations = {how!r}; we read none and expected_average_only_in")
     scaler = folder / SCALER
     scale = files.read_json(scaler).get("scaling_factor") if scaler.is_file() else None
     scale = scale or cfg.get("norm_scaling_factor") or _KNOWN_SCALES.get(folder.name)
