@@ -112,7 +112,7 @@ class Task:
 def load_tasks(source: str | Path) -> dict[str, Task]:
     """Tasks by name, in order: "embedded", "paper", "function_vectors", or a folder of .json and .tsv files.
 
-    - "embedded": 25 tasks over our own word tables.
+    - "embedded": 28 tasks over our own word tables.
     - "paper": 20 files of Hendel et al. (2023), "In-Context Learning Creates Task Vectors", less the header line that
       four translation files carry as their first pair, and the three word-list tasks of the sparse-feature-circuit
       work: 23 tasks.
