@@ -10,7 +10,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from icl_lib.models import Site
 from icl_lib.saes.activations import needed_sites
-from icl_lib.saes.recipes import TrainingError, make_recipe
+from icl_lib.saes.recipes import SHORT_RUN, TrainingError, make_recipe
 from icl_lib.saes.sae import SAE
 from icl_lib.saes.suite import Member, Suite
 from icl_lib.saes.training import Buffer, finish, init_state, run_steps, stop_if_bad
@@ -58,7 +58,7 @@ def train_on(
     metadata: Mapping[str, str | int | float | bool] | None = None,
     progress: Callable[[Progress], None] | None = print,
 ) -> dict[Site, SAE]:
-    r"""Train one gated SAE for each site in `sites`, all of width `d_sae`, by the objective of objectives.py.
+    r"""Train one gated SAE for each site in `sites`, all of width `d_sae`, by the objective of icl_sfc.py.
 
     `acts[site]` (n_tokens, d) in host memory, float32 or float16, row i the same token at every site, for the sites and
     their targets (`needed_sites`); or an iterator of such buffers, of which each chunk of steps takes the next. Batches are
@@ -69,13 +69,14 @@ def train_on(
     feature is in units of the norm that it writes.
 
     `progress` is called with a `Progress` after every `chunk` steps (`None` is silent, `list.append` keeps them).
-    `sparsity_warmup` defaults to a fifth of the steps. `dead_after` (2,000 in the paper) suits short runs.
+    `sparsity_warmup` defaults to a fifth of the steps. This and the start, schedule and `dead_after` (2,000 in the paper) suit
+    short runs: see `recipes.SHORT_RUN`.
     Raises `TrainingError` before any step if an activation is missing or shapes differ; later, with step and site, on NaN.
     """
     ramp = n_steps // 5 if sparsity_warmup is None else sparsity_warmup
     recipe = make_recipe(
         "icl-sfc", n_steps=n_steps, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup, sparsity_warmup=ramp,
-        dead_after=dead_after, clip=clip,
+        dead_after=dead_after, clip=clip, **SHORT_RUN,
     )  # fmt: skip
     members = tuple(Member(s, d_sae, sparsity[s] if isinstance(sparsity, Mapping) else sparsity) for s in sites)
     buffers = _buffers(acts)

@@ -10,8 +10,17 @@ $$ L = R(f W_{dec} + b_{dec}) + 2 \lambda\, \mathrm{mean}_{tokens} \sum_i \mathr
 $\bar y$ is the mean of the batch. The norm of a decoder row is free, since the penalty weighs by it, and the decoder is not
 held constant in the gate's reconstruction. Inputs and targets arrive scaled to a mean norm of $\sqrt d$.
 
-Source: Kharlapenko et al. (2025), App. B, and their trainer. Ours differs in that the magnitude's scale is $e^r$ (Gated
-SAEs, Eq. 7; theirs softplus) and that ghost gradients see a part of the batch and of the dead latents at a time.
+Source: Kharlapenko et al. (2025), App. B, and their trainer, whose values `make_recipe("icl-sfc")` gives. Their $R$ is a mean over the d
+components of the target, with a $\lambda$ d times smaller, and their loss is that times 100: `loss_scale` s multiplies L by s / d, which
+matters for clipping alone, as Adam does not see it. What differs:
+
+- the magnitude's scale is $e^r$ (Gated SAEs, Eq. 7), theirs $\mathrm{softplus}(r)$: the same functions, other steps;
+- a latent is dead by its silence alone. Theirs also is when it fired on less than 5 in a million tokens of the last 2,000 steps
+  (20 times in their batches), which would take a record of every latent's rate;
+- ghost gradients see a part of the batch and of the dead latents at a time, in turns;
+- they replace a NaN in an update by 0. We stop with the step and the site, since what gave one gives more;
+- for runs of some thousand steps `recipes.SHORT_RUN` takes `centred_start`, a `period` of the run's own length (theirs, of 100,000
+  steps or more, would leave the learning rate as it is) and no `loss_scale`.
 """
 
 import math
@@ -32,22 +41,30 @@ _EPS = 1e-6
 def init(x: Float[Array, "tokens d_in"], y: Float[Array, "tokens d_out"], d_sae: int, recipe: Recipe, *, key: PRNGKeyArray) -> Params:
     r"""Start of training from a sample of (scaled) activations.
 
-    The encoder is orthogonal and the decoder its transpose, as in the paper. We add what keeps latents from
-    being born dead in a short run: encoder columns of unit norm too, $b_{dec}$ the mean target, and gate and magnitude biases
-    $-\bar x W_{enc}$, so that every latent fires on about half of the tokens at first.
-    A transcoder whose input and output widths differ gets an independent orthogonal decoder.
+    As published the encoder is orthogonal, the decoder its transpose with rows of norm 1, every bias 0 and the magnitude's scale
+    softplus(0). With `centred_start` no latent is born dead: encoder columns have norm 1 too, $b_{dec}$ is the mean target, and gate
+    and magnitude biases are $-\bar x W_{enc}$, so that every latent fires on about half of the tokens at first.
+    A transcoder whose input and output widths differ gets an independent orthogonal decoder. Matrices are in `recipe.dtype`.
     """
-    d_in, d_out = x.shape[1], y.shape[1]
+    d_in, d_out, dtype = x.shape[1], y.shape[1], jnp.dtype(recipe.dtype)
     enc_key, dec_key = jax.random.split(key)
     W_enc = _orthogonal(enc_key, d_in, d_sae)
-    W_dec = W_enc.T if d_in == d_out else _orthogonal(dec_key, d_out, d_sae).T
-    bias = -(jnp.mean(x, axis=0) @ W_enc)
+    columns = _unit_columns(W_enc)
+    W_dec = columns.T if d_in == d_out else _unit_columns(_orthogonal(dec_key, d_out, d_sae)).T
+    if not recipe.centred_start:
+        zeros = jnp.zeros(d_sae)
+        return Params(W_enc.astype(dtype), W_dec.astype(dtype), zeros, zeros, zeros + math.log(math.log(2)), jnp.zeros(d_out))
+    bias = -(jnp.mean(x, axis=0) @ columns)
     # a dense start would overshoot by the number of latents in the same direction, d_sae / d / 2 when half of them fire
-    return Params(W_enc, W_dec * min(1.0, d_out / d_sae), bias, bias, jnp.zeros(d_sae), jnp.mean(y, axis=0))
+    W_dec = W_dec * min(1.0, d_out / d_sae)
+    return Params(columns.astype(dtype), W_dec.astype(dtype), bias, bias, jnp.zeros(d_sae), jnp.mean(y, axis=0))
 
 
 def _orthogonal(key, d: int, d_sae: int) -> Float[Array, "d d_sae"]:
-    W = jax.nn.initializers.orthogonal()(key, (d, d_sae))
+    return jax.nn.initializers.orthogonal()(key, (d, d_sae))
+
+
+def _unit_columns(W: Float[Array, "d d_sae"]) -> Float[Array, "d d_sae"]:
     return W / jnp.linalg.norm(W, axis=0, keepdims=True)
 
 
@@ -60,9 +77,12 @@ def loss(
     *,
     key: PRNGKeyArray | None = None,
     revive: Array | None = None,
+    loss_scale: float = 0.0,
 ) -> tuple[Float[Array, ""], Stats]:
-    r"""The loss $L$ above and the batch's statistics. `sparsity` is $\lambda$; `dead` (d_sae,) bool turns ghost gradients on
-    and needs a `key`, which draws the dead latents that get them. Where `revive` is false they are skipped (default: if none is dead).
+    r"""The loss $L$ above, times `loss_scale` / d_out if that is given, and the batch's statistics.
+
+    `sparsity` is $\lambda$; `dead` (d_sae,) bool turns ghost gradients on and needs a `key`, which draws the dead latents that get
+    them. Where `revive` is false they are skipped (default: if none is dead).
     """
     h = matmul(x, params.W_enc)  # computed once: gate and magnitude share it
     pi = h + params.b_enc[None]
@@ -78,6 +98,7 @@ def loss(
     total = reconstruction + penalty + gate_reconstruction
     if dead is not None:
         total = total + _ghost(params, x, err, scale, dead, jnp.any(dead) if revive is None else revive, key)
+    total = total * (loss_scale / y.shape[1]) if loss_scale else total
     fired = f > 0
     l0 = jnp.mean(jnp.sum(fired, axis=1, dtype=jnp.float32))
     return total, Stats(l0, jnp.sum(err**2) / jnp.sum(scale**2), jnp.any(fired, axis=0), jnp.float32(jnp.nan))

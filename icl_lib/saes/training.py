@@ -256,7 +256,9 @@ def _step_one(stack: Stack, x, y, sparsity, key, revive, step, recipe: Recipe, k
     dead = stack.silent >= recipe.dead_after
     if recipe.objective == "icl-sfc":
         gradient = jax.value_and_grad(icl_sfc.loss, has_aux=True)
-        (loss, stats), grads = gradient(stack.params, x, y, sparsity * recipe.ramp(step), dead, key=key, revive=revive)
+        (loss, stats), grads = gradient(
+            stack.params, x, y, sparsity * recipe.ramp(step), dead, key=key, revive=revive, loss_scale=recipe.loss_scale
+        )
     else:
         level = sparsity if recipe.top else sparsity * recipe.ramp(step)
         loss = functools.partial(objectives.loss, x=x, y=y, sparsity=level, recipe=recipe, k_max=k_max, key=key, sparse=sparse)
