@@ -59,11 +59,13 @@ def test_a_model_without_bos_sees_plain_text(folder, tokenizer):
     np.testing.assert_array_equal(rows.ravel()[:300], flat[:300])
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "txt"])
 def test_state_goes_on_with_the_next_context(tmp_path, tokenizer, kind):
     texts = documents(150)
     path = tmp_path / f"text.{kind}"
-    if kind == "jsonl":
+    if kind == "json":  # one array of objects
+        path.write_text(json.dumps([{"id": i, "text": t} for i, t in enumerate(texts)]))
+    elif kind == "jsonl":
         path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     elif kind == "parquet":
         Dataset.from_dict({"text": texts}).to_parquet(str(path))

@@ -2,8 +2,11 @@
 
 import json
 
+import datasets
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -12,9 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from icl_lib.models import Site, Transformer, save_model, tiny_config
 from icl_lib.runs import root
 from icl_lib.runs.params import CardError
-from icl_lib.saes import load_suite
+from icl_lib.saes import TrainingError, icl_sfc, load_suite, make_recipe, train
 from icl_lib.saes.corpus import CorpusError
-from icl_lib.saes.train import members, read_suite_card, recipe, run
+from icl_lib.saes.recipes import Recipe
+from icl_lib.saes.train import corpus, members, read_suite_card, recipe, run
 
 CONFIG = tiny_config()
 WORDS = [f"w{i}" for i in range(CONFIG.d_vocab - 3)]
@@ -28,13 +32,49 @@ def test_cards_of_the_repository(path):
 
 
 def test_the_papers_suite():
+    """Every line of what the authors' paper and trainer say; where the two differ, the card says which is followed."""
     card = read_suite_card(root() / "params" / "suites" / "gemma-1-2b.yaml")
-    suite = members(card, 18)
-    assert len(suite) == 54 and {m.d_sae for m in suite} == {32768}
-    tokens = card.contexts * (card.context - 1) * card.steps // card.steps_per_pass
-    assert tokens == pytest.approx(150e6, rel=0.02)
-    how = recipe(card)
-    assert (how.learning_rate, how.beta1, how.beta2, how.warmup) == (1e-3, 0, 0.99, 128)
+    suite, how = members(card, 18), recipe(card)
+    assert (
+        len(suite) == 54 and {m.d_sae for m in suite} == {16 * 2048} and {m.site.name for m in suite} == {"resid_pre", "attn_out", "mlp_in"}
+    )
+    assert all(m.sparsity / 2048 == pytest.approx(8e-6 if m.site.name == "mlp_in" else 2e-5, rel=0.01) for m in suite)
+    assert card.contexts * (card.context - 1) * card.steps // card.steps_per_pass == pytest.approx(150e6, rel=0.02)
+    assert card.passes * card.contexts * (card.context - 1) == pytest.approx(65_536, rel=0.01)
+    assert (card.model, card.text, card.context, card.dtype) == ("google/gemma-2b-it", "HuggingFaceFW/fineweb", 128, "bfloat16")
+    assert how == Recipe(
+        objective="icl-sfc", n_steps=150_000, batch_size=2048, learning_rate=1e-3, beta1=0.0, beta2=0.99, warmup=128, decay="cosine",
+        period=300_000, sparsity_warmup=0, clip=1.0, norm_decay=0.99, dead_after=2000, resample_every=0, unit_norm=False, k_aux=0,
+        skip=False, dtype="bfloat16", centred_start=False, loss_scale=100.0,
+    )  # fmt: skip
+    rates = [float(how.rate(jnp.asarray(step))) for step in (0, 127, 149_999)]
+    np.testing.assert_allclose(rates, [1e-3 / 128, 1e-3, 0.55e-3], rtol=1e-3)
+    assert make_recipe("icl-sfc", n_steps=1000, batch_size=8).period == 100_000
+
+
+def test_the_papers_start_and_scale():
+    """Orthogonal encoder, its transpose with rows of norm 1, no biases, softplus(0); the loss is a mean over components, times 100."""
+    how = make_recipe("icl-sfc", n_steps=10, batch_size=8, dtype="bfloat16")
+    x = jax.random.normal(jax.random.key(1), (20, 16))
+    p = icl_sfc.init(x, x, 64, how, key=jax.random.key(0))
+    assert p.W_enc.dtype == p.W_dec.dtype == jnp.bfloat16 and p.b_enc.dtype == jnp.float32
+    W_enc, W_dec = np.asarray(p.W_enc, np.float32), np.asarray(p.W_dec, np.float32)
+    np.testing.assert_allclose(W_enc @ W_enc.T, np.eye(16), atol=0.02)
+    np.testing.assert_allclose(W_dec, (W_enc / np.linalg.norm(W_enc, axis=0)).T, atol=0.01)
+    assert not any(np.any(b) for b in (p.b_enc, p.b_mag, p.b_dec))
+    np.testing.assert_allclose(np.exp(p.r_mag), np.log(2), rtol=1e-6)
+    plain, scaled = (icl_sfc.loss(p, x, x, jnp.float32(0.1), loss_scale=scale)[0] for scale in (0.0, 100.0))
+    assert float(scaled) == pytest.approx(float(plain) * 100 / 16, rel=1e-5)
+
+
+def test_recipes_that_depend_on_the_run():
+    assert make_recipe("standard", n_steps=2000, batch_size=8).sparsity_warmup == 100  # 5 %
+    assert make_recipe("topk", n_steps=2000, batch_size=1000).dead_after == 10_000  # 10 million tokens
+    assert make_recipe("topk", n_steps=2000, batch_size=1000, dead_after=7).dead_after == 7
+    with pytest.raises(TrainingError, match="resample_every is not for topk, whose auxiliary loss"):
+        make_recipe("topk", n_steps=1, batch_size=1, resample_every=5)
+    with pytest.raises(TrainingError, match="icl-sfc has no skip matrix"):
+        make_recipe("icl-sfc", n_steps=1, batch_size=1, skip=True)
 
 
 @pytest.fixture
@@ -50,7 +90,7 @@ def card_file(tmp_path):
     values = {
         "model": str(tmp_path / "model"), "text": str(tmp_path / "text.jsonl"), "context": 16, "run_dir": str(tmp_path / "run"),
         "sparsity": {"resid_pre": [0.01, 1]}, "d_sae": [24, 32], "layers": [1], "recipe": "standard", "steps": 12, "batch_size": 32,
-        "contexts": 4, "passes": 2, "steps_per_pass": 2, "changes": {"learning_rate": 1e-2},
+        "contexts": 4, "passes": 2, "steps_per_pass": 2, "held_out": 8, "changes": {"learning_rate": 1e-2},
     }  # fmt: skip
 
     def write(**changes):
@@ -61,13 +101,33 @@ def card_file(tmp_path):
     return write
 
 
-def test_from_a_card_to_saes(card_file):
-    folder = run(read_suite_card(card_file()))
+def test_from_a_card_to_saes(card_file, monkeypatch, capsys):
+    path = card_file()
+    monkeypatch.setattr("sys.argv", ["train", str(path)])
+    monkeypatch.setattr(train.devices, "setup", lambda run_dir: {})
+    assert train.main() == 0
+    out, folder = capsys.readouterr().out, path.parent / "run" / "saes"
+    assert "quality on 8 contexts held out:" in out and "ce_recovered_zero" in out and out.count("blocks.1.hook_resid_pre") == 4
     for width in (24, 32):
         for value in ("0.01", "1"):
             sae = load_suite(folder / f"d_sae_{width}_sparsity_{value}")[Site("resid_pre", 1)]
             assert (sae.architecture, sae.d_sae, sae.d_in) == ("standard", width, CONFIG.d_model)
             assert dict(sae.metadata)["context_size"] == 16 and dict(sae.metadata)["sparsity"] == float(value)
+    quality = pd.read_parquet(folder.parent / "quality.parquet")
+    assert quality[["d_sae", "sparsity"]].values.tolist() == [[24, 0.01], [24, 1], [32, 0.01], [32, 1]]
+    assert (quality.l0.values[::2] > quality.l0.values[1::2]).all() and quality.fvu.notna().all()
+
+
+def test_a_data_set_is_pinned(card_file, monkeypatch):
+    asked = {}
+
+    def load(where, **options):
+        asked.update(options, where=where)
+        return datasets.IterableDataset.from_generator(lambda: iter([{"text": "w1 w2 w3"}]))
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    text = corpus(read_suite_card(card_file(text="owner/texts", subset="some", text_revision="abc")), 2)
+    assert (asked["where"], asked["revision"]) == ("owner/texts", "abc") and text.describe()["corpus"] == "owner/texts (some, abc)"
 
 
 def test_cards_that_cannot_be(card_file):

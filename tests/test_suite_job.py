@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -18,22 +19,27 @@ import pandas as pd
 import pytest
 from jax.sharding import AxisType
 from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from icl_lib.models import Site, Transformer, run_with_cache, tiny_config
 from icl_lib.models.sharding import make_mesh, shard_model
+from icl_lib.saes import jobs
 from icl_lib.saes.activations import token_mask
 from icl_lib.saes.buffer import ActivationBuffer
 from icl_lib.saes.checkpoints import CheckpointError, Checkpoints, abstract_like, differences
+from icl_lib.saes.corpus import TextCorpus, open_text
 from icl_lib.saes.formats import load_suite
 from icl_lib.saes.jobs import train_suite
 from icl_lib.saes.progress import Reporter
-from icl_lib.saes.recipes import TrainingError, make_recipe
-from icl_lib.saes.training import Means, Member
+from icl_lib.saes.recipes import SHORT_RUN, TrainingError, make_recipe
+from icl_lib.saes.training import Means, Member, Suite, init_state
 
 CONFIG = tiny_config(d_model=8, d_head=4, d_mlp=16)
 SITES = [Site("resid_pre", 1), Site("mlp_in", 0)]
 MEMBERS = [Member(site, 24, 0.1) for site in SITES]
-RECIPE = make_recipe("icl-sfc", n_steps=120, batch_size=32, learning_rate=3e-3, dead_after=30)
+SETTINGS = dict(n_steps=120, batch_size=32, learning_rate=3e-3, dead_after=30) | SHORT_RUN
+RECIPE = make_recipe("icl-sfc", **SETTINGS)
 SIZES = dict(contexts=4, passes=3, steps_per_pass=2, save_every=10)
 
 
@@ -73,7 +79,7 @@ def run(folder, corpus=None, model=None, members=MEMBERS, recipe=RECIPE, log=Non
 
 def weights(folder) -> dict[str, np.ndarray]:
     """Every array of every SAE that a job wrote."""
-    files = sorted(folder.rglob("sae_weights.safetensors"))
+    files = sorted(folder.rglob("sae*.safetensors"))
     assert files
     return {f"{f.parent.name}/{k}": v for f in files for k, v in load_file(f).items()}
 
@@ -198,10 +204,11 @@ def test_a_bar_in_a_terminal_lines_elsewhere(monkeypatch, capsys):
 def test_another_configuration_is_refused_by_field(finished):
     before = weights(finished)
     with pytest.raises(CheckpointError, match=r"recipe.learning_rate is 0.003 there, 0.002 here.*choose another folder"):
-        run(finished, recipe=make_recipe("icl-sfc", n_steps=120, batch_size=32, learning_rate=2e-3, dead_after=30))
+        run(finished, recipe=make_recipe("icl-sfc", **(SETTINGS | {"learning_rate": 2e-3})))
     with pytest.raises(CheckpointError, match=r"corpus.seq is 10 there, 9 here"):
         run(finished, corpus=Numbers(seq=9))
-    other = eqx.tree_at(lambda m: m.embed, make_model(), make_model().embed * 1.1)
+    of_first = lambda m: jax.tree.leaves(m.blocks[0])[0]
+    other = eqx.tree_at(of_first, make_model(), of_first(make_model()).at[(0,) * of_first(make_model()).ndim].add(1e-6))
     with pytest.raises(CheckpointError, match=r"model.weights is .* there"):
         run(finished, model=other)
     with pytest.raises(CheckpointError, match=r"members.blocks.1.hook_resid_pre d_sae=24 sparsity=0.2 is absent there, True here"):
@@ -227,9 +234,30 @@ def test_bad_data_stops_the_job_and_keeps_the_checkpoint(tmp_path):
 
 
 def test_bad_loss_stops_the_job_and_keeps_the_checkpoint(tmp_path):
-    recipe = make_recipe("icl-sfc", n_steps=120, batch_size=32, learning_rate=1e30, warmup=0, dead_after=30)
-    with pytest.raises(TrainingError, match=r"(loss of the SAE at blocks.\d\S+ is|a weight is) not finite.*no checkpoint yet"):
-        run(tmp_path, recipe=recipe)
+    """Weights that overflow at once, and an input late in the run that is finite but has no finite square."""
+    recipe = make_recipe("icl-sfc", **(SETTINGS | {"learning_rate": 1e30, "warmup": 0}))
+    with pytest.raises(TrainingError, match=r"(loss|a weight) of the SAE at blocks.\d\S+ is not finite.*no checkpoint yet"):
+        run(tmp_path / "a", recipe=recipe)
+    recipe, model = make_recipe("icl-sfc", **(SETTINGS | {"norm_decay": 1.0})), make_model()
+    model = eqx.tree_at(lambda m: m.embed, model, model.embed.at[-1].set(1e25))
+    said = []
+    for _ in range(2):  # the second time it goes on from the checkpoint and meets the same
+        with pytest.raises(TrainingError) as caught:
+            run(tmp_path / "b", corpus=Numbers(poison=16), model=model, recipe=recipe)
+        said.append(str(caught.value))
+    found = re.match(
+        r"the loss of the SAE at blocks.1.hook_resid_pre is not finite at step (\d+).*last good checkpoint, of step (\d+), is in", said[0]
+    )
+    assert said[0] == said[1] and found, said
+    assert int(found[1]) >= 28 and 20 <= int(found[2]) <= int(found[1])
+
+
+def test_a_weight_that_is_not_finite_is_named(finished):
+    suite = Suite(MEMBERS, RECIPE, {site: CONFIG.d_model for site in [*SITES, Site("mlp_out", 0)]})
+    state = init_state(suite, {site: jnp.ones((9, CONFIG.d_model)) for site in suite.sites}, key=jax.random.key(0))
+    assert [x.tolist() for x in jobs._finite(state)] == [[True, True]]
+    broken = eqx.tree_at(lambda s: s.stacks[0].params.b_dec, state, state.stacks[0].params.b_dec.at[1, 3].set(jnp.inf))
+    assert [x.tolist() for x in jobs._finite(broken)] == [[True, False]]
 
 
 def test_a_disk_that_is_full(tmp_path):
@@ -257,6 +285,20 @@ def test_a_disk_that_is_full(tmp_path):
     again.close()
 
 
+def test_a_disk_that_is_full_at_the_end(finished):
+    """The SAEs that are there stay whole, nothing half written is left, and the next call writes them."""
+    before = weights(finished)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
+    try:
+        with pytest.raises(OSError, match=r"could not write .*resid_pre.1/sae_weights.safetensors: .*Is the disk full"):
+            run(finished)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(finished.rglob("*partial*"))
+    assert_same_bits(weights(finished), before)
+
+
 def test_a_save_does_not_see_later_steps(tmp_path):
     """The state is given up to the next step while it is still being written."""
     add = jax.jit(lambda s: s + 1, donate_argnums=0)
@@ -271,11 +313,72 @@ def test_a_save_does_not_see_later_steps(tmp_path):
     np.testing.assert_array_equal(arrays["w"], 10.0)
 
 
+WIDE = tiny_config(n_heads=3)  # whose heads together are wider than d_model
+
+
+def test_every_kind_of_site_is_trained_and_written(tmp_path):
+    """Heads, MLP outputs and transcoders."""
+    recipe, level = make_recipe("standard", n_steps=8, batch_size=16), 0.1
+    sites = [Site("z", 0), Site("mlp_out", 1), Site("mlp_in", 1)]
+    model = Transformer.init(WIDE, key=jax.random.key(0))
+    trained = run(tmp_path, model=model, members=[Member(s, 24, level) for s in sites], recipe=recipe)
+    suite = load_suite(tmp_path / "saes", WIDE)
+    assert set(suite) == set(sites) and suite[sites[0]].d_in == WIDE.width("z") != WIDE.d_model
+    assert suite[sites[2]].site_out == Site("mlp_out", 1) and {s.architecture for s in suite.values()} == {recipe.objective}
+    for member, sae in trained.items():
+        for a, b in zip(jax.tree.leaves(sae), jax.tree.leaves(suite[member.site]), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "member, objective, changes",
+    [
+        (Member(Site("mlp_in", 0), 24, 3), "topk", {"k_aux": 4, "dead_after": 2, "skip": True}),
+        (Member(Site("resid_pre", 1), 24, 0.1), "gated", {"resample_every": 5, "dead_after": 2}),
+    ],
+    ids=["topk", "gated"],
+)
+def test_a_stopped_job_on_text_ends_with_the_same_bits(member, objective, changes, tmp_path):
+    """Text, auxiliary loss and resampling: stopped between two checkpoints, it ends as if it had not been.
+
+    SAELens has no topk transcoder: it must come out of the job all the same.
+    """
+    rng = np.random.default_rng(0)
+    (tmp_path / "text.txt").write_text("\n\n".join(" ".join(f"w{i}" for i in rng.integers(0, 30, 20)) for _ in range(60)))
+    vocabulary = {"<unk>": 0} | {f"w{i}": i + 3 for i in range(30)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")))
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    held_out = 2 if objective == "gated" else 0
+    recipe = make_recipe(objective, n_steps=20, batch_size=16, warmup=1, **changes)
+
+    def job(folder, log=None):
+        corpus = TextCorpus(open_text(tmp_path / "text.txt"), tokenizer, 10, bos_id=CONFIG.bos_id)
+        run(folder, corpus=corpus, members=[member], recipe=recipe, save_every=6, log=log, log_seconds=0.0, held_out=held_out)
+
+    def stop(progress):
+        if progress.step >= 10:
+            raise KeyboardInterrupt
+
+    job(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        job(tmp_path / "stopped", stop)
+    assert not (tmp_path / "stopped" / "saes").exists() and len(list((tmp_path / "stopped" / "checkpoints").iterdir())) == 1
+    job(tmp_path / "stopped")
+    assert_same_bits(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+    sae = load_suite(tmp_path / "stopped" / "saes", CONFIG)[member.site]
+    assert sae.architecture == objective and sae.is_transcoder == (objective == "topk") == (sae.W_skip is not None)
+    tables = [pd.read_parquet(path) for path in sorted(tmp_path.glob("*/quality.parquet"))]
+    assert len(tables) == held_out and all(t.equals(tables[0]) and t.sparsity[0] == 0.1 for t in tables)
+
+
 def test_impossible_jobs(tmp_path):
     with pytest.raises(TrainingError, match="contexts of 65 tokens are longer than the model's 64"):
         run(tmp_path, corpus=Numbers(seq=65))
     with pytest.raises(TrainingError, match="steps_per_pass and save_every must be at least 1"):
         run(tmp_path, steps_per_pass=0)
+    skip = make_recipe("standard", n_steps=8, batch_size=16, skip=True)
+    with pytest.raises(TrainingError, match="skip is for transcoders: .* the SAE at blocks.1.hook_resid_pre would copy its input"):
+        run(tmp_path, recipe=skip)
     with pytest.raises(ValueError, match="layer of site"):
         run(tmp_path, members=[Member(Site("resid_pre", 9), 24, 0.1)])
 

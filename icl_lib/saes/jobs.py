@@ -6,15 +6,18 @@ so that one that was killed goes on as if nothing had happened: in float32 on a 
 """
 
 import dataclasses
-import io
-import os
+import functools
+import hashlib
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -24,10 +27,14 @@ from icl_lib.saes.buffer import ActivationBuffer
 from icl_lib.saes.checkpoints import Checkpoints
 from icl_lib.saes.corpus import Corpus
 from icl_lib.saes.formats import save_suite
+from icl_lib.saes.formats.files import replace_file
+from icl_lib.saes.metrics import quality_table
 from icl_lib.saes.progress import Curves, JobProgress, Reporter
 from icl_lib.saes.recipes import Recipe, TrainingError
 from icl_lib.saes.sae import SAE
 from icl_lib.saes.training import Means, Member, State, Suite, finish, init_state, run_steps, shardings, stop_if_bad
+
+_PRIMES = tuple(map(np.uint32, (2654435761, 2246822519, 3266489917, 668265263)))  # of the places in a checksum
 
 
 def train_suite(
@@ -41,6 +48,7 @@ def train_suite(
     contexts: int = 32,
     passes: int = 16,
     steps_per_pass: int = 4,
+    held_out: int = 0,
     dtype: str | None = None,
     save_every: int = 1000,
     keep: int = 2,
@@ -55,13 +63,17 @@ def train_suite(
     One pass takes `contexts` contexts of `corpus.seq` tokens, the buffer holds `passes` of them (in `dtype`, by default the
     model's), and after each pass every SAE takes `steps_per_pass` steps of `recipe.batch_size` rows: with n tokens a pass, a
     token is drawn steps_per_pass x batch_size / n times on average. `mesh` and `shard` are those of `Suite`.
+    The first `held_out` contexts of the corpus are not trained on: the SAEs are judged by them at the end (not where several
+    processes train: call `quality_table` on the suite they wrote).
 
-    Writes into `folder`: `checkpoints/` every `save_every` steps and at the end (the last `keep`), `curves.parquet`, and `saes/`
-    in SAELens layout, one folder a member. `log` gets a line every `log_seconds` (None: silent).
+    Writes into `folder`: `checkpoints/` every `save_every` steps and at the end (the last `keep`), `curves.parquet`,
+    `quality.parquet` (the table of `quality_table`, with sparsity), and `saes/` in SAELens layout, one folder a member (topk
+    transcoders as sparsify writes them). `log` gets a line every `log_seconds` (None: silent).
 
     Raises `TrainingError` before any step if model, corpus, members and recipe do not fit, or if `folder` holds a run of another
     configuration (`CheckpointError`, naming the fields); later, with step and site, if an activation or a loss is not finite, and
-    `CheckpointError` if a checkpoint cannot be written. The last good checkpoint stays, and the next call goes on from it.
+    `CheckpointError` if a checkpoint, or `OSError` if a result, cannot be written. The last good checkpoint stays, and the next call
+    goes on from it.
     """
     if corpus.seq > model.config.n_ctx:
         raise TrainingError(
@@ -73,7 +85,9 @@ def train_suite(
     sites = needed_sites(m.site for m in members)
     suite = Suite(tuple(members), recipe, {s: model.config.width(s.name) for s in sites}, mesh, shard)
     buffer = ActivationBuffer(model, corpus, suite.sites, contexts=contexts, passes=passes, dtype=dtype, mesh=mesh)
-    config = _config(model, corpus, suite, seed, {"contexts": contexts, "passes": passes, "steps_per_pass": steps_per_pass, "dtype": dtype})
+    held = corpus.batch(held_out) if held_out else None
+    passes_of = {"contexts": contexts, "passes": passes, "steps_per_pass": steps_per_pass, "held_out": held_out, "dtype": dtype}
+    config = _config(model, corpus, suite, seed, passes_of)
     job = _Job(suite, buffer, Checkpoints(Path(folder) / "checkpoints", config, keep), Curves(suite.members, recipe.n_steps))
     try:
         job.start(jax.random.key(seed))
@@ -82,6 +96,8 @@ def train_suite(
         job.checkpoints.close()
     trained = finish(job.state, suite, metadata)
     _write(trained, job.curves, Path(folder), mesh)
+    if held is not None and jax.process_count() == 1:
+        _save_table(_quality(model, trained, held), Path(folder) / "quality.parquet")
     return trained
 
 
@@ -133,8 +149,12 @@ class _Job:
         self.checkpoints.wait()
 
     def _save(self) -> None:
-        if not bool(_finite(self.state)):
-            raise TrainingError(f"a weight is not finite after step {self.step - 1}: lower the learning rate; {self._kept()}")
+        for group, finite in zip(self.suite.groups, _everywhere(_finite(self.state), self.suite.mesh), strict=True):
+            if (bad := np.flatnonzero(~np.asarray(finite))).size:
+                site = self.suite.members[group[bad[0]]].site
+                raise TrainingError(
+                    f"a weight of the SAE at {site} is not finite after step {self.step - 1}: lower the learning rate; {self._kept()}"
+                )
         data, tokens = self.buffer.state()
         self.checkpoints.save(self.step, {"state": self.state, "tokens": tokens}, {"buffer": data, "curves": self.curves.points})
 
@@ -171,9 +191,14 @@ class _Job:
 
 
 @jax.jit
-def _finite(state: State) -> Array:
-    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+def _finite(state: State) -> list[Array]:
+    """For each stack, (n_saes,) booleans: all that training carries of this SAE is finite."""
+
+    def one(stack):
+        floats = [x for x in jax.tree.leaves(stack) if jnp.issubdtype(x.dtype, jnp.floating)]
+        return functools.reduce(operator.and_, [jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) for x in floats])
+
+    return [one(stack) for stack in state.stacks]
 
 
 def _config(model: Transformer, corpus: Corpus, suite: Suite, seed: int, passes: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,9 +217,23 @@ def _config(model: Transformer, corpus: Corpus, suite: Suite, seed: int, passes:
 
 
 def _fingerprint(model: Transformer) -> str:
-    """Tells models of equal sizes apart: some digits of the sum of |w| of the embedding and the last MLP."""
-    leaves = [model.embed, *jax.tree.leaves(model.blocks[-1])]
-    return f"{float(sum(jnp.sum(jnp.abs(w), dtype=jnp.float32) for w in leaves)):.4g}"
+    """Tells models apart by the bits of every weight. Sums of integers are the same in any order, so on any number of devices."""
+    sums = jnp.stack([_checksum(w) for w in jax.tree.leaves(model) if eqx.is_inexact_array(w)])
+    return hashlib.sha256(np.asarray(sums).tobytes()).hexdigest()[:16]
+
+
+@jax.jit
+def _checksum(w: Array) -> Array:
+    r"""$\sum_i b_i m_i$ modulo $2^{32}$ of the bits b of each number, with an odd m that differs from place to place."""
+    bits = jax.lax.bitcast_convert_type(w, f"uint{8 * w.dtype.itemsize}").astype(jnp.uint32)
+    places = [jax.lax.broadcasted_iota(jnp.uint32, w.shape, axis) * prime for axis, prime in zip(range(w.ndim), _PRIMES, strict=False)]
+    return jnp.sum(bits * (2 * sum(places, jnp.uint32(0)) + 1), dtype=jnp.uint32)
+
+
+def _quality(model: Transformer, trained: Mapping[Member, SAE], tokens: np.ndarray) -> pd.DataFrame:
+    table = quality_table(model, trained, tokens, batch_size=16)
+    table.insert(table.columns.get_loc("d_sae") + 1, "sparsity", [member.sparsity for member in trained])
+    return table
 
 
 def _write(trained: Mapping[Member, SAE], curves: Curves, folder: Path, mesh: Mesh | None) -> None:
@@ -208,12 +247,11 @@ def _write(trained: Mapping[Member, SAE], curves: Curves, folder: Path, mesh: Me
         whole = _whole(sae, mesh)
         if jax.process_index() == 0:
             save_suite({member.site: whole}, folder / "saes" / name)
-    if jax.process_index() == 0:
-        data = io.BytesIO()
-        curves.table().to_parquet(data, index=False)
-        temporary = folder / ".curves.parquet.part"
-        temporary.write_bytes(data.getvalue())
-        os.replace(temporary, folder / "curves.parquet")
+    _save_table(curves.table(), folder / "curves.parquet")
+
+
+def _save_table(table: pd.DataFrame, path: Path) -> None:
+    replace_file(path, lambda partial: table.to_parquet(partial, index=False))
 
 
 def _whole(sae: SAE, mesh: Mesh | None) -> SAE:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import pandas as pd
 import pydantic
 from jax.sharding import AxisType
 
@@ -34,6 +35,7 @@ class SuiteCard(pydantic.BaseModel):
     dtype: str = "float32"  # of the model and of the activation buffer
     text: str  # hub id of a data set, a file or folder of text, or "embedded language"
     subset: str | None = None  # of a data set on the hub
+    text_revision: str | None = None  # of a data set on the hub: a commit, so that it stays the text it is
     text_column: str = "text"
     epochs: int = 1  # times that the text may be read
     context: int  # tokens of a context, BOS included
@@ -52,6 +54,7 @@ class SuiteCard(pydantic.BaseModel):
     contexts: int = 32  # in a pass of the language model
     passes: int = 16  # that the activation buffer holds
     steps_per_pass: int = 4
+    held_out: int = 64  # first contexts of the text, kept for the table of quality at the end; 0: none
     save_every: int = 1000  # steps
     keep: int = 2  # checkpoints
 
@@ -92,9 +95,10 @@ def corpus(card: SuiteCard, bos_id: int | None) -> Corpus:
         from icl_lib.tiny.stream import LanguageCorpus
 
         return LanguageCorpus(card.context, seed=card.seed)
-    stream = open_text(resolve(card.text), subset=card.subset)
+    stream = open_text(resolve(card.text), subset=card.subset, revision=card.text_revision)
     tokenizer = load_tokenizer(resolve(card.model), card.revision)
-    name = card.text if card.subset is None else f"{card.text} ({card.subset})"
+    which = ", ".join(filter(None, (card.subset, card.text_revision)))
+    name = f"{card.text} ({which})" if which else card.text
     return TextCorpus(stream, tokenizer, card.context, bos_id=bos_id, text_column=card.text_column, epochs=card.epochs, name=name)
 
 
@@ -110,7 +114,7 @@ def run(card: SuiteCard) -> Path:
     model = load_model(resolve(card.model), card.revision, card.dtype, make_mesh(data=jax.device_count()) if several else None)
     train_suite(
         model, text, suite, how, run_folder(card.run_dir), seed=card.seed, contexts=card.contexts, passes=card.passes,
-        steps_per_pass=card.steps_per_pass, save_every=card.save_every, keep=card.keep, mesh=mesh, shard=card.shard,
+        steps_per_pass=card.steps_per_pass, held_out=card.held_out, save_every=card.save_every, keep=card.keep, mesh=mesh, shard=card.shard,
         metadata={"model_name": card.model, "dataset": card.text, "context_size": card.context},
     )  # fmt: skip
     return run_folder(card.run_dir) / "saes"
@@ -123,7 +127,10 @@ def main() -> int:
         card = read_suite_card(parser.parse_args().card)
         devices.setup(card.run_dir)
         print(f"wrote {run(card)}")
-    except (TrainingError, ValueError, FileNotFoundError) as err:
+        if (table := run_folder(card.run_dir) / "quality.parquet").is_file():
+            shown = ["site", "d_sae", "sparsity", "l0", "fvu", "ce_recovered_zero", "ce_recovered_mean", "dead", "dense"]
+            print(f"quality on {card.held_out} contexts held out:\n{pd.read_parquet(table)[shown].round(3).to_string(index=False)}")
+    except (TrainingError, ValueError, OSError) as err:
         print(err, file=sys.stderr)
         return 2
     return 0

@@ -4,6 +4,7 @@ A reader turns a file into `Weights`, numpy arrays of float32 by our names, and 
 activations: each `fold_*` here is one step of that, exact but for rounding.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -165,13 +166,21 @@ def no_site(path: Path) -> ValueError:
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under another name first, so that an interrupted run leaves the old file or the new one. Only the first process writes."""
+    """Write under another name first, so that an interrupted run leaves the old file or the new one. Only the first process writes.
+
+    Raises `OSError` naming the file if it cannot be written; what was written of it is taken away.
+    """
     if not is_writer():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    write(partial)
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # numpy's, PyTorch's and safetensors' own
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(f"could not write {path}: {error}. Is the disk full, or the folder read-only? Make room and save again") from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
