@@ -1,13 +1,20 @@
-"""SAE files made by the original libraries (scripts in tests/golden), read by us, give what the original computed."""
+"""SAE files of every format, read by us, give what the original library computed; and what we write, sae-lens reads so.
 
+The scripts in tests/golden made the files: sae-lens, dictionary_learning and sparsify themselves, and for saex, which cannot be
+installed any more, its formulas written out in numpy.
+"""
+
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from icl_lib.models import Site
-from icl_lib.saes import load_sae
+from icl_lib.saes import load_sae, save_sae
+from icl_lib.saes.formats import sparsify
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = sorted(path.parent for path in GOLDEN.rglob("expected.npz"))
@@ -20,6 +27,8 @@ SITES = {
     "it-l12-attn_out-test-run-1-2.00E-05": "attn_out.12", "it-l12-transcoder-test-run-1-8.00E-06": "mlp_in.12 mlp_out.12",
     "it-l12-residual-test-run-1-2.00E-05": "resid_pre.12", "l12-test-run-5-3.00E-05": "resid_pre.12",
     "l16-test-run-3-4e-05": "resid_pre.16", "skip_transcoder": "mlp_in.3 mlp_out.3", "flat_standard": "resid_post.6", "gated": "resid_pre.3",
+    "flat_gated": "resid_post.6", "batchtopk": "resid_pre.3", "it-l16-residual-test-run-1-2.00E-05": "resid_pre.16",
+    "AutoEncoderTopK_early": "resid_post.3", "gated-z": "z.3", "gated-mlp_in-skip": "mlp_in.3 mlp_out.3",
 }  # fmt: skip
 
 
@@ -34,7 +43,7 @@ def load(folder, **kwargs):
 
 def test_there_is_one_for_every_format_and_architecture():
     assert {path.relative_to(GOLDEN).parts[0] for path in FOLDERS} == {
-        "sae_lens", "google", "fnlp", "mwhanna", "dictionary_learning", "sparsify", "nev",
+        "sae_lens", "google", "fnlp", "mwhanna", "dictionary_learning", "sparsify", "nev", "written",
     }  # fmt: skip
     assert {load(path).architecture for path in FOLDERS} == {"standard", "gated", "jumprelu", "topk", "batchtopk"}
 
@@ -72,6 +81,31 @@ def test_the_papers_variant_of_saex(folder):
     assert relative(f, trained) > 0.1  # the two forms are not the same function
 
 
+WRITTEN = [path for path in FOLDERS if "written" in path.parts]
+
+
+@pytest.mark.parametrize("folder", WRITTEN, ids=lambda path: path.name)
+def test_what_sae_lens_opened_is_what_we_write(folder, tmp_path):
+    """`test_same_numbers_as_the_original` holds our numbers to those of sae-lens on the same files."""
+    save_sae(load(folder), tmp_path)
+    assert json.loads((tmp_path / "cfg.json").read_text()) == json.loads((folder / "cfg.json").read_text())
+    again, golden = (load_file(path / "sae_weights.safetensors") for path in (tmp_path, folder))
+    assert again.keys() == golden.keys() and all((again[name] == golden[name]).all() for name in golden)
+
+
+@pytest.mark.parametrize("name", ["layers.3", "layers.2.mlp", "layers.4.mlp"])
+def test_what_sparsify_wrote_is_what_we_write(name, tmp_path):
+    folder = GOLDEN / "sparsify" / name
+    sparsify.write(load(folder), tmp_path)
+    theirs, ours = (json.loads((path / "cfg.json").read_text()) for path in (folder, tmp_path))
+    skipped = ("expansion_factor", "normalize_decoder", "site_in", "site_out", "metadata")
+    assert {k: v for k, v in ours.items() if k not in skipped} == {k: theirs[k] for k in ours if k not in skipped}
+    again, golden = (load_file(path / "sae.safetensors") for path in (tmp_path, folder))
+    assert again.keys() == golden.keys()
+    for key in golden:
+        np.testing.assert_allclose(again[key], golden[key], atol=1e-6)
+
+
 def test_topk_with_its_threshold():
     folder = GOLDEN / "dictionary_learning" / "AutoEncoderTopK"
     with np.load(folder / "expected.npz") as expected:
@@ -79,6 +113,8 @@ def test_topk_with_its_threshold():
     sae = load_sae(folder, variant="threshold")
     assert relative(sae.encode(jnp.asarray(x)), f) < 1e-5
     assert relative(sae.fold().encode(jnp.asarray(x)), f) < 1e-5
+    with pytest.raises(ValueError, match="threshold was never set"):
+        load_sae(GOLDEN / "dictionary_learning" / "AutoEncoderTopK_early", variant="threshold")
 
 
 def test_backup_of_a_killed_run_is_named():

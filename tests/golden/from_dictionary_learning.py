@@ -1,11 +1,13 @@
 """Golden files made by dictionary_learning 0.1: one folder for each of its classes, with what the class computes.
 
 Run where it is installed: `python tests/golden/from_dictionary_learning.py`. The folders are as its `trainSAE` leaves them; `backup` is as an
-interrupted run of its main branch leaves them, with an optimiser in `ae.pt`. Features are those of `from_pretrained`.
+interrupted run of its main branch leaves them, with an optimiser in `ae.pt`; `AutoEncoderTopK_early` as its first version did, whose
+TopK had no threshold. Features are those of `from_pretrained`. With `early` only the last is made.
 """
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,16 @@ def backup() -> None:
     torch.save(state, HERE / "backup" / "ae.pt")
 
 
+def early_topk() -> None:
+    torch.manual_seed(1)
+    save("AutoEncoderTopK_early", make(AutoEncoderTopK, 4), "resid_post_layer_3", 4)
+    folder = HERE / "AutoEncoderTopK_early"
+    state = torch.load(folder / "ae.pt")
+    torch.save({key: value for key, value in state.items() if key != "threshold"}, folder / "ae.pt")
+    expected = dict(np.load(folder / "expected.npz"))
+    np.savez_compressed(folder / "expected.npz", **{key: expected[key] for key in ("x", "f", "x_hat")})
+
+
 def main() -> None:
     torch.manual_seed(0)
     save("AutoEncoder", make(AutoEncoder), "resid_post_layer_3")
@@ -80,7 +92,8 @@ def main() -> None:
     save("MatryoshkaBatchTopKSAE", make(MatryoshkaBatchTopKSAE, 4, [8, 16]), "resid_post_layer_3", 4)
     save("JumpReluAutoEncoder", make(JumpReluAutoEncoder), "resid_post_layer_3")
     backup()
+    early_topk()
 
 
 if __name__ == "__main__":
-    main()
+    early_topk() if sys.argv[1:] == ["early"] else main()

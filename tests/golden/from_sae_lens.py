@@ -1,18 +1,20 @@
 """Golden files made by sae-lens 6.54: SAEs saved by it, and public formats that it loads, each with what it computes.
 
-Run where sae-lens is installed, from anywhere: `python tests/golden/from_sae_lens.py`. Beside each SAE lies `expected.npz`: inputs
-x, features f and reconstructions x_hat. Weights are random; biases are large enough that leaving one out shows.
+Run where sae-lens is installed, from anywhere: `python tests/golden/from_sae_lens.py`, or with `more` for those of `more()` alone.
+Beside each SAE lies `expected.npz`: inputs x, features f and reconstructions x_hat. Weights are random; biases are large enough that
+leaving one out shows.
 """
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from sae_lens import SAE
 from sae_lens.loading import pretrained_sae_loaders as loaders
-from sae_lens.registry import get_sae_class
+from sae_lens.registry import get_sae_class, get_sae_training_class
 from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
@@ -51,6 +53,21 @@ def saved_by_sae_lens(name: str, architecture: str, **settings) -> None:
     sae.save_model(folder)
     heads = (2, D // 2) if config.get("reshape_activations") == "hook_z" else (D,)
     expected(folder, sae, torch.randn(TOKENS, *heads))
+
+
+def trained_by_sae_lens(name: str, architecture: str, **settings) -> None:
+    """A batch-topk SAE as sae-lens leaves it after training: a jumprelu SAE."""
+    sae_class, config_class = get_sae_training_class(architecture)
+    folder = HERE / "sae_lens" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    config = config_class(d_in=D, d_sae=F, device="cpu", k=4, **settings)
+    for key, value in METADATA.items():
+        setattr(config.metadata, key, value)
+    sae = sae_class(config)
+    fill(sae)
+    sae.topk_threshold.fill_(0.6)
+    sae.save_inference_model(folder)
+    expected(folder, SAE.load_from_disk(folder), torch.randn(TOKENS, D))
 
 
 def flat(name: str, weights: dict[str, torch.Tensor], **settings) -> None:
@@ -95,6 +112,17 @@ def through_loader(repo: str, inside: str, folder_name: str, d_sae_of: str | Non
         sae.fold_activation_norm_scaling_factor(scale)
     folder = HERE / repo / inside
     expected(folder if folder.is_dir() else folder.parent, sae, torch.randn(TOKENS, *((2, D // 2) if "att" in repo else (D,))))
+
+
+def more() -> None:
+    """Flat files of other architectures, and the inference form of SAEs that are trained by a whole batch."""
+    torch.manual_seed(1)
+    weights = plain()
+    gate = {"b_gate": weights.pop("b_enc"), "r_mag": 0.3 * torch.randn(F), "b_mag": 0.5 * torch.randn(F)}
+    flat("flat_gated", weights | gate, architecture="gated")
+    flat("flat_jumprelu", plain(threshold=torch.rand(F)), architecture="jumprelu")
+    trained_by_sae_lens("batchtopk", "batchtopk")
+    trained_by_sae_lens("matryoshka_batchtopk", "matryoshka_batchtopk", matryoshka_widths=[8, 24])
 
 
 def gemma_scope(kind: str, inside: str, lower_case: bool = False) -> None:
@@ -152,7 +180,8 @@ def main() -> None:
     (folder / "config.yaml").write_text("model_name: Qwen/Qwen3-0.6B\nmodel_kind: transcoder_set\n")
     (folder / "wandb-config.yaml").write_text(f"d_model: {{value: {D}}}\nd_feature: {{value: {F}}}\nbatch_size: {{value: 1}}\n")
     through_loader("mwhanna/qwen3-0.6b-transcoders-lowl0", "layer_7.safetensors", "layer_7.safetensors")
+    more()
 
 
 if __name__ == "__main__":
-    main()
+    more() if sys.argv[1:] == ["more"] else main()

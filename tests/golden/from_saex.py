@@ -56,6 +56,7 @@ def main() -> None:
     save("gemma-2b-saex-test/it-l12-residual-test-run-0-3.00E-05", rng, 11.5, None)
     save("gemma-2b-saex-test/l12-test-run-5-3.00E-05", rng, None, None, gated=False)
     save("phi-3-4k-saex-test/l16-test-run-3-4e-05", rng, 1.0, 1.0)
+    save("gemma2-2b-saex-test/it-l16-residual-test-run-1-2.00E-05", np.random.default_rng(1), 90.0, 1.0)
 
 
 if __name__ == "__main__":
