@@ -23,9 +23,9 @@ lab: $(VENV)/.installed
 retrain: $(VENV)/.installed
 	$(BIN)/python -m icl_lib.tiny.retrain
 
-bench: $(if $(wildcard benchmarks/*.py),$(VENV)/.installed-bench)
-	@test -n "$(wildcard benchmarks/*.py)" || { echo "There is no script in benchmarks/ to run."; exit 1; }
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+# common.py and sae_peers.py are parts of the others
+bench: $(VENV)/.installed-bench
+	for script in $(filter-out %/common.py %/sae_peers.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 # the card on small stand-ins, offline (torch writes some SAE formats): `make rehearse CARD=gemma-2-9b`
 rehearse: $(VENV)/.installed-test
@@ -52,6 +52,12 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
+
+# transformer-lens, a part of sae-lens, may bring a torchvision that does not fit the CPU build of torch; nothing here needs one
+$(VENV)/.installed-bench: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision
+	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
