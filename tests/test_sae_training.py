@@ -249,7 +249,7 @@ def test_eight_devices_train_as_one():
     )
     command = [sys.executable, str(Path(__file__).parent / "sae_on_eight_devices.py")]
     run = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout.count("equal") == 4, run.stdout[-3000:] + run.stderr[-3000:]
+    assert run.returncode == 0 and "all equal" in run.stdout, run.stdout[-3000:] + run.stderr[-3000:]
 
 
 def test_stream_of_buffers(getkey):
