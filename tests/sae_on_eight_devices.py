@@ -86,8 +86,7 @@ def check_job() -> None:
 if __name__ == "__main__":
     check("icl-sfc", 0.1, "sae")
     check("batchtopk", 3, "sae")
-    check("icl-sfc", 0.1, "latent", transcoder=True)
-    check("icl-sfc", 0.1, "latent", dtype="bfloat16")
+    check("icl-sfc", 0.1, "latent", transcoder=True, dtype="bfloat16")
     check("gated", 0.1, "latent", resample_every=2)
     check("topk", 3, "latent", transcoder=True, skip=True)
     check("jumprelu", 0.1, "latent", threshold=0.1, bandwidth=0.1)
