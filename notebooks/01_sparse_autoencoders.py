@@ -35,7 +35,7 @@ from icl_lib.models import Site, load_model, load_tokenizer, mesh_of
 from icl_lib.runs import Ledger, Store, compute_dtype, devices, resolve
 from icl_lib.saes import harvest, load_suite, quality_table, save_sae
 from icl_lib.saes.metrics import frequency, fvu
-from icl_lib.saes.recipes import make_recipe
+from icl_lib.saes.recipes import SHORT_RUN, make_recipe
 from icl_lib.saes.survey import pareto_front
 from icl_lib.saes.training import Member, Suite, finish, init_state, run_steps, stop_if_bad
 from icl_lib.tasks import Template, load_tasks, make_prompts, stack_prompts
@@ -47,6 +47,7 @@ card: str = "tiny"  # name of the experiment card
 model: str = "assets/icl-tiny"  # folder or hub id of the model
 saes: list[str] = ["assets/icl-tiny/saes"]  # folder of the SAE suite, or folders and hub paths with {layer} in them
 sae_layers: list[int] = [0, 1, 2, 3, 4, 5]  # layers whose SAEs are loaded, counted as their files do
+sae_variant: str = ""  # "paper" reads the ICL-SFC authors' own SAEs in the form of their experiments; empty: as trained
 tasks: str = "embedded"  # embedded, paper, function_vectors, or a folder of task files
 prefix: str = "Follow the pattern:\n"  # what stands before the pairs of a prompt; chat models may want a turn opened
 run_dir: str = "runs/tiny"  # where results go, from the repository root
@@ -70,7 +71,7 @@ store = Store(run_dir, params={"card": card, "model": model, "saes": saes, "seed
 ledger = Ledger(store, "01_sparse_autoencoders")
 lm = load_model(resolve(model), dtype=compute_dtype(), mesh="auto")
 tokenizer = load_tokenizer(resolve(model))
-suite = load_suite(resolve(saes), lm.config, sae_layers, mesh=mesh_of(lm))
+suite = load_suite(resolve(saes), lm.config, sae_layers, variant=sae_variant or None, mesh=mesh_of(lm))
 
 # %% [markdown]
 """
@@ -121,7 +122,8 @@ all parts on these SAEs, here and in notebooks 03 and 04.
 # %%
 site = Site("resid_pre", layer_executor)
 members = [Member(site, width, penalty) for width in sweep_widths for penalty in sweep_sparsity]
-recipe = make_recipe("icl-sfc", n_steps=sweep_steps, batch_size=512, learning_rate=3e-3, sparsity_warmup=sweep_steps // 5, dead_after=100)
+short = SHORT_RUN | {"learning_rate": 3e-3, "sparsity_warmup": sweep_steps // 5, "dead_after": 100}  # published for 150,000 steps
+recipe = make_recipe("icl-sfc", n_steps=sweep_steps, batch_size=512, **short)
 
 
 def train_sweep(n_points=25):
@@ -233,6 +235,23 @@ plt.show()
 # %% tags=["nbval-check-output"]
 kinds = table.groupby("kind").agg(n=("layer", "size"), l0=("l0", "mean"), worst=("ce_recovered_zero", "min"), dead=("dead", "max"))
 print(kinds.round({"l0": 0, "worst": 2, "dead": 2}).to_string())
+
+# %% [markdown]
+"""
+What stands behind these ratios, in nats per token. We expect the activations of single attention and MLP layers to matter little by themselves,
+and the ratio to say little where it divides by a loss that is next to nothing.
+"""
+
+# %% tags=["nbval-check-output"]
+cost = table.assign(removed=table["ce_zero"] - table["ce_clean"], replaced=table["ce_sae"] - table["ce_clean"])
+residual, others = cost[cost["kind"] == "residual"], cost[(cost["kind"] != "residual") & (cost["layer"] >= 2)]
+if len(residual):
+    print(f"residual: with the SAE at most {residual['replaced'].max():.3f} nats more")
+if len(others):
+    print(f"attention and MLP from layer 2 on: without the activation at most {others['removed'].max():.3f} nats more")
+    for which, at in (("lowest", others["ce_recovered_zero"].idxmin()), ("highest", others["ce_recovered_zero"].idxmax())):
+        kind, layer, ratio, replaced = others.loc[at, ["kind", "layer", "ce_recovered_zero", "replaced"]]
+        print(f"{which} CE recovered there: {ratio:.2f}, {kind} of layer {layer}, with the SAE {replaced:+.4f} nats")
 
 # %% [markdown]
 """
