@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 
 from icl_lib.features import (
+    LengthSweep,
     activation_mass,
+    active_latents,
     detector_executor,
     display_strength,
+    latent_decrease,
+    length_sweep,
+    loss_decrease,
+    mean_strength,
     random_latents,
+    serves_one,
+    stands_out,
     token_windows,
     top_examples,
     window_text,
@@ -19,6 +27,7 @@ from icl_lib.models import Site, Transformer, run_with_cache, tiny_config
 from icl_lib.saes import SAE
 from icl_lib.tasks import Prompts, Role, Template, stack_prompts
 from icl_lib.tasks.prompts import _Label
+from icl_lib.vectors import cut, steer
 
 P, X, A, Y, N = Role.PROMPT, Role.INPUT, Role.ARROW, Role.OUTPUT, Role.NEWLINE
 
@@ -180,12 +189,89 @@ def test_links_cross_several_layers_with_frozen_patterns(model, getkey):
     assert np.nanmax(links.effect) > 0.01
 
 
+def test_the_paper_drops_pairs_that_lose_little_at_every_arrow():
+    effect = np.array([[[0.6, 0.3], [0.06, np.nan]], [[0.0, 0.0], [0.04, 0.0]]], np.float32)
+    peak = np.array([[[0.9, 0.4], [0.2, 0.0]], [[0.0, 0.0], [0.05, 0.0]]], np.float32)
+    np.testing.assert_allclose(display_strength(effect), [[1, 0.5], [0.55, 0]], rtol=1e-5)
+    # the second task has no pair left, so it no longer counts in the mean of the lower left pair
+    np.testing.assert_allclose(display_strength(effect, peak), [[1, 0.5], [0.1, 0]], rtol=1e-5)
+    np.testing.assert_allclose(mean_strength(effect), [[0.3, 0.15], [0.05, 0]], rtol=1e-5)
+
+
+def test_the_peak_is_the_largest_loss_at_any_arrow(planted):
+    model, sae_d, sae_e, prompts = planted
+    links = detector_executor(model, sae_d, sae_e, prompts, [0], [1, 3], strengths=[0.5])
+    assert links.peak.shape == links.effect.shape
+    assert (links.peak >= np.nan_to_num(links.effect) - 1e-6).all() and (links.peak[..., 0] > 0.01).all()
+    quiet = eqx.tree_at(lambda s: s.threshold, sae_d, sae_d.threshold.at[0].set(1e6))
+    assert not detector_executor(model, quiet, sae_e, prompts, [0], [1], strengths=[50.0]).peak.any()
+
+
+def test_the_decrease_is_that_of_steering_the_whole_prompt(model, getkey):
+    sae, prompts = make_sae(getkey(), 1), stack_prompts([make(0), make(1)])
+    found = latent_decrease(model, sae, cut(model, prompts, 1), np.array([2, 7]), 3.0)
+
+    def loss(task, vector):
+        tokens, rows = prompts.tokens[task], np.arange(2)
+        mask = jnp.zeros(tokens.shape, bool).at[rows, prompts.query_arrow[task]].set(True)
+        logp = np.asarray(jax.nn.log_softmax(steer(model, tokens, sae.site_in, vector, mask), axis=-1))
+        return -np.mean([logp[rows, at - 1, np.asarray(tokens)[:, at]] for at in (9, 10)], axis=1).sum()
+
+    for task in range(2):
+        base = loss(task, jnp.zeros(16))
+        for i, latent in enumerate((2, 7)):
+            row = np.asarray(sae.W_dec[latent])
+            expected = 1 - loss(task, jnp.asarray(3 * row / np.linalg.norm(row))) / base
+            np.testing.assert_allclose(found[task, i], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_directions_may_differ_between_tasks(model, getkey):
+    here = cut(model, stack_prompts([make(0), make(1)]), 1)
+    directions = jax.random.normal(getkey(), (2, 3, 16))
+    each = loss_decrease(model, here, directions)
+    for task in range(2):
+        np.testing.assert_allclose(each[task], loss_decrease(model, here, directions[task])[task], rtol=1e-4, atol=1e-6)
+
+
+def test_the_clearest_length_stands_highest_above_the_control(model, getkey):
+    best, control = np.array([[0.5, 0.8, 0.2]]), np.array([[-3.0, 0.6, 0.1]])
+    assert LengthSweep(2.0, np.array([1.0, 2.0, 4.0]), best, control).clearest == 1.0  # harm by the control is no credit: 0.5, 0.2, 0.1
+    assert LengthSweep(2.0, np.array([1.0, 2.0, 4.0]), np.array([[0.2, 0.595, 0.6]]), np.zeros((1, 3))).clearest == 2.0  # a plateau
+    sae, here = make_sae(getkey(), 1), cut(model, stack_prompts([make(0)]), 1)
+    found = length_sweep(model, sae, here, np.array([1, 2]), np.array([3, 4, 5]), (0.5, 2.0))
+    norm = float(jnp.linalg.norm(here.resid[:, :, 0], axis=-1).mean())
+    np.testing.assert_allclose(found.lengths, [0.5 * norm, 2 * norm], rtol=1e-5)
+    np.testing.assert_allclose(found.best[:, 1], latent_decrease(model, sae, here, np.array([1, 2]), 2 * norm).max(axis=1), rtol=1e-4)
+
+
+def test_a_latent_stands_out_by_size_and_against_the_control():
+    control = np.tile(np.linspace(-1, 0.3, 101), (3, 1))
+    assert stands_out(np.array([0.4, 0.22, 0.1]), control).tolist() == [True, False, False]
+    assert stands_out(np.array([0.19, 0.2, 0.5]), control - 1).tolist() == [False, True, True]
+
+
+def test_serving_one_task_or_one_group():
+    latents = np.array([5, 5, 7, 9, 9])
+    assert serves_one(latents, list("abcde")).tolist() == [False, False, True, False, False]
+    assert serves_one(latents, ["x", "x", "x", "x", "y"]).tolist() == [True, True, True, False, False]
+
+
+def test_active_latents_fire_somewhere(model, getkey):
+    sae, prompts = make_sae(getkey(), 1), stack_prompts([make(0), make(1)])
+    sae = eqx.tree_at(lambda s: s.threshold, sae, sae.threshold.at[3].set(1e6))
+    f = [np.asarray(sae.encode(run_with_cache(model, rows, [sae.site_in])[1][sae.site_in])) for rows in prompts.tokens]
+    active = active_latents(model, sae, prompts.tokens)
+    assert not active[3] and active.tolist() == (np.stack(f) > 0).any(axis=(0, 1, 2)).tolist()
+
+
 def test_random_latents_are_active_and_new(getkey):
     active = np.zeros(20, bool)
     active[[1, 4, 6, 9]] = True
     assert sorted(random_latents(active, 3, [4], key=getkey())) == [1, 6, 9]
-    with pytest.raises(ValueError, match="only 3"):
-        random_latents(active, 4, [4], key=getkey())
+    assert len(random_latents(active, 2, [4], key=getkey())) == 2
+    assert sorted(random_latents(active, 50, [4], key=getkey())) == [1, 6, 9]  # no more than there are
+    with pytest.raises(ValueError, match="no active latent is left"):
+        random_latents(active, 4, [1, 4, 6, 9], key=getkey())
 
 
 def test_bad_requests_end_with_one_message(model, getkey):

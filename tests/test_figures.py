@@ -90,7 +90,7 @@ DRAWINGS = {
     ),
     "role_mass": (50, lambda: figures.role_mass(rng.dirichlet([1.0] * 5, N), TASKS, ROLES, published=[0, 0, 0.9, 0.1, 0])),
     "link_heatmap": (80, lambda: figures.link_heatmap(rng.random((N, 20)), TASKS, TASKS[:20], same_task=np.eye(N, 20))),
-    "latent_control": (55, lambda: figures.latent_control(curves(1)[:, 0], 0.1 * rng.normal(size=(N, 50)), TASKS)),
+    "latent_control": (55, lambda: figures.latent_control(curves(1)[:, 0], 0.1 * rng.normal(size=(N, 50)), TASKS, bar=0.2)),
     "scale_sweep": (50, lambda: figures.scale_sweep([1, 4, 16, 64], {"best": curves(4), "random": curves(4)}, chosen=16)),
     "faithfulness_curve": (45, lambda: figures.faithfulness_curve(K, curves(5), mode="ablate", control=curves(5))),
     "faithfulness_panels": (60, lambda: figures.faithfulness_panels(K, curves(5), curves(5), keep_control=curves(5))),

@@ -1,10 +1,21 @@
-"""What single latents respond to and act on: roles, text examples, and links from detectors to executors."""
+"""What single latents respond to and act on: steering one by one, roles, text examples, links from detectors to executors."""
 
 from icl_lib.features.examples import Examples, token_windows, top_examples, window_text
-from icl_lib.features.links import Links, detector_executor, display_strength, random_latents
+from icl_lib.features.links import Links, detector_executor, display_strength, mean_strength
 from icl_lib.features.roles import RoleMass, activation_mass
+from icl_lib.features.search import (
+    LengthSweep,
+    active_latents,
+    latent_decrease,
+    length_sweep,
+    loss_decrease,
+    random_latents,
+    serves_one,
+    stands_out,
+)
 
 __all__ = [
-    "Examples", "Links", "RoleMass", "activation_mass", "detector_executor", "display_strength",
-    "random_latents", "token_windows", "top_examples", "window_text",
+    "Examples", "LengthSweep", "Links", "RoleMass", "activation_mass", "active_latents", "detector_executor",
+    "display_strength", "latent_decrease", "length_sweep", "loss_decrease", "mean_strength", "random_latents",
+    "serves_one", "stands_out", "token_windows", "top_examples", "window_text",
 ]  # fmt: skip

@@ -10,7 +10,8 @@ respond, queries and keys do not. The effect on executor e is the mean over arro
 
 $$p = 1 - \mathrm{clip}(f_e(x') / f_e(x), 0, 1) .$$
 
-Nothing is filtered: the paper drops pairs with max p < 0.1 and averages over positive tasks, `display_strength` does so.
+Nothing is filtered here. The paper divides each task by its maximum and averages over the tasks with an effect, as
+`display_strength` does, after it has dropped pairs with max p < 0.1; `mean_strength` does none of this.
 
 Source: ICL-SFC, Sec. 4.3, Fig. 8.
 """
@@ -22,7 +23,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from icl_lib.features.roles import check_latents
 from icl_lib.models import Site, Transformer, compose, record, replace
@@ -34,11 +35,12 @@ class Links(eqx.Module):
     """Effects of detectors on executors, 0 (none) to 1 (silenced), task by task.
 
     `effect` has one slice per strength (one in all for ablation); it is NaN where the executor is active at no arrow of the
-    task and 0 where the detector is never active. `detector_mean` and `executor_mean` are the clean mean activations over all
-    tokens and over arrows.
+    task and 0 where the detector is never active. `peak` is max p over the arrows, 0 in both cases. `detector_mean` and
+    `executor_mean` are the clean mean activations over all tokens and over arrows.
     """
 
     effect: Float[np.ndarray, "n_strengths tasks n_detectors n_executors"]
+    peak: Float[np.ndarray, "n_strengths tasks n_detectors n_executors"]
     detector_mean: Float[np.ndarray, "tasks n_detectors"]
     executor_mean: Float[np.ndarray, "tasks n_executors"]
 
@@ -49,11 +51,14 @@ def _some_latents(sae: SAE, latents: Int[Array, " n"]) -> SAE:
     return eqx.tree_at(parts, sae, (sae.W_enc[:, latents], sae.b_enc[latents], sae.threshold[latents], sae.W_dec[latents]))
 
 
-def _drop(f: Float[Array, "b s n"], clean: Float[Array, "b s n"], arrows: Bool[Array, "b s"]) -> Float[Array, " n"]:
-    """Mean of 1 - clip(f / clean, 0, 1) over the arrows with clean > 0; NaN without any."""
+def _drop(
+    f: Float[Array, "b s n"], clean: Float[Array, "b s n"], arrows: Bool[Array, "b s"]
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """Mean and maximum of p = 1 - clip(f / clean, 0, 1) over the arrows with clean > 0; NaN and 0 without any."""
     on = (clean > 0) & arrows[:, :, None]
     ratio = jnp.clip(jnp.where(on, f, 0.0) / jnp.where(on, clean, 1.0), 0.0, 1.0)
-    return jnp.sum(jnp.where(on, 1.0 - ratio, 0.0), axis=(0, 1)) / jnp.sum(on, axis=(0, 1)).astype(jnp.float32)
+    p = jnp.where(on, 1.0 - ratio, 0.0)
+    return jnp.sum(p, axis=(0, 1)) / jnp.sum(on, axis=(0, 1)).astype(jnp.float32), jnp.max(p, axis=(0, 1))
 
 
 @eqx.filter_jit
@@ -83,12 +88,13 @@ def _links(model, detectors: SAE, executors: SAE, tokens, roles, arrows, where, 
             changed = x - jnp.where(where[:, :, None], shift, 0.0).astype(x.dtype)
             seen: dict[Site, Array] = {}
             model.run_from(first.layer, changed, tap=compose(replace(frozen), record([last], seen)))
-            drop = _drop(executors.encode(seen[last].astype(executors.W_enc.dtype)).astype(jnp.float32), f_e, arrows)
-            return jnp.where((mean_d[index] < 1e-6) & ~jnp.isnan(drop), 0.0, drop)
+            drop, peak = _drop(executors.encode(seen[last].astype(executors.W_enc.dtype)).astype(jnp.float32), f_e, arrows)
+            silent = mean_d[index] < 1e-6
+            return jnp.where(silent & ~jnp.isnan(drop), 0.0, drop), jnp.where(silent, 0.0, peak)
 
         grid = jnp.meshgrid(jnp.arange(mean_d.shape[0]), scales, indexing="ij")
-        effect = jax.lax.map(one, tuple(axis.ravel() for axis in grid))
-        return effect.reshape(*grid[0].shape, -1), mean_d, mean_e
+        effect, peak = (x.reshape(*grid[0].shape, -1) for x in jax.lax.map(one, tuple(axis.ravel() for axis in grid)))
+        return effect, peak, mean_d, mean_e
 
     return jax.lax.map(task, (tokens, roles, arrows, where))
 
@@ -130,26 +136,26 @@ def detector_executor(
     where = roles == Role.OUTPUT if positions == "outputs" else jnp.ones(roles.shape, bool)
     d, e = (_some_latents(sae.fold(), jnp.asarray(i)) for sae, i in ((sae_detector, detectors), (sae_executor, executors)))
     arrows = jnp.asarray(prompts.mask(Role.ARROW, "last"))  # where the output is predicted from
-    effect, mean_d, mean_e = _links(model, d, e, jnp.asarray(prompts.tokens), roles, arrows, where, scales, mode == "ablate")
-    return Links(np.asarray(effect.transpose(2, 0, 1, 3)), np.asarray(mean_d), np.asarray(mean_e))
+    effect, peak, mean_d, mean_e = _links(model, d, e, jnp.asarray(prompts.tokens), roles, arrows, where, scales, mode == "ablate")
+    by_strength = lambda x: np.asarray(x.transpose(2, 0, 1, 3))
+    return Links(by_strength(effect), by_strength(peak), np.asarray(mean_d), np.asarray(mean_e))
 
 
-def display_strength(effect: Float[np.ndarray, "tasks n_detectors n_executors"]) -> Float[np.ndarray, "n_detectors n_executors"]:
-    """The paper's Fig. 8: each task divided by its maximum, then the mean over the tasks with a value above 0 (else 0)."""
-    effect = np.nan_to_num(effect)
+def display_strength(
+    effect: Float[np.ndarray, "tasks n_detectors n_executors"], peak: Float[np.ndarray, "tasks n_detectors n_executors"] | None = None
+) -> Float[np.ndarray, "n_detectors n_executors"]:
+    """The paper's Fig. 8: each task divided by its maximum, then the mean over the tasks with a value above 0 (else 0).
+
+    With `peak` the pairs that lose less than 0.1 at every arrow count as none, which is the paper's filter; without it
+    nothing is left out.
+    """
+    effect = np.nan_to_num(effect) if peak is None else np.where(peak < 0.1, 0.0, np.nan_to_num(effect))
     top = effect.max(axis=(1, 2), keepdims=True)
     scaled = effect / np.where(top > 0, top, 1)
     return (scaled.sum(axis=0) / np.maximum((scaled > 0).sum(axis=0), 1)).astype(np.float32)
 
 
-def random_latents(
-    active: Bool[np.ndarray, " d_sae"], n: int, exclude: Sequence[int] = (), *, key: PRNGKeyArray
-) -> Int[np.ndarray, " n"]:
-    """A control: n different latents drawn from the active ones without those in `exclude`.
-
-    Raises `ValueError` if there are fewer.
-    """
-    pool = np.setdiff1d(np.flatnonzero(active), np.asarray(exclude, int))
-    if len(pool) < n:
-        raise ValueError(f"{n} random latents are wanted, but only {len(pool)} active ones are left: draw fewer, or count more as active")
-    return np.asarray(jax.random.choice(key, jnp.asarray(pool, jnp.int32), (n,), replace=False))
+def mean_strength(effect: Float[np.ndarray, "tasks n_detectors n_executors"]) -> Float[np.ndarray, "n_detectors n_executors"]:
+    """The plain mean over all tasks in which the executor is active at some arrow (else 0), not divided by anything."""
+    defined = ~np.isnan(effect)
+    return (np.nan_to_num(effect).sum(axis=0) / np.maximum(defined.sum(axis=0), 1)).astype(np.float32)

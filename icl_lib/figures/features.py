@@ -68,7 +68,7 @@ def task_latent_heatmap(
 
     `normalised` shows `displayed(effects)`, otherwise the raw effects with harm clipped to 0. Columns and rows follow
     `diagonal_order` of the normalised effects among the columns of largest raw effect. Masks (task, latent) put dots:
-    `encoded` red, the latent is active in the SAE encoding of the task vector; `survives` green, it is left by TVC.
+    `encoded` red, the latent is active in the code that cleaning starts from; `survives` green, it is left by TVC.
     `what` names the columns, for example "executor of layer 3".
     """
     effects = checked("effects", effects, task=len(tasks), latent=len(latents))
@@ -80,7 +80,7 @@ def task_latent_heatmap(
     label = "loss decrease / best of its row" if normalised else "relative loss decrease"
     names = [str(latents[j]) for j in columns]
     heatmap(ax, shown[rows][:, columns], [tasks[i] for i in rows], names, colour_label=label)
-    dots = {"active in the encoding": (encoded, OKABE_ITO["vermillion"], 16), "survives TVC": (survives, "#00D68F", 9)}
+    dots = {"active before cleaning": (encoded, OKABE_ITO["vermillion"], 16), "survives cleaning": (survives, "#00D68F", 9)}
     for name, (mask, colour, size) in dots.items():
         if mask is not None:
             mask = checked(name, mask, task=len(tasks), latent=len(latents))[rows][:, columns] > 0
@@ -158,11 +158,13 @@ def link_heatmap(
 ) -> Axes:
     """Fig 8: how much of an executor's activation goes when a detector is ablated, `strength` (detector, executor).
 
+    The loss of activation of each task is taken to be divided by the largest of its matrix before the mean over tasks, as in
+    the paper, so that values compare pairs and are no shares.
     `same_task` (detector, executor) outlines the pairs of one task; the title then compares their mean with the rest.
     """
     strength = checked("strength", strength, detector=len(detectors), executor=len(executors))
     ax = axes_for(ax, width=8.0, height=2.0 + 0.17 * len(detectors))
-    heatmap(ax, strength, detectors, executors, colour_label="share of the executor's activation lost")
+    heatmap(ax, strength, detectors, executors, colour_label="activation lost / largest loss of the task, mean over tasks")
     ax.set(xlabel="executor", ylabel="detector ablated")
     if same_task is not None:
         same = checked("same_task", same_task, detector=len(detectors), executor=len(executors)) > 0
@@ -179,26 +181,35 @@ def outline(x: int, y: int) -> Rectangle:
     return Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=OKABE_ITO["vermillion"], linewidth=1.2)
 
 
-def latent_control(best: Values, random: Values, tasks: Sequence[str], *, percentile: Number = 95.0, ax: Axes | None = None) -> Axes:
+def latent_control(
+    best: Values, random: Values, tasks: Sequence[str], *, bar: Number = 0.0, percentile: Number = 95.0, ax: Axes | None = None
+) -> Axes:
     """The control of single-latent steering: the best latent of each task, `best` (task,), against random ones.
 
     `random` (task, draw) are the effects of latents drawn at random; the grey bar runs from their 5th to their given
-    percentile, the tick is the median. A full dot lies above the percentile, an open one does not.
+    percentile, the tick is the median. A full dot lies above the percentile and reaches `bar`, an open one does not. The axis
+    begins at -2: harm beyond it is cut off.
     """
     best = checked("best", best, task=len(tasks))
     random = checked("random", random, task=len(tasks), draw=None)
     low, middle, high = np.percentile(random, [5, 50, percentile], axis=1)
     order, y = np.argsort(best), np.arange(len(tasks))
-    above = best[order] > high[order]
+    above = (best[order] > high[order]) & (best[order] >= bar)
     ax = axes_for(ax, height=1.0 + 0.165 * len(tasks))
     ax.barh(y, (high - low)[order], 0.55, left=low[order], color="#cfcfcf", label=f"random: 5th to {percentile:g}th pct.")
     ax.plot(middle[order], y, "|", color="black", markersize=6, label="random: median")
     ax.plot(best[order][above], y[above], "o", color=OKABE_ITO["vermillion"], markersize=5, label="best latent")
     ax.plot(best[order][~above], y[~above], "o", mfc="white", color=OKABE_ITO["vermillion"], markersize=5)
     ax.axvline(0, color="black", linewidth=0.8)
+    if bar:
+        ax.axvline(bar, color="black", linestyle=":", linewidth=1, label=f"bar: {bar:g}")
     ax.set_yticks(y, [tasks[i] for i in order], fontsize=7 if len(tasks) > 12 else 8)
     ax.set_ylim(-0.7, len(tasks) - 0.3)
-    ax.set(xlabel="relative loss decrease", title=f"best above the random latents on {above.sum()} of {len(tasks)} tasks")
+    what = f"random latents and {bar:g}" if bar else "random latents"
+    cut_off = ax.get_xlim()[0] < -2
+    ax.set_xlim(left=-2.0 if cut_off else None)
+    label = "relative loss decrease (harm beyond -2 is cut off)" if cut_off else "relative loss decrease"
+    ax.set(xlabel=label, title=f"above the {what} on {above.sum()} of {len(tasks)} tasks")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return ax
 
