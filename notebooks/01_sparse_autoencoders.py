@@ -244,14 +244,14 @@ and the ratio to say little where it divides by a loss that is next to nothing.
 
 # %% tags=["nbval-check-output"]
 cost = table.assign(removed=table["ce_zero"] - table["ce_clean"], replaced=table["ce_sae"] - table["ce_clean"])
-residual, others = cost[cost["kind"] == "residual"], cost[(cost["kind"] != "residual") & (cost["layer"] >= 2)]
-if len(residual):
-    print(f"residual: with the SAE at most {residual['replaced'].max():.3f} nats more")
+streams, others = cost[cost["kind"] == "residual"], cost[(cost["kind"] != "residual") & (cost["layer"] >= 2)]
+if len(streams):
+    print(f"residual: with the SAE at most {streams['replaced'].max():.3f} nats more")
 if len(others):
     print(f"attention and MLP from layer 2 on: without the activation at most {others['removed'].max():.3f} nats more")
     for which, at in (("lowest", others["ce_recovered_zero"].idxmin()), ("highest", others["ce_recovered_zero"].idxmax())):
         kind, layer, ratio, replaced = others.loc[at, ["kind", "layer", "ce_recovered_zero", "replaced"]]
-        print(f"{which} CE recovered there: {ratio:.2f}, {kind} of layer {layer}, with the SAE {replaced:+.4f} nats")
+        print(f"{which} CE recovered there: {ratio:.1f}, {kind} of layer {layer}, with the SAE {replaced:+.4f} nats")
 
 # %% [markdown]
 """
@@ -259,9 +259,9 @@ With any residual SAE in place the model keeps at least 0.999 of what it would l
 1,024; at most 3 in 1,000 latents are dead. FVU is between 0.01 and 0.04.
 
 The curves of the other two kinds say little about them. From layer 2 on an attention or MLP layer does so little on an average token that removing it
-costs at most 0.013 nats, and of so small a loss any error is a large part: the lowest of them, the transcoder of layer 2 (0.80), adds 0.0005 nats,
-less than the residual SAEs, which add up to 0.008. Values above 1 are as empty: at the attention of layer 5 (2.66) the reconstruction does
-better than the original by 0.0001 nats.
+costs at most 0.013 nats, and of so small a loss any error is a large part: the lowest of them, the transcoder of layer 2 (0.77), adds 0.0005 nats,
+less than the residual SAEs, which add up to 0.008. Values above 1 are as empty: at the attention of layer 5 (2.22) the reconstruction costs
+nothing that four digits show.
 """
 
 # %% [markdown]
