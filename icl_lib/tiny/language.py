@@ -95,6 +95,8 @@ FILLER = """
 
 def _lines(block: str) -> list[str]:
     return [line.strip() for line in block.strip().splitlines()]
+
+
 OTHER_SEPARATOR = " => "
 
 
@@ -151,9 +153,7 @@ class Language:
         """Every token of the language, specials first, then sorted."""
         split = pre_tokenizer()
         prompts = (f"{x} -> {y}\n" for task in self.tasks.values() for x, y in task.pairs)
-        rows = (
-            line.format(**row) for name, table in self.tables.items() for row in table for line in self.templates[name]
-        )
+        rows = (line.format(**row) for name, table in self.tables.items() for row in table for line in self.templates[name])
         words = {Template().prefix, "X -> Y =>", *self.filler, *prompts, *rows}
         tokens = {token for text in words for token, _ in split.pre_tokenize_str(text)}
         return SPECIALS + sorted(tokens)
@@ -189,9 +189,7 @@ def _rows(draw: Callable[[], str], tokenizer: Tokenizer, n_rows: int, seq: int) 
         yield ids + [PAD] * (seq - len(ids))
 
 
-def corpus(
-    language: Language, tokenizer: Tokenizer, *, n_rows: int, seq: int, seed: int, prompt_share: float = 0.6
-) -> np.ndarray:
+def corpus(language: Language, tokenizer: Tokenizer, *, n_rows: int, seq: int, seed: int, prompt_share: float = 0.6) -> np.ndarray:
     """Tokens (n_rows, seq) int32, each row a prompt or a piece of text that starts with BOS; rows are shuffled."""
     rng = random.Random(seed)
     n_prompts = round(n_rows * prompt_share)
