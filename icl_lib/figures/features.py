@@ -231,5 +231,5 @@ def scale_sweep(scales: Values, decrease: Mapping[str, Values], *, chosen: Numbe
     ax.set(xlabel="scale (norm of the added direction)", ylabel="relative loss decrease")
     plain_log(ax.xaxis)
     ax.set_ylim(max(ax.get_ylim()[0], -1.5), 1.05)
-    ax.legend(loc="best")
+    ax.legend(loc="best", frameon=True, framealpha=0.85, edgecolor="none")
     return ax
