@@ -176,3 +176,16 @@ def test_paths_count_from_the_repository_root(monkeypatch, tmp_path):
     assert Store("runs/x").folder == root() / "runs" / "x" / "store"
     assert resolve("icl_lib") == str(root() / "icl_lib")
     assert resolve("google/gemma-2b") == "google/gemma-2b"
+
+
+def test_what_was_computed_from_other_files_at_the_same_place_is_refused(store, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(bytes(200_000))
+    meta = {"model": str(folder), "saes": ["owner/suite"]}
+    store.save("vectors", {"x": np.ones(2, np.float32)}, meta=meta)
+    assert store.load("vectors", expect=meta)[1] == meta
+    (folder / "model.safetensors").write_bytes(bytes(199_999) + b"1")
+    with pytest.raises(StoreError, match="held other files.*papermill"):
+        store.load("vectors", expect=meta)
+    assert store.load("vectors")[1] == meta, "who does not rely on the model may read on"

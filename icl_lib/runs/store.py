@@ -7,7 +7,8 @@ An artefact is a data file (safetensors for arrays, Parquet for tables) and a ma
 
 A data file is named after its content and the manifest is replaced last, by one rename. An interrupted write therefore leaves
 the earlier artefact whole, and a reader sees the old one or the new one, never a mixture. A reader checks the hash, so a file
-that was cut short or edited is refused by name.
+that was cut short or edited is refused by name. Where meta data name the folders of a model or of SAEs, a fingerprint of their files is kept too, and
+what was computed from other files at the same place is refused.
 
 Of several processes only the first writes; the others wait for it, so that all of them find the artefact afterwards.
 """
@@ -30,7 +31,7 @@ import pandas as pd
 import safetensors.numpy
 
 from icl_lib.runs.devices import describe, is_writer, to_host, wait_for_all
-from icl_lib.runs.paths import root, run_folder
+from icl_lib.runs.paths import fingerprint, resolve, root, run_folder
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.]*(-[\w.]+)*")
 
@@ -89,7 +90,8 @@ class Store:
             raise StoreError(f"{name!r} cannot name an artefact; use letters, digits, _ . and -")
         digest = hashlib.sha256(data).hexdigest()
         path = self.folder / f"{name}-{digest[:8]}.{kind}"
-        manifest = {"file": path.name, "sha256": digest, "meta": dict(meta or {}), "provenance": self._provenance()}
+        manifest = {"file": path.name, "sha256": digest, "meta": dict(meta or {}), "files": _files(meta or {})}
+        manifest["provenance"] = self._provenance()
         text = json.dumps(manifest, indent=1, default=_plain)  # before any file is touched: meta may not be JSON
         before = self._previous(name)
         write_atomic(path, data)
@@ -111,6 +113,10 @@ class Store:
             if manifest["meta"].get(key) != value:
                 came = manifest["meta"].get(key)
                 raise StoreError(f"{path} was made with {key} = {came!r}, but {value!r} is expected here; {self._remedy(name)}")
+        made_from = manifest.get("files", {})
+        for key, now in _files(expect or {}).items():
+            if made_from.get(key, now) != now:
+                raise StoreError(f"{path} was made when {expect[key]} held other files; {self._remedy(name)}")
         self.inputs[name] = manifest["sha256"]
         return data, manifest
 
@@ -188,6 +194,12 @@ def code_version() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         commit = "no git"
     return {"commit": commit, "library": digest.hexdigest()[:12]}
+
+
+def _files(meta: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Fingerprints of the folders under the root that `model` and `saes` name; hub ids and patterns have none."""
+    named = {key: [meta[key]] if isinstance(meta[key], str) else meta[key] for key in ("model", "saes") if key in meta}
+    return {key: [fingerprint(Path(p)) for p in map(resolve, paths) if Path(p).is_dir()] for key, paths in named.items()}
 
 
 def _array(name: str, key: str, x: Any) -> np.ndarray:
