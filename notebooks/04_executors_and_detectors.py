@@ -219,7 +219,8 @@ plt.show()
 # %% tags=["nbval-check-output"]
 passes = stands_out(own_effect, control)
 print(f"{passes.sum()} of {n_tasks} tasks have an executor; without: {', '.join(np.array(names)[~passes]) or 'none'}")
-print(f"decrease by those executors: {own_effect[passes].min():.2f} to {own_effect[passes].max():.2f}")
+if passes.any():
+    print(f"decrease by those executors: {own_effect[passes].min():.2f} to {own_effect[passes].max():.2f}")
 for i in np.flatnonzero(~passes):
     print(f"{names[i]}: {own_effect[i]:.2f} by {executors[i]}, at best {effect[i].max():.2f} by {brightest[i]}")
 low, high = np.percentile(control, [5, 95], axis=1)

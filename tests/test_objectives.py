@@ -222,8 +222,10 @@ def test_schedules():
     np.testing.assert_allclose(rates[10:80], 1)
     assert (np.diff(rates[80:]) < 0).all() and 0 < rates[-1] < 0.06
     assert float(r.ramp(jnp.int32(4))) == pytest.approx(0.25) and float(r.ramp(jnp.int32(50))) == 1
-    cosine = recipe("icl-sfc", learning_rate=1.0)
+    cosine = recipe("icl-sfc", learning_rate=1.0, period=100)
     assert float(cosine.rate(jnp.int32(99))) == pytest.approx(0.1, rel=1e-3)
+    published = make_recipe("icl-sfc", n_steps=150_000, batch_size=2048)
+    assert float(published.rate(jnp.int32(149_999))) == pytest.approx(0.55 * 1e-3, rel=1e-3), "half of a period of twice the run"
 
 
 def test_recipes_are_checked():
