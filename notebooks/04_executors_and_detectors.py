@@ -32,7 +32,7 @@ import pandas as pd
 
 from icl_lib import figures
 from icl_lib.features import (
-    activation_mass, active_latents, detector_executor, display_strength, latent_decrease, length_sweep, loss_decrease, mean_strength,
+    activation_mass, active_latents, best_lengths, detector_executor, display_strength, latent_decrease, length_sweep, loss_decrease, mean_strength,
     random_latents, serves_one, stands_out, top_examples,
 )  # fmt: skip
 from icl_lib.figures.style import heatmap
@@ -61,6 +61,7 @@ layer_executor: int = 4  # layer (resid_pre) whose latents are tried at the arro
 layer_detector: int = 3  # layer (resid_pre) whose latents are tried at the outputs
 scale_executor: float = -1.0  # length of an executor's direction; below 0: the best of a sweep on other pairs
 scale_detector: float = -1.0  # the same for detectors
+latent_scales: list[float] = []  # lengths of which each latent takes its best, as in the paper on Gemma-2; [] takes one for all
 sweep_widths: list[int] = [256, 512, 1024]  # widths of the SAEs trained in notebook 01, which 03 and 04 try as well; [] trains none
 detector_l1: float = 3.0e-3  # L1 penalty of the cleaning of detectors, in nats per unit of activation
 detector_lr: float = 0.3  # its learning rate
@@ -113,7 +114,7 @@ much shorter changes nothing, much longer breaks everything.
 # %%
 cleaned, meta = store.load("cleaned", expect={"tasks": names, "layer": layer_executor})
 survives, encoded = cleaned["f"] > 0, cleaned["encoded"] > 0
-candidates = np.flatnonzero(survives.any(axis=0))
+candidates = np.flatnonzero((survives if survives.any() else encoded).any(axis=0))  # cleaning may have left nothing but the bias
 choosing, testing = (cut(lm, prompts(pool, 0, offset), layer_executor) for pool, offset in (("optimisation", 1), ("evaluation", 2)))
 many_shots = prompts("evaluation", n_shots, 3)
 alive = active_latents(lm, sae_executor, many_shots.tokens)
@@ -123,6 +124,7 @@ print(f"{len(candidates)} candidates of {sae_executor.d_sae} latents; {alive.sum
 # %%
 lengths = length_sweep(lm, sae_executor, choosing, candidates, others)
 chosen = scale_executor if scale_executor > 0 else lengths.clearest
+length_of = lambda latents: best_lengths(lm, sae_executor, choosing, latents, latent_scales) if latent_scales else chosen
 curves = lambda sweep: {"best candidate": sweep.best, "random, 95th percentile": sweep.control}
 figures.scale_sweep(lengths.lengths, curves(lengths), chosen=round(chosen, 1))
 plt.show()
@@ -156,7 +158,7 @@ shared columns for tasks of one family.
 """
 
 # %%
-effect = latent_decrease(lm, sae_executor, testing, candidates, chosen)
+effect = latent_decrease(lm, sae_executor, testing, candidates, length_of(candidates))
 figures.task_latent_heatmap(effect, names, candidates, n_latents=n_tasks, what=f"latent of layer {layer_executor}, the {n_tasks} strongest")
 plt.show()
 
@@ -179,7 +181,7 @@ paper: knowledge, linguistic, translation, algorithmic.)
 """
 
 # %% tags=["nbval-check-output"]
-executors = candidates[latent_decrease(lm, sae_executor, choosing, candidates, chosen).argmax(axis=1)]
+executors = candidates[latent_decrease(lm, sae_executor, choosing, candidates, length_of(candidates)).argmax(axis=1)]
 own_effect = effect[np.arange(n_tasks), np.searchsorted(candidates, executors)]
 brightest = candidates[effect.argmax(axis=1)]
 alone, in_group = serves_one(brightest, names), serves_one(brightest, groups)
@@ -212,7 +214,7 @@ or more and on 78 % of them (18 of 23).
 """
 
 # %%
-control = latent_decrease(lm, sae_executor, testing, others, chosen)
+control = latent_decrease(lm, sae_executor, testing, others, length_of(others))
 figures.latent_control(own_effect, control, names, bar=0.2)
 plt.show()
 
@@ -317,7 +319,7 @@ found this test far less specific than adding.
 # %%
 distinct = np.unique(executors)
 tried = jnp.asarray(np.append(distinct, distinct[0]))
-scales = jnp.asarray(np.append(np.full(len(distinct), chosen), 0.0), jnp.float32)  # the last one adds nothing
+scales = jnp.asarray(np.append(np.broadcast_to(length_of(distinct), distinct.shape), 0.0), jnp.float32)  # the last one adds nothing
 _, accuracy = negative_steering(lm, sae_executor, prompts("evaluation", n_shots, 3, n=4), layer_executor, tried, scales)
 accuracy = np.asarray(accuracy).mean(axis=-1)
 lost = accuracy[:, -1:] - accuracy[:, :-1]

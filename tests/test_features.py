@@ -10,6 +10,7 @@ from icl_lib.features import (
     LengthSweep,
     activation_mass,
     active_latents,
+    best_lengths,
     detector_executor,
     display_strength,
     latent_decrease,
@@ -205,6 +206,15 @@ def test_the_peak_is_the_largest_loss_at_any_arrow(planted):
     assert (links.peak >= np.nan_to_num(links.effect) - 1e-6).all() and (links.peak[..., 0] > 0.01).all()
     quiet = eqx.tree_at(lambda s: s.threshold, sae_d, sae_d.threshold.at[0].set(1e6))
     assert not detector_executor(model, quiet, sae_e, prompts, [0], [1], strengths=[50.0]).peak.any()
+
+
+def test_a_latent_takes_the_length_that_is_best_for_its_task(model, getkey):
+    sae, here = make_sae(getkey(), 1), cut(model, stack_prompts([make(0), make(1)]), 1)
+    latents, lengths = np.array([2, 7, 5]), [0.5, 3.0, 9.0]
+    each = np.stack([latent_decrease(model, sae, here, latents, s).max(axis=0) for s in lengths])
+    found = best_lengths(model, sae, here, latents, lengths)
+    np.testing.assert_array_equal(found, np.float32(lengths)[each.argmax(axis=0)])
+    np.testing.assert_allclose(latent_decrease(model, sae, here, latents, found).max(axis=0), each.max(axis=0), rtol=1e-4)
 
 
 def test_the_decrease_is_that_of_steering_the_whole_prompt(model, getkey):

@@ -6,6 +6,7 @@ from icl_lib.features.roles import RoleMass, activation_mass
 from icl_lib.features.search import (
     LengthSweep,
     active_latents,
+    best_lengths,
     latent_decrease,
     length_sweep,
     loss_decrease,
@@ -15,7 +16,7 @@ from icl_lib.features.search import (
 )
 
 __all__ = [
-    "Examples", "LengthSweep", "Links", "RoleMass", "activation_mass", "active_latents", "detector_executor",
-    "display_strength", "latent_decrease", "length_sweep", "loss_decrease", "mean_strength", "random_latents",
+    "Examples", "LengthSweep", "Links", "RoleMass", "activation_mass", "active_latents", "best_lengths",
+    "detector_executor", "display_strength", "latent_decrease", "length_sweep", "loss_decrease", "mean_strength", "random_latents",
     "serves_one", "stands_out", "token_windows", "top_examples", "window_text",
 ]  # fmt: skip

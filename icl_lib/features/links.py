@@ -123,9 +123,13 @@ def detector_executor(
             raise ValueError(f"{what} must be latents of a residual SAE (resid_pre), got one at {site}")
         model.config.check_layer(site.layer, f"layer of the {what}")
     if first.layer >= last.layer:
-        raise ValueError(f"detectors act on later layers, so their layer must be below that of the executors, got {first.layer} and {last.layer}")
+        raise ValueError(
+            f"detectors act on later layers, so their layer must be below that of the executors, got {first.layer} and {last.layer}"
+        )
     if prompts.tokens.ndim != 3:
-        raise ValueError(f"detector_executor takes stacked prompts (task, batch, seq), got tokens of shape {prompts.tokens.shape}: use stack_prompts")
+        raise ValueError(
+            f"detector_executor takes stacked prompts (task, batch, seq), got tokens of shape {prompts.tokens.shape}: use stack_prompts"
+        )
     if mode not in ("steer", "ablate") or positions not in ("outputs", "all"):
         raise ValueError(f"mode must be 'steer' or 'ablate' and positions 'outputs' or 'all', got {mode!r} and {positions!r}")
     detectors, executors = np.asarray(detectors, np.int32), np.asarray(executors, np.int32)

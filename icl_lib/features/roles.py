@@ -52,7 +52,9 @@ def activation_mass(model: Transformer, sae: SAE, prompts: Prompts, latents) -> 
     """
     latents = np.asarray(latents, np.int32)
     if prompts.tokens.ndim != 3:
-        raise ValueError(f"activation_mass takes stacked prompts (task, batch, seq), got tokens of shape {prompts.tokens.shape}: use stack_prompts")
+        raise ValueError(
+            f"activation_mass takes stacked prompts (task, batch, seq), got tokens of shape {prompts.tokens.shape}: use stack_prompts"
+        )
     if latents.shape != prompts.tokens.shape[:1]:
         raise ValueError(f"one latent per task is expected, {prompts.tokens.shape[0]} in all, got latents of shape {latents.shape}")
     check_latents(sae, latents)

@@ -30,8 +30,14 @@ def loss_decrease(
     return -np.asarray(relative_change(inserted_nll(model, cut, every), base_nll(model, cut)))
 
 
-def latent_decrease(model: Transformer, sae: SAE, cut: Cut, latents: Int[np.ndarray, " n"], scale: float) -> Float[np.ndarray, "tasks n"]:
-    """`loss_decrease` of the decoder directions of `latents`, each `scale` long. Raises `ValueError` on an unknown latent."""
+def latent_decrease(
+    model: Transformer, sae: SAE, cut: Cut, latents: Int[np.ndarray, " n"], scale: float | Float[np.ndarray, " n"]
+) -> Float[np.ndarray, "tasks n"]:
+    """`loss_decrease` of the decoder directions of `latents`, `scale` long or each of its own length.
+
+    Raises `ValueError` on an unknown latent.
+    """
+    scale = scale if isinstance(scale, float) else jnp.asarray(scale, jnp.float32)
     return loss_decrease(model, cut, latent_directions(sae, jnp.asarray(latents, jnp.int32), scale))
 
 
@@ -95,6 +101,18 @@ def length_sweep(
     effects = [(latent_decrease(model, sae, cut, latents, s), latent_decrease(model, sae, cut, control, s)) for s in lengths.tolist()]
     best = np.stack([found.max(axis=1) for found, _ in effects], axis=1)
     return LengthSweep(norm, lengths, best, np.stack([np.percentile(drawn, 95, axis=1) for _, drawn in effects], axis=1))
+
+
+def best_lengths(
+    model: Transformer, sae: SAE, cut: Cut, latents: Int[np.ndarray, " n"], lengths: Sequence[float]
+) -> Float[np.ndarray, " n"]:
+    """For each latent the one of `lengths` at which it takes most from the loss of the task that it serves best.
+
+    Choose on prompts other than those reported, and give a control the same choice: the best of many lengths flatters any latent.
+    Source: ICL-SFC, App. F.2 (15 lengths from 32 to 316 on Gemma-2).
+    """
+    best = np.stack([latent_decrease(model, sae, cut, latents, s).max(axis=0) for s in lengths])
+    return np.asarray(lengths, np.float32)[best.argmax(axis=0)]
 
 
 def stands_out(

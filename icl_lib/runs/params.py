@@ -27,7 +27,7 @@ REQUIRED = ("run_dir",)  # without it a card would write over the results of ano
 _SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
 _MAY_BE_ZERO = ("layer", "seed", "shots")  # a layer index, a seed or a number of shots counts from 0; sizes count from 1
 _CHOICES = {"sae_variant": ("", "paper")}
-_MAY_BE_EMPTY = ("sweep_",)  # no values, no sweep; any other list needs a value
+_MAY_BE_EMPTY = ("sweep_", "latent_scales")  # no values, no sweep; any other list needs a value
 LOCAL = ("assets/", "runs/", "params/", "data/", "./", "../", "/", "~")  # a hub id never starts like this
 
 
