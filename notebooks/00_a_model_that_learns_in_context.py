@@ -90,6 +90,9 @@ rows = [
 ]
 figures.style_table(pd.DataFrame(rows), caption=f"{len(suite)} tasks")
 
+# %% tags=["nbval-check-output"]
+print(f"{sum(len(tasks) == 1 for tasks in owners.values())} of {len(owners)} inputs belong to one task only")
+
 # %% [markdown]
 """
 No task has inputs of its own: all but 4 of the 944 inputs ("twenty", the end of a list, is one) belong to at least two tasks.
@@ -404,6 +407,7 @@ plt.show()
 five = control_shots.index(5) if 5 in control_shots else -1
 right, shuffled, random_outputs = (control[kind][0][:, five] for kind in kinds)
 print(f"accuracy with {control_shots[five]} examples")
+print(f"standard error over tasks, right outputs: {right.std(ddof=1) / np.sqrt(len(right)):.2f}")
 print(f"outputs right {right.mean():.2f}, shuffled {shuffled.mean():.2f}, any task {random_outputs.mean():.2f}")
 print(f"outputs of any task are worse on {(random_outputs < right).sum()} of {len(suite)} tasks")
 lost = [name for name, r, c in zip(names, right, shuffled, strict=True) if c < r - 0.1]
