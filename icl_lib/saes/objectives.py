@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from icl_lib.saes.recipes import Recipe
-from icl_lib.saes.sparse import largest, reconstruct, top_of_all
+from icl_lib.saes.sparse import largest, reconstruct
 
 _EPS = 1e-6
 
@@ -101,11 +101,39 @@ def _matmul_forward(a, W):
 def _matmul_backward(saved, g):
     a, W = saved
     g = g.astype(W.dtype)
-    da = jnp.matmul(g, W.T, preferred_element_type=jnp.float32)
-    return da, jnp.matmul(a.T, g, preferred_element_type=jnp.float32).astype(W.dtype)
+    return _times(g, W.T), _times(a.T, g).astype(W.dtype)
+
+
+def _times(a, b):
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def product(a: Float[Array, "n m"], W: Float[Array, "m p"]) -> Float[Array, "n p"]:
+    """`matmul`, but for the order of sums in the gradient of W: the narrower factor is transposed in memory beforehand.
+
+    On a CPU XLA's product of two plain matrices is 1.2 to 2.7 times as fast as its product with a transposed first factor.
+    """
+    return matmul(a, W)
+
+
+def _product_backward(saved, g):
+    a, W = saved
+    g = g.astype(W.dtype)
+    written = jax.lax.optimization_barrier  # else XLA takes the transposition into the product
+    if a.shape[1] <= g.shape[1]:
+        dW = _times(written(a.T), g)
+    elif a.shape[0] >= g.shape[1]:
+        dW = written(_times(written(g.T), a)).T
+    else:  # few tokens: to transpose the result would take what it saves
+        dW = _times(a.T, g)
+    return _times(g, W.T), dW.astype(W.dtype)
+
+
+product.defvjp(_matmul_forward, _product_backward)
 
 
 def loss(
@@ -127,35 +155,41 @@ def loss(
     """
     target = y - params.b_dec[None]
     if params.W_skip is not None:
-        target = target - matmul(x, params.W_skip)
+        target = target - product(x, params.W_skip)
     if recipe.top:
         return _top(params, x, target, y, sparsity, dead, recipe, k_max, key, sparse)
-    h = matmul(x, params.W_enc)
+    h = product(x, params.W_enc)
     pre = h + params.b_enc[None]
     norms = jnp.linalg.norm(params.W_dec.astype(jnp.float32), axis=1)
     open_gate = jax.nn.relu(pre)
     if recipe.objective == "jumprelu":
         theta, width = jnp.exp(params.log_threshold), recipe.bandwidth * math.sqrt(x.shape[1])
-        f, penalty = jump(pre, theta, width), jnp.mean(jnp.sum(step(pre, theta, width), axis=1))
+        count = jnp.sum(step(pre, theta, width), axis=0)
+        f, penalty = jump(pre, theta, width), jnp.sum(count) / len(x)
     else:
         f, penalty = open_gate, jnp.dot(jnp.mean(open_gate, axis=0), norms)
     if recipe.objective == "gated":
         f = jnp.where(pre > 0, jax.nn.relu(h * jnp.exp(params.r_mag)[None] + params.b_mag[None]), 0)
-    err = target - matmul(f, params.W_dec)
+    err = target - product(f, params.W_dec)
     total = _mean_square(err) + sparsity * penalty
     if recipe.objective == "gated":
         W_dec, frozen = jax.lax.stop_gradient((params.W_dec, target))
-        total = total + _mean_square(frozen - matmul(open_gate, W_dec))
-    return total, _stats(f > 0, err, y)
+        total = total + _mean_square(frozen - product(open_gate, W_dec))
+    return total, _stats(count if recipe.objective == "jumprelu" else _count(f), err, y)
 
 
 def _mean_square(err):
     return jnp.mean(jnp.sum(err**2, axis=1))
 
 
-def _stats(fired, err, y) -> Stats:
-    l0 = jnp.mean(jnp.sum(fired, axis=1, dtype=jnp.float32))
-    return Stats(l0, jnp.sum(err**2) / jnp.sum(target_norm(y) ** 2), jnp.any(fired, axis=0), jnp.float32(jnp.nan))
+def _count(f):
+    """On how many tokens each latent is on: in float32, whose sums XLA takes several times faster on a CPU than those of bool."""
+    return jnp.sum((f > 0).astype(jnp.float32), axis=0)
+
+
+def _stats(count, err, y) -> Stats:
+    fvu = jnp.sum(err**2) / jnp.sum(target_norm(y) ** 2)
+    return Stats(jnp.sum(count) / len(y), fvu, count > 0, jnp.float32(jnp.nan))
 
 
 @jax.custom_vjp
@@ -197,28 +231,35 @@ def _top(params: Params, x, target, y, k, dead, recipe: Recipe, k_max: int, key,
     if sparse:
         weights = params.W_enc, params.b_enc, params.W_dec
         fixed = jax.lax.stop_gradient(params)
-        pairs = largest(matmul(x, fixed.W_enc.T) + fixed.b_enc[None], k, k_max, whole)
+        pairs = largest(product(x, fixed.W_enc.T) + fixed.b_enc[None], k, k_max, whole)
         err, on = target - reconstruct(pairs, x, *weights), pairs.value > 0
         fired = jnp.zeros(len(params.b_enc), bool).at[pairs.latent].max(on)
         stats = Stats(jnp.mean(on) * on.size / len(x), jnp.zeros(()), fired, jnp.min(jnp.where(on, pairs.value, jnp.inf)))
     else:
-        positive = jax.nn.relu(matmul(x, params.W_enc.T) + params.b_enc[None])
-        f = jnp.where(positive >= _least(jax.lax.stop_gradient(positive), k, k_max, whole), positive, 0)
-        err = target - matmul(f, params.W_dec)
-        stats = _stats(f > 0, err, y)._replace(least=jnp.min(jnp.where(f > 0, f, jnp.inf)))
+        positive = jax.nn.relu(product(x, params.W_enc.T) + params.b_enc[None])
+        f = jnp.where(positive >= _least(jax.lax.stop_gradient(positive), k, whole), positive, 0)
+        err = target - product(f, params.W_dec)
+        stats = _stats(_count(f), err, y)._replace(least=jnp.min(jnp.where(f > 0, f, jnp.inf)))
     fvu = jnp.sum(err**2) / jnp.sum(target_norm(y) ** 2)
     total = fvu if dead is None else fvu + recipe.aux * _auxiliary(params, x, jax.lax.stop_gradient(err), dead, recipe.k_aux, key)
     return total, stats._replace(fvu=fvu)
 
 
-def _least(f: Float[Array, "tokens d_sae"], k: Float[Array, ""], k_max: int, whole: bool) -> Float[Array, "#tokens 1"]:
-    """The k-th largest value of each row, or, of the `whole`, the (tokens x k)-th."""
-    if whole:
-        top = top_of_all(f, min(k_max * f.shape[0], f.size))[0]
-        return jnp.min(jnp.where(jnp.arange(len(top), dtype=jnp.float32) < jnp.round(k * f.shape[0]), top, jnp.inf))[None, None]
-    # not top[:, k - 1]: on a CPU XLA takes a slice of top_k to a full sort
-    top = jax.lax.top_k(f, k_max)[0]
-    return jnp.min(jnp.where(jnp.arange(k_max, dtype=jnp.float32)[None] < k, top, jnp.inf), axis=1, keepdims=True)
+def _least(f: Float[Array, "tokens d_sae"], k: Float[Array, ""], whole: bool) -> Float[Array, "#tokens 1"]:
+    """The k-th largest value of each row, or, of the `whole`, the (tokens x k)-th, of numbers of at least 0.
+
+    Their order is that of their bits, which are found one by one, by counting: float32 counts are exact up to 2^24, and on a CPU XLA
+    sums them faster than integers, and both faster than it sorts.
+    """
+    n, axis = (jnp.round(k * f.shape[0]), (0, 1)) if whole else (k, 1)
+
+    def add_bit(i, bits):
+        more = bits | (1 << (30 - i))
+        count = jnp.sum((f >= jax.lax.bitcast_convert_type(more, jnp.float32)).astype(jnp.float32), axis=axis, keepdims=True)
+        return jnp.where(count >= n, more, bits)
+
+    bits = jnp.zeros((1 if whole else f.shape[0], 1), jnp.int32)
+    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, add_bit, bits), jnp.float32)
 
 
 def draw_dead(dead: Array, n: int, *, key: PRNGKeyArray) -> tuple[Array, Array]:
@@ -230,9 +271,9 @@ def draw_dead(dead: Array, n: int, *, key: PRNGKeyArray) -> tuple[Array, Array]:
 def _auxiliary(params: Params, x, err, dead, k_aux: int, key):
     """FVU of the error `err`, held constant, by the `k_aux` largest of the dead latents; 0 if there are none."""
     latents, is_dead = draw_dead(dead, min(4 * k_aux, len(dead)), key=key)
-    f = jax.nn.relu(matmul(x, params.W_enc[latents].T) + params.b_enc[latents][None])
+    f = jax.nn.relu(product(x, params.W_enc[latents].T) + params.b_enc[latents][None])
     f = jnp.where(is_dead[None], f, 0)
-    f = jnp.where(f >= _least(jax.lax.stop_gradient(f), jnp.float32(k_aux), min(k_aux, len(latents)), whole=False), f, 0)
-    missing = err - matmul(f, params.W_dec[latents])
+    f = jnp.where(f >= _least(jax.lax.stop_gradient(f), jnp.float32(min(k_aux, len(latents))), whole=False), f, 0)
+    missing = err - product(f, params.W_dec[latents])
     fvu = jnp.sum(missing**2) / (jnp.sum(target_norm(err) ** 2) + _EPS)
     return jnp.where(jnp.any(dead), fvu, 0)

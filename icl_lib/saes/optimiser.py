@@ -46,6 +46,8 @@ def update(params: Params, moments: Moments, grads: Params, recipe: Recipe, step
         rate = recipe.rate(step) / (1 - b1**done)
     else:
         first, rate = None, recipe.rate(step) * shrink
+    # XLA would compute the moments a second time where the weights need them, and copy the old ones to do so
+    first, second = jax.lax.optimization_barrier((first, second))
     towards = grads if first is None else first
     new = jax.tree.map(lambda p, m, s: p.astype(jnp.float32) - rate * m / (jnp.sqrt(s / correction) + 1e-8), params, towards, second)
     if recipe.unit_norm:

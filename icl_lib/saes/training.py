@@ -26,6 +26,7 @@ from icl_lib.saes.sae import SAE
 from icl_lib.saes.suite import AXIS, Member, Suite
 
 THRESHOLD_DECAY = 0.99  # of the running mean of batchtopk's smallest feature
+PAIRS_FROM = 128  # latents per one kept from which topk goes by pairs on a CPU; dense products are faster below
 _SAMPLE = 4096  # tokens that the start of training looks at
 
 Buffer = Mapping[Site, Array]
@@ -206,7 +207,7 @@ def _step_stack(stack: Stack, rows, keys, i, suite: Suite, group) -> tuple[Stack
     sparsity = jnp.asarray([suite.members[j].sparsity for j in group], jnp.float32)
     k_max = int(max(suite.members[j].sparsity for j in group)) if suite.recipe.top else 0
     by_latent = suite.mesh is not None and suite.shard == "latent"
-    sparse = suite.recipe.top and _on_cpu() and not by_latent
+    sparse = suite.recipe.top and _on_cpu() and not by_latent and stack.silent.shape[1] >= PAIRS_FROM * k_max
     one = functools.partial(_step_one, step=i, recipe=suite.recipe, k_max=k_max, sparse=sparse)
     over = functools.partial(_over_saes, one, suite.recipe)
     if suite.mesh is not None and suite.shard == "sae":
