@@ -156,8 +156,8 @@ def random_sae(pair: tuple[Site, Site], x: np.ndarray, d_out: int, *, gated: boo
     as_array = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
     weights = {"W_enc": as_array(read.T), "W_dec": as_array(write), "b_dec": jnp.zeros(d_out), "site_in": pair[0], "site_out": pair[1]}
     if gated:
-        zero = jnp.zeros(_D_SAE)
-        return SAE(**weights, b_enc=as_array(-height), r_mag=zero, b_mag=zero, architecture="gated")
+        bias = as_array(-height)  # of gate and magnitude alike, so that the authors' two forms of their SAEs fire on the same tokens
+        return SAE(**weights, b_enc=bias, r_mag=jnp.zeros(_D_SAE), b_mag=bias, architecture="gated")
     return SAE(**weights, b_enc=jnp.zeros(_D_SAE), threshold=as_array(height), architecture="jumprelu")
 
 
