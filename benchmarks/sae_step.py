@@ -5,7 +5,8 @@
     python benchmarks/sae_step.py --shapes 2048,16384,1024 --objectives topk --peers /path/to/other/python
 
 Libraries take turns, each figure is the median of `--repeats`, over rows drawn from a buffer in memory. PyTorch's MKL takes its AVX2 path
-on AMD processors; "+avx512" are the same libraries with a preloaded answer to MKL's question for the maker. `limit_share` is what 12 x
+on AMD processors; "+avx512" are the same libraries with a preloaded answer to MKL's question for the maker, which needs gcc: `avx512` says
+whether it was there. `ratio` is ours over the fastest of the others. `limit_share` is what 12 x
 batch x d_model x d_sae operations would take at the rate of the encoder's product, measured in the same run, over the time taken.
 `cpu` is the same by processor seconds, which other programs on the machine disturb less.
 """
@@ -80,7 +81,7 @@ def compare(objective: str, shape: str, repeats: int, peers_python: str, preload
             times[name].append(worker.steps(n))
     for worker in workers.values():
         worker.close()
-    line = {"objective": objective, "d_model": d, "d_sae": d_sae, "batch": batch, "repeats": repeats}
+    line = {"objective": objective, "d_model": d, "d_sae": d_sae, "batch": batch, "repeats": repeats, "avx512": bool(preload)}
     for i, clock in enumerate(("", "_cpu")):
         median = {name: statistics.median(t[i] for t in each) for name, each in times.items()}
         limit = 6 * median.pop("matmul")

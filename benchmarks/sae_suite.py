@@ -3,9 +3,10 @@
     python benchmarks/sae_suite.py
     python benchmarks/sae_suite.py --d-model 512 --d-sae 4096 --batch 1024 --objective topk --sparsity 32
 
-The single SAE and the suite take turns, medians of `--repeats`. `ratio` is the suite's step over 18 single steps: the bar is 1.1. The
-pass is one of a six-layer Gemma of that width over as many tokens as a step takes rows, with every residual recorded; the suite's
-activations come from it, so that the cost of a step with fresh activations is suite + pass. Memory is of a process of its own.
+The suite has the residual, attention-output and MLP-output SAEs of six layers. The single SAE and the suite take turns, on buffers of
+random numbers, medians of `--repeats`. The pass is one of a six-layer Gemma of that width over as many tokens as a step takes rows, with
+the suite's 18 sites recorded. `ratio` is the suite's step over 18 single steps; `ratio_with_pass` adds the pass to both: its bar is 1.1.
+`peak_mb` is of a process of its own that makes the buffer and trains the suite for two steps.
 """
 
 import argparse
@@ -24,13 +25,14 @@ from icl_lib.models import ModelConfig, Site, Transformer, run_with_cache
 from icl_lib.saes.recipes import make_recipe
 from icl_lib.saes.training import Member, Suite, init_state, run_steps
 
-N = 18
+SITES = [Site(kind, layer) for layer in range(6) for kind in ("resid_pre", "attn_out", "mlp_out")]
+N = len(SITES)
 SEQ = 128
 
 
 def runner(args, n: int):
     """A function that takes steps of a suite of n SAEs, and the bytes of its state."""
-    sites = [Site("resid_pre", layer) for layer in range(n)]
+    sites = SITES[:n]
     recipe = make_recipe(args.objective, n_steps=100_000, batch_size=args.batch, dead_after=10_000)
     suite = Suite([Member(site, args.d_sae, args.sparsity) for site in sites], recipe, dict.fromkeys(sites, args.d_model))
     buffer = {site: jax.random.normal(jax.random.key(i), (4 * args.batch, args.d_model)) for i, site in enumerate(sites)}
@@ -46,15 +48,14 @@ def runner(args, n: int):
 
 
 def language_model(args):
-    """A function that runs one pass and returns every residual."""
+    """A function that runs one pass and returns the activations at every site."""
     config = ModelConfig(
         family="gemma", d_model=args.d_model, n_layers=6, n_heads=4, n_kv_heads=1, d_head=args.d_model // 4,
         d_mlp=4 * args.d_model, d_vocab=8192, n_ctx=SEQ,
     )  # fmt: skip
     model = Transformer.init(config, key=jax.random.key(1))
     tokens = jnp.ones((max(1, args.batch // SEQ), SEQ), jnp.int32)
-    sites = [Site("resid_pre", layer) for layer in range(6)]
-    return lambda: jax.block_until_ready(run_with_cache(model, tokens, sites)[1])
+    return lambda: jax.block_until_ready(run_with_cache(model, tokens, SITES)[1])
 
 
 def timed(function, *args) -> float:

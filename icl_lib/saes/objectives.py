@@ -48,7 +48,8 @@ class Stats(NamedTuple):
     l0: Float[Array, ""]
     fvu: Float[Array, ""]
     fired: Array  # (d_sae,) bool
-    least: Float[Array, ""]  # topk, batchtopk: smallest feature that was kept
+    least: Float[Array, ""]  # batchtopk: smallest feature that was kept
+    err: Array | None = None  # (tokens, d_out) topk, batchtopk: what the reconstruction lacks, for the auxiliary loss
 
 
 def init(x: Float[Array, "tokens d_in"], y: Float[Array, "tokens d_out"], d_sae: int, recipe: Recipe, *, key: PRNGKeyArray) -> Params:
@@ -72,9 +73,14 @@ def init(x: Float[Array, "tokens d_in"], y: Float[Array, "tokens d_out"], d_sae:
         b_mag=bias if gated else None,
         r_mag=jnp.zeros(d_sae) if gated else None,
         b_dec=jnp.mean(y, axis=0),
-        log_threshold=jnp.full(d_sae, math.log(recipe.threshold * math.sqrt(d_in)), jnp.float32) if jump else None,
+        log_threshold=start_threshold(d_sae, d_in, recipe) if jump else None,
         W_skip=jnp.zeros((d_in, d_out), dtype) if recipe.skip else None,
     )
+
+
+def start_threshold(d_sae: int, d_in: int, recipe: Recipe) -> Float[Array, " d_sae"]:
+    """Logarithms of jumprelu's thresholds before training, for inputs of mean norm sqrt(d_in)."""
+    return jnp.full(d_sae, math.log(recipe.threshold * math.sqrt(d_in)), jnp.float32)
 
 
 def unit_rows(W: Float[Array, "rows d"]) -> Float[Array, "rows d"]:
@@ -141,23 +147,21 @@ def loss(
     x: Float[Array, "tokens d_in"],
     y: Float[Array, "tokens d_out"],
     sparsity: Float[Array, ""],
-    dead: Array | None,
     recipe: Recipe,
     k_max: int = 0,
     *,
-    key: PRNGKeyArray | None = None,
     sparse: bool = False,
 ) -> tuple[Float[Array, ""], Stats]:
-    r"""The loss of `recipe.objective` and the batch's statistics.
+    r"""The loss of `recipe.objective`, but for $\alpha\, \mathrm{FVU}_{aux}$, and the batch's statistics.
 
-    `sparsity` is $\lambda$, or $k$ up to the static `k_max`. `dead` (d_sae,) bool turns the auxiliary loss on and needs a `key`.
+    `sparsity` is $\lambda$, or $k$ up to the static `k_max`.
     topk and batchtopk go by pairs of token and latent if `sparse`, else by dense products.
     """
     target = y - params.b_dec[None]
     if params.W_skip is not None:
         target = target - product(x, params.W_skip)
     if recipe.top:
-        return _top(params, x, target, y, sparsity, dead, recipe, k_max, key, sparse)
+        return _top(params, x, target, y, sparsity, recipe, k_max, sparse)
     h = product(x, params.W_enc)
     pre = h + params.b_enc[None]
     norms = jnp.linalg.norm(params.W_dec.astype(jnp.float32), axis=1)
@@ -225,8 +229,8 @@ step.defvjp(lambda pre, theta, width: (step(pre, theta, width), (pre, theta, wid
 jump.defvjp(lambda pre, theta, width: (jump(pre, theta, width), (pre, theta, width)), _jump_backward)
 
 
-def _top(params: Params, x, target, y, k, dead, recipe: Recipe, k_max: int, key, sparse: bool):
-    """Loss of topk and batchtopk."""
+def _top(params: Params, x, target, y, k, recipe: Recipe, k_max: int, sparse: bool):
+    """Loss of topk and batchtopk, without the auxiliary one."""
     whole = recipe.objective == "batchtopk"
     if sparse:
         weights = params.W_enc, params.b_enc, params.W_dec
@@ -234,15 +238,17 @@ def _top(params: Params, x, target, y, k, dead, recipe: Recipe, k_max: int, key,
         pairs = largest(product(x, fixed.W_enc.T) + fixed.b_enc[None], k, k_max, whole)
         err, on = target - reconstruct(pairs, x, *weights), pairs.value > 0
         fired = jnp.zeros(len(params.b_enc), bool).at[pairs.latent].max(on)
-        stats = Stats(jnp.mean(on) * on.size / len(x), jnp.zeros(()), fired, jnp.min(jnp.where(on, pairs.value, jnp.inf)))
+        stats = Stats(jnp.mean(on) * on.size / len(x), jnp.zeros(()), fired, jnp.float32(jnp.nan))
+        kept = pairs.value
     else:
         positive = jax.nn.relu(product(x, params.W_enc.T) + params.b_enc[None])
         f = jnp.where(positive >= _least(jax.lax.stop_gradient(positive), k, whole), positive, 0)
         err = target - product(f, params.W_dec)
-        stats = _stats(_count(f), err, y)._replace(least=jnp.min(jnp.where(f > 0, f, jnp.inf)))
+        stats, kept = _stats(_count(f), err, y), f
+    if whole:
+        stats = stats._replace(least=jnp.min(jnp.where(kept > 0, kept, jnp.inf)))
     fvu = jnp.sum(err**2) / jnp.sum(target_norm(y) ** 2)
-    total = fvu if dead is None else fvu + recipe.aux * _auxiliary(params, x, jax.lax.stop_gradient(err), dead, recipe.k_aux, key)
-    return total, stats._replace(fvu=fvu)
+    return fvu, stats._replace(fvu=fvu, err=err)
 
 
 def _least(f: Float[Array, "tokens d_sae"], k: Float[Array, ""], whole: bool) -> Float[Array, "#tokens 1"]:
@@ -268,12 +274,21 @@ def draw_dead(dead: Array, n: int, *, key: PRNGKeyArray) -> tuple[Array, Array]:
     return latents, rank >= 0
 
 
-def _auxiliary(params: Params, x, err, dead, k_aux: int, key):
-    """FVU of the error `err`, held constant, by the `k_aux` largest of the dead latents; 0 if there are none."""
-    latents, is_dead = draw_dead(dead, min(4 * k_aux, len(dead)), key=key)
+def auxiliary(
+    params: Params,
+    x: Float[Array, "tokens d_in"],
+    err: Float[Array, "tokens d_out"],
+    dead: Array,
+    recipe: Recipe,
+    *,
+    key: PRNGKeyArray,
+) -> Float[Array, ""]:
+    r"""$\alpha\, \mathrm{FVU}_{aux}$ of topk and batchtopk: of the error by the `k_aux` largest of the dead (d_sae,); 0 if there are none."""
+    k_aux, n = recipe.k_aux, min(4 * recipe.k_aux, len(dead))
+    latents, is_dead = draw_dead(dead, n, key=key)
     f = jax.nn.relu(product(x, params.W_enc[latents].T) + params.b_enc[latents][None])
     f = jnp.where(is_dead[None], f, 0)
-    f = jnp.where(f >= _least(jax.lax.stop_gradient(f), jnp.float32(min(k_aux, len(latents))), whole=False), f, 0)
+    f = jnp.where(f >= _least(jax.lax.stop_gradient(f), jnp.float32(min(k_aux, n)), whole=False), f, 0)
     missing = err - product(f, params.W_dec[latents])
     fvu = jnp.sum(missing**2) / (jnp.sum(target_norm(err) ** 2) + _EPS)
-    return jnp.where(jnp.any(dead), fvu, 0)
+    return recipe.aux * jnp.where(jnp.any(dead), fvu, 0)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from icl_lib.saes.objectives import Params, matmul, unit_rows
+from icl_lib.saes.objectives import Params, matmul, start_threshold, unit_rows
 from icl_lib.saes.recipes import Recipe
 
 RESAMPLED_NORM = 0.2  # of a resampled encoder column, relative to the mean of the living
@@ -79,12 +79,13 @@ def resample(
     """Dead latents start again at inputs that are poorly explained; their moments at 0.
 
     A token is drawn with probability proportional to its squared loss. The decoder row points along the target less b_dec, at the
-    mean norm of living rows, and the encoder along the centred input, at `RESAMPLED_NORM` of theirs. Not for topk and batchtopk, whose
+    mean norm of living rows, and the encoder along the centred input, at `RESAMPLED_NORM` of theirs; a threshold starts anew. Not for topk and batchtopk, whose
     auxiliary loss revives. Source: Bricken et al. (2023), "Towards Monosemanticity", Appendix.
     """
     centre = jnp.mean(x, axis=0)
     pre = matmul(x, params.W_enc) + params.b_enc[None]
-    err = y - params.b_dec[None] - matmul(jnp.where(dead[None], 0, jax.nn.relu(pre)), params.W_dec)
+    threshold = 0.0 if params.log_threshold is None else jnp.exp(params.log_threshold)[None]
+    err = y - params.b_dec[None] - matmul(jnp.where((pre > threshold) & ~dead[None], pre, 0), params.W_dec)
     weight = jnp.cumsum(jnp.sum(err**2, axis=1) ** 2)
     drawn = jnp.searchsorted(weight, weight[-1] * jax.random.uniform(jax.random.fold_in(key, 2), dead.shape))
     drawn = jnp.minimum(drawn, x.shape[0] - 1)
@@ -101,7 +102,7 @@ def resample(
         b_mag=bias[drawn],
         r_mag=jnp.zeros(len(dead)),
         b_dec=params.b_dec,
-        log_threshold=params.log_threshold,
+        log_threshold=None if params.log_threshold is None else start_threshold(len(dead), x.shape[1], recipe),
         W_skip=params.W_skip,
     )
     fresh = Params(*(None if p is None else f.astype(p.dtype) for f, p in zip(fresh, params, strict=True)))

@@ -262,12 +262,11 @@ def _step_one(stack: Stack, x, y, sparsity, key, revive, step, recipe: Recipe, k
         )
     else:
         level = sparsity if recipe.top else sparsity * recipe.ramp(step)
-        loss = functools.partial(objectives.loss, x=x, y=y, sparsity=level, recipe=recipe, k_max=k_max, key=key, sparse=sparse)
-        gradient = jax.value_and_grad(loss, has_aux=True)
-        living = functools.partial(gradient, dead=None)
-        # the branch is around the gradient: inside the loss, the branch not taken would give a gradient of zeros to add
-        revived = functools.partial(gradient, dead=dead) if recipe.k_aux else living
-        (loss, stats), grads = jax.lax.cond(revive, revived, living, stack.params) if recipe.k_aux else living(stack.params)
+        loss = functools.partial(objectives.loss, x=x, y=y, sparsity=level, recipe=recipe, k_max=k_max, sparse=sparse)
+        (loss, stats), grads = jax.value_and_grad(loss, has_aux=True)(stack.params)
+        if recipe.k_aux:
+            loss, grads = _add_auxiliary(loss, grads, stack.params, x, stats.err, dead, revive, recipe, key)
+        stats = stats._replace(err=None)
     params, moments = optimiser.update(stack.params, stack.moments, grads, recipe, step, key=key)
     silent = jnp.where(stats.fired, 0, stack.silent + 1)
     if recipe.resample_every:
@@ -277,6 +276,20 @@ def _step_one(stack: Stack, x, y, sparsity, key, revive, step, recipe: Recipe, k
         silent = jnp.where(due & dead, 0, silent)
     bad_step = jnp.where((stack.bad_step < 0) & ~jnp.isfinite(loss), step, stack.bad_step)
     return Stack(params, moments, silent, norm_in, norm_out, _smooth(stack.threshold, stats.least), bad_step), stats
+
+
+def _add_auxiliary(loss, grads: Params, params: Params, x, err, dead, revive, recipe: Recipe, key):
+    """Loss and gradients with those of the auxiliary loss where `revive` is true.
+
+    The branch is around a gradient of its own: inside a loss, the branch not taken would give a gradient of zeros to add, and around
+    the whole gradient it would keep that from running beside the rest.
+    """
+
+    def add(loss, grads):
+        more, slope = jax.value_and_grad(objectives.auxiliary)(params, x, err, dead, recipe, key=key)
+        return loss + more, jax.tree.map(jnp.add, grads, slope)
+
+    return jax.lax.cond(revive, add, lambda *same: same, loss, grads)
 
 
 def _smooth(threshold: Array, least: Array) -> Array:
