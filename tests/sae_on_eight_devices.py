@@ -32,8 +32,8 @@ def check(objective: str, level: float, shard: str, transcoder: bool = False, **
     for mesh in (None, MESH):
         suite = Suite(members, recipe, widths, mesh, shard)
         state = init_state(suite, buffer, key=jax.random.key(1))
-        state, _ = run_steps(state, buffer, 1, suite)
-        state, means = run_steps(state, buffer, 2, suite)
+        state, _ = jax.block_until_ready(run_steps(state, buffer, 1, suite))
+        state, means = jax.block_until_ready(run_steps(state, buffer, 2, suite))
         results.append((means, finish(state, suite)[members[-1]]))
         weights = state.stacks[0].params.W_dec
         where, d_out = weights.sharding.shard_shape(weights.shape), weights.shape[2]

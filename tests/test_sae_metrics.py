@@ -115,7 +115,9 @@ def test_bos_stays_clean(setting):
     """Splicing nonsense changes no prediction before the first token that counts."""
     model, tokens, mask = setting
     clean = run(model, jnp.asarray(tokens))
-    broken = run(model, jnp.asarray(tokens), tap=metrics.splice(constant(Site("resid_pre", 1), jnp.ones(CONFIG.d_model)), jnp.asarray(mask)))
+    broken = run(
+        model, jnp.asarray(tokens), tap=metrics.splice(constant(Site("resid_pre", 1), jnp.ones(CONFIG.d_model)), jnp.asarray(mask))
+    )
     np.testing.assert_allclose(broken[:, 0], clean[:, 0], atol=1e-5)
     assert float(jnp.abs(broken[:, 1] - clean[:, 1]).max()) > 1e-2
 
