@@ -334,7 +334,7 @@ it does not make a vector that works; it takes the harm away.
 """
 
 # %% [markdown]
-"""
+r"""
 ## How stable is the result?
 
 The paper's supports differ between runs. Here the cleaning with one $\lambda$ is repeated with other prompts, and with learning rates three times smaller

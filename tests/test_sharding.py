@@ -26,7 +26,7 @@ def environment(n_devices, **more):
     """This environment on a CPU that plays `n_devices`, without what a launcher may have put there. Little is optimised: it runs once."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     flags = f"--xla_force_host_platform_device_count={n_devices} --xla_backend_optimization_level=0"
-    return clean | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | more
+    return clean | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": "32"} | more  # threads to spare: see test_sae_training.py
 
 
 def test_eight_devices_give_the_numbers_of_one():
