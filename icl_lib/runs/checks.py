@@ -14,7 +14,7 @@ from icl_lib.models.families import known_config
 from icl_lib.runs.params import CardError, all_declared, check_card
 from icl_lib.runs.paths import resolve
 from icl_lib.saes.formats.suites import has_layer, layers_of
-from icl_lib.tasks.tasks import URLS
+from icl_lib.tasks.tasks import URLS, task_files
 
 LAYER_KEYS = ("layer_executor", "layer_detector", "sae_layers", "circuit_layers")
 SHOT_KEYS = ("n_shots", "max_shots", "circuit_shots")
@@ -105,8 +105,3 @@ def _tasks(tasks: str) -> list[str]:
     near = difflib.get_close_matches(tasks, SOURCES, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return [f"`tasks`: no source {tasks!r}; {hint}There are {', '.join(SOURCES)}, or a folder of .json or .tsv files"]
-
-
-def task_files(folder: Path) -> list[Path]:
-    """The files of a folder that are read as tasks."""
-    return sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".tsv"))

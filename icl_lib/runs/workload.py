@@ -22,9 +22,9 @@ from typing import Any
 
 from icl_lib.models import ModelConfig, Site
 from icl_lib.models.families import n_params
-from icl_lib.runs.checks import task_files
 from icl_lib.runs.paths import resolve
 from icl_lib.saes.formats.suites import has_layer, layers_of
+from icl_lib.tasks.tasks import task_files
 
 # Tokens of a pair with its arrow and newline, of the longest task of each source: prompts are padded to that.
 PAIR_TOKENS = {"embedded": 6, "paper": 16, "function_vectors": 40}

@@ -137,10 +137,15 @@ def load_tasks(source: str | Path) -> dict[str, Task]:
         raise FileNotFoundError(
             f"no task source {str(source)!r}: give 'embedded', 'paper', 'function_vectors', or an existing folder of .json and .tsv files"
         )
-    files = sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".tsv"))
+    files = task_files(folder)
     if not files:
         raise FileNotFoundError(f"folder {folder} holds no .json or .tsv file to read a task from")
     return _from_files(files, folder, source=str(folder))
+
+
+def task_files(folder: Path) -> list[Path]:
+    """The files of a folder that are read as tasks, in order."""
+    return sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".tsv"))
 
 
 def select_tasks(tasks: Mapping[str, Task], names: Iterable[str]) -> dict[str, Task]:
