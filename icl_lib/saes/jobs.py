@@ -95,7 +95,7 @@ def train_suite(
     finally:
         job.checkpoints.close()
     trained = finish(job.state, suite, metadata)
-    _write(trained, job.curves, Path(folder), mesh)
+    _write(trained, job.curves, Path(folder))
     if held is not None and jax.process_count() == 1:
         _save_table(_quality(model, trained, held), Path(folder) / "quality.parquet")
     return trained
@@ -236,7 +236,7 @@ def _quality(model: Transformer, trained: Mapping[Member, SAE], tokens: np.ndarr
     return table
 
 
-def _write(trained: Mapping[Member, SAE], curves: Curves, folder: Path, mesh: Mesh | None) -> None:
+def _write(trained: Mapping[Member, SAE], curves: Curves, folder: Path) -> None:
     """The SAEs and the training curves. A suite with several SAEs at one site has a folder for each width and sparsity.
 
     All processes call it, since an SAE may lie across them; the first one writes.
@@ -244,22 +244,12 @@ def _write(trained: Mapping[Member, SAE], curves: Curves, folder: Path, mesh: Me
     several = len({m.site for m in trained}) < len(trained)
     for member, sae in trained.items():
         name = f"d_sae_{member.d_sae}_sparsity_{member.sparsity:g}" if several else ""
-        whole = _whole(sae, mesh)
-        if jax.process_index() == 0:
-            save_suite({member.site: whole}, folder / "saes" / name)
+        save_suite({member.site: sae}, folder / "saes" / name)
     _save_table(curves.table(), folder / "curves.parquet")
 
 
 def _save_table(table: pd.DataFrame, path: Path) -> None:
     replace_file(path, lambda partial: table.to_parquet(partial, index=False))
-
-
-def _whole(sae: SAE, mesh: Mesh | None) -> SAE:
-    """`sae` with all of its weights on every process."""
-    if mesh is None or jax.process_count() == 1:
-        return sae
-    leaves, structure = jax.tree.flatten(sae)
-    return jax.tree.unflatten(structure, [jnp.asarray(np.asarray(leaf)) for leaf in _everywhere(leaves, mesh)])
 
 
 def _everywhere(arrays: PyTree, mesh: Mesh | None) -> PyTree:
