@@ -150,12 +150,8 @@ def ito(k):
     return lambda sae, v: gradient_pursuit(v, sae.W_dec, k) @ sae.W_dec
 
 
-methods = {
-    "task vector": vectors,
-    "SAE reconstruction": sparse(lambda sae, v: sae(v)),
-    "ITO(20)": sparse(ito(20)),
-    "ITO(5)": sparse(ito(5)),
-}
+written = {"SAE reconstruction": lambda sae, v: sae(v), "ITO(20)": ito(20), "ITO(5)": ito(5)}
+methods = {"task vector": vectors} | {method: sparse(code) for method, code in written.items()}
 encoded = np.asarray(sparse(lambda sae, v: (sae.encode(v) > 0).sum(axis=-1, keepdims=True) * 1.0))[..., 0]
 
 # %%
@@ -210,10 +206,10 @@ def paired(offset):
     """Relative loss change at the best layer, mean over tasks: of each sparse version less that of the vector, from new prompts."""
     drawn, zero = task_vector(lm, prompts("extraction", n_shots, offset)), prompts("evaluation", 0, offset + 2)
     where, sae, v = cut(lm, zero, best), suite[Site("resid_pre", best)], drawn[:, best]
-    codes = {"task vector": v, "SAE reconstruction": sae(v), "ITO(20)": ito(20)(sae, v), "ITO(5)": ito(5)(sae, v)}
     zero_nll = base_nll(lm, where)
-    mean_change = {name: float(relative_change(inserted_nll(lm, where, code), zero_nll).mean()) for name, code in codes.items()}
-    return {name: value - mean_change["task vector"] for name, value in mean_change.items() if name != "task vector"}
+    mean_change = lambda inserted: float(relative_change(inserted_nll(lm, where, inserted), zero_nll).mean())
+    of_vector = mean_change(v)
+    return {method: mean_change(code(sae, v)) - of_vector for method, code in written.items()}
 
 
 redrawn = pd.DataFrame([paired(100 * i) for i in range(1, 6)])

@@ -125,6 +125,7 @@ print(f"{len(candidates)} candidates of {sae_executor.d_sae} latents; {alive.sum
 lengths = length_sweep(lm, sae_executor, choosing, candidates, others)
 chosen = scale_executor if scale_executor > 0 else lengths.clearest
 length_of = lambda latents: best_lengths(lm, sae_executor, choosing, latents, latent_scales) if latent_scales else chosen
+own_length = np.broadcast_to(length_of(candidates), candidates.shape)
 curves = lambda sweep: {"best candidate": sweep.best, "random, 95th percentile": sweep.control}
 figures.scale_sweep(lengths.lengths, curves(lengths), chosen=round(chosen, 1))
 plt.show()
@@ -158,7 +159,7 @@ shared columns for tasks of one family.
 """
 
 # %%
-effect = latent_decrease(lm, sae_executor, testing, candidates, length_of(candidates))
+effect = latent_decrease(lm, sae_executor, testing, candidates, own_length)
 figures.task_latent_heatmap(effect, names, candidates, n_latents=n_tasks, what=f"latent of layer {layer_executor}, the {n_tasks} strongest")
 plt.show()
 
@@ -181,7 +182,7 @@ paper: knowledge, linguistic, translation, algorithmic.)
 """
 
 # %% tags=["nbval-check-output"]
-executors = candidates[latent_decrease(lm, sae_executor, choosing, candidates, length_of(candidates)).argmax(axis=1)]
+executors = candidates[latent_decrease(lm, sae_executor, choosing, candidates, own_length).argmax(axis=1)]
 own_effect = effect[np.arange(n_tasks), np.searchsorted(candidates, executors)]
 brightest = candidates[effect.argmax(axis=1)]
 alone, in_group = serves_one(brightest, names), serves_one(brightest, groups)
@@ -319,7 +320,7 @@ found this test far less specific than adding.
 # %%
 distinct = np.unique(executors)
 tried = jnp.asarray(np.append(distinct, distinct[0]))
-scales = jnp.asarray(np.append(np.broadcast_to(length_of(distinct), distinct.shape), 0.0), jnp.float32)  # the last one adds nothing
+scales = jnp.asarray(np.append(own_length[np.searchsorted(candidates, distinct)], 0.0), jnp.float32)  # the last one adds nothing
 _, accuracy = negative_steering(lm, sae_executor, prompts("evaluation", n_shots, 3, n=4), layer_executor, tried, scales)
 accuracy = np.asarray(accuracy).mean(axis=-1)
 lost = accuracy[:, -1:] - accuracy[:, :-1]
