@@ -7,7 +7,7 @@ Both models have the same weights. Runs alternate, each figure is a median; the 
 matrix products (2 x parameters a token, attention scores added) would take at the rate of one large product, measured here.
 Bar for the small size: at least 1.3 times the tokens per second of transformers as installed, or the exit status is 1. On AMD processors
 MKL, which PyTorch calls, takes its AVX2 path by default. So a CPU is measured twice: "default" is PyTorch as anyone has it, "avx512" the
-same with a preloaded answer to MKL's question for the maker (a C compiler is needed; see sae_step.py).
+same with a preloaded answer to MKL's question for the maker (a C compiler is needed; see common.py).
 """
 
 import argparse
@@ -24,8 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from common import write_line
-from sae_step import avx512
+from common import avx512, write_line
 from transformers import AutoModelForCausalLM
 
 from icl_lib.models import ModelConfig, Site, Transformer, load_model, record, run_with_cache, save_model
@@ -96,13 +95,11 @@ def compare(ours, theirs, repeats: int) -> dict[str, float]:
 def on_both_paths() -> int:
     """The measurement in two processes, one for each path of MKL; the exit status of the default one."""
     with tempfile.TemporaryDirectory() as folder:
-        kinds = {"default": {}, "avx512": avx512(folder)}
-        runs = {
-            kind: subprocess.run([sys.executable, *sys.argv, "--mkl", kind], env=os.environ | preload)
-            for kind, preload in kinds.items()
-            if kind == "default" or preload
-        }
-    return runs["default"].returncode
+        run = lambda kind, preload: subprocess.run([sys.executable, *sys.argv, "--mkl", kind], env=os.environ | preload)
+        done = run("default", {})
+        if preload := avx512(folder):
+            run("avx512", preload)
+    return done.returncode
 
 
 def main():

@@ -13,14 +13,13 @@ batch x d_model x d_sae operations would take at the rate of the encoder's produ
 
 import argparse
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from common import write_line
+from common import avx512, write_line
 
 SHAPES = ("128,1024,2048", "512,8192,2048", "2048,16384,1024")
 OBJECTIVES = ("standard", "jumprelu", "gated", "topk", "batchtopk")
@@ -52,16 +51,6 @@ class Worker:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
-
-
-def avx512(folder: str) -> dict:
-    """Environment in which MKL takes this for an Intel processor; none without a C compiler."""
-    if shutil.which("gcc") is None:
-        return {}
-    library = str(Path(folder) / "intel.so")
-    code = "int mkl_serv_intel_cpu_true(void) { return 1; }"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-x", "c", "-o", library, "-"], input=code, text=True, check=True)
-    return {"LD_PRELOAD": library}
 
 
 def compare(objective: str, shape: str, repeats: int, peers_python: str, preload: dict) -> None:
