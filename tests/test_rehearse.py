@@ -80,9 +80,14 @@ def test_the_prompts_of_a_card_fit_its_models_context(name):
     assert (shots + 2) * workload.PAIR_TOKENS[card["tasks"]] < known_config(card["model"]).n_ctx
 
 
-@pytest.mark.skipif(not (TASK_DATA / "icl_task_vectors").is_dir(), reason="the published tasks are needed")
+SMALLEST_POOL = 33  # 30 % of the 110 pairs of present_simple_past_perfect
+
+
 def test_every_pool_of_every_task_has_examples_for_the_cards_prompts():
-    smallest = min(len({x for x, _ in task.pool(use)}) for task in load_tasks("paper").values() for use in POOLS)
+    smallest = SMALLEST_POOL
+    if os.environ.get(DATA_VARIABLE):  # the published tasks are at hand
+        smallest = min(len({x for x, _ in task.pool(use)}) for task in load_tasks("paper").values() for use in POOLS)
+        assert smallest == SMALLEST_POOL
     for name in CARDS:
         assert max(_card(name)[key] for key in ("n_shots", "max_shots", "circuit_shots")) < smallest, name
 
