@@ -56,6 +56,7 @@ prefix: str = "Follow the pattern:\n"  # what stands before the pairs of a promp
 run_dir: str = "runs/tiny"  # where results go, counted from the repository root
 seed: int = 0  # seed of all prompts and random directions
 n_shots: int = 12  # examples in the prompts of extraction
+list_shots: int = 12  # at most so many of them where inputs are lists of words (algo_first, algo_second, algo_last)
 n_prompts: int = 16  # prompts per task
 
 # %%
@@ -82,8 +83,8 @@ third. Within a task the three share no input word. (A pair of opposites may be 
 # %% tags=["nbval-check-output"]
 def prompts(pool, n_shots, offset=0, **kinds):
     """Prompts of every task from one pool, stacked."""
-    options = dict(n_prompts=n_prompts, n_shots=n_shots, seed=seed + offset, pool=pool, template=template, **kinds)
-    return stack_prompts([make_prompts(task, tokenizer, **options) for task in task_set.values()])
+    options = dict(n_prompts=n_prompts, seed=seed + offset, pool=pool, template=template, **kinds)
+    return stack_prompts([make_prompts(t, tokenizer, n_shots=t.shots(n_shots, list_shots), **options) for t in task_set.values()])
 
 
 extraction = prompts("extraction", n_shots)

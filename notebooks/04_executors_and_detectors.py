@@ -56,6 +56,7 @@ prefix: str = "Follow the pattern:\n"  # what stands before the pairs of a promp
 run_dir: str = "runs/tiny"  # where results go, from the repository root
 seed: int = 0  # seed of every prompt sampler and random draw
 n_shots: int = 12  # examples in a prompt
+list_shots: int = 12  # at most so many of them where inputs are lists of words (algo_first, algo_second, algo_last)
 n_prompts: int = 16  # prompts per task
 layer_executor: int = 4  # layer (resid_pre) whose latents are tried at the arrow
 layer_detector: int = 3  # layer (resid_pre) whose latents are tried at the outputs
@@ -84,8 +85,8 @@ keys = dict(zip(("executors", "detectors", "links"), jax.random.split(jax.random
 # %%
 def prompts(pool, n_shots, offset, n=n_prompts, **kinds):
     """Prompts of every task from one pool of its pairs, stacked."""
-    options = {"n_prompts": n, "n_shots": n_shots, "seed": seed + offset, "pool": pool, "template": template, **kinds}
-    return stack_prompts([make_prompts(task, tokenizer, **options) for task in task_list])
+    options = {"n_prompts": n, "seed": seed + offset, "pool": pool, "template": template, **kinds}
+    return stack_prompts([make_prompts(task, tokenizer, n_shots=task.shots(n_shots, list_shots), **options) for task in task_list])
 
 
 def served(latents):

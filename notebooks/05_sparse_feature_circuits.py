@@ -47,6 +47,7 @@ seed: int = 0  # seed of every prompt sampler
 effect_prompts: int = 24  # prompts per task from which nodes are found
 circuit_prompts: int = 8  # prompts per task on which circuits are tested
 circuit_shots: int = 8  # examples in the prompts of circuits
+circuit_list_shots: int = 8  # at most so many of them where inputs are lists of words (algo_first, algo_second, algo_last)
 circuit_layers: list[int] = [2, 3, 4, 5]  # layers whose latents may be ablated
 
 # %%
@@ -80,9 +81,14 @@ of the paper; we show below what the log-probability would have given.
 Nodes are found on prompts from the extraction pool. Everything measured later uses the evaluation pool, which shares no pair with it.
 """
 
+
 # %% tags=["nbval-check-output"]
-shape = dict(n_shots=circuit_shots, template=Template(prefix=prefix))
-draw = lambda task, pool, n, seed: make_prompts(task, tokenizer, pool=pool, n_prompts=n, seed=seed, **shape)
+def draw(task, pool, n, seed):
+    """Prompts of one task from one pool of its pairs."""
+    options = dict(n_prompts=n, seed=seed, pool=pool, template=Template(prefix=prefix))
+    return make_prompts(task, tokenizer, n_shots=task.shots(circuit_shots, circuit_list_shots), **options)
+
+
 found = [draw(task, "extraction", effect_prompts, seed) for task in task_list]
 held_out = stack_prompts([draw(task, "evaluation", circuit_prompts, seed + 101) for task in task_list])
 effects = circuits.node_effects(lm, suite, stack_prompts(found), circuit_layers, metric=pair_logit)

@@ -93,6 +93,13 @@ def test_word_list_tasks_follow_the_published_generator(published):
         assert list(suite[name].pairs) == expected
 
 
+def test_only_lists_of_words_are_shown_less_often(published):
+    for n in (31, 8):
+        shown = {name: task.shots(n, 16) for name, task in load_tasks("paper").items()}
+        assert shown == dict.fromkeys(PAPER, n) | dict.fromkeys(("algo_last", "algo_first", "algo_second"), min(n, 16))
+    assert {task.shots(31, 16) for task in load_tasks("embedded").values()} == {31}
+
+
 def test_function_vectors_are_lists_of_input_and_output(published):
     suite = load_tasks("function_vectors")
     assert len(suite) == 53

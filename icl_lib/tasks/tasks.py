@@ -108,6 +108,13 @@ class Task:
             raise ValueError(f"the {use} pool of task {self.name!r} is empty: it has only {len(inputs)} inputs")
         return tuple(pair for pair in self.pairs if pair[0] in chosen)
 
+    def shots(self, n: int, n_of_lists: int) -> int:
+        """Examples to show in a prompt: `n`, but at most `n_of_lists` if every input is a list of words, as in algo_first.
+
+        Such pairs are about twice as long as others; the sparse-feature-circuit work shows fewer of them (16 for 31, 8 for 12).
+        """
+        return min(n, n_of_lists) if all(", " in x for x, _ in self.pairs) else n
+
 
 def load_tasks(source: str | Path) -> dict[str, Task]:
     """Tasks by name, in order: "embedded", "paper", "function_vectors", or a folder of .json and .tsv files.
