@@ -33,7 +33,7 @@ import pandas as pd
 
 from icl_lib import figures
 from icl_lib.figures.style import heatmap
-from icl_lib.models import fetch, gate, load_model, load_tokenizer
+from icl_lib.models import fetch, gate, generate, load_model, load_tokenizer
 from icl_lib.runs import Ledger, Store, compute_dtype, devices, resolve
 from icl_lib.tasks import (
     Role, Task, Template, accuracy_table, answer_accuracy, answer_nll, load_tasks, make_prompts, published_accuracy, stack_prompts,
@@ -165,7 +165,7 @@ not the rows. Much of what is left is chance: which input a prompt or which noun
 """
 ## Is it the model that was meant?
 
-A wrong revision, a wrong tokenizer or rounded weights seldom raise an error; they make a model that is a little worse. Two checks. If the
+A wrong revision, a wrong tokenizer or rounded weights seldom raise an error; they make a model that is a little worse. Three checks. If the
 folder carries logits of a fixed prompt, written by `gate.record(model, tokenizer, folder)`, the loaded model has to give them again, or
 the next cell stops.
 """
@@ -176,7 +176,23 @@ print("no logits are recorded for this model" if difference is None else f"the r
 
 # %% [markdown]
 """
-And the accuracy of every task by the published measure: at all arrows of prompts of 12 pairs (and of 24, where the context has room),
+Then what it writes: one task of each group, four examples, and the most probable tokens after the query's arrow. A model that was read wrongly
+does not go on with a word of the right kind.
+"""
+
+# %%
+some = list({task.group: task for task in suite.values()}.values())
+asked = stack_prompts([make_prompts(t, tokenizer, n_prompts=1, n_shots=4, seed=seed, template=template) for t in some])
+written = generate(lm, asked.tokens[:, 0], asked.query_arrow[:, 0] + 1, n_new=8)
+for task, (text,), new in zip(some, asked.texts, written.tolist(), strict=True):
+    print(f"{task.name}: asked {text.splitlines()[-1]!r}, went on with {tokenizer.decode(new)!r}")
+
+# %% [markdown]
+"""
+All four answers are right. After them the model writes more pairs of the same task, also right ("llave" is Spanish, "ganso" is the Spanish
+for "oca"), and then begins the next with a word that it has just used.
+
+The third check is the accuracy of every task by the published measure: at all arrows of prompts of 12 pairs (and of 24, where the context has room),
 does the most probable token begin with the first three characters of the right one? Pairs are drawn from all of the task. The first arrow,
 at which nothing tells the task, counts too, so that 11 right answers of 12 and one guess among three would give 0.94. For Gemma-1 2B-it
 the published values stand beside ours.
