@@ -42,9 +42,11 @@ def measure(name: str, layers: int, rows: int, seq: int, what: str) -> dict:
     step = {
         "forward": lambda: costs.answers("00", what, rows, seq, 1),
         "gradient": lambda: costs.gradient("05", what, rows, seq, 1, layers),
+        "residuals": lambda: costs.trunk("02", what, rows, seq, 1),
+        "cleaning": lambda: costs.suffix("03", what, rows, 1, layers, lanes=4),
     }[what]()
     shapes = abstract(config)
-    program = jax.jit(step.function).lower(shapes, jax.ShapeDtypeStruct((rows, seq), "int32")).compile()
+    program = jax.jit(step.function).lower(shapes, jax.ShapeDtypeStruct((rows, step.seq), "int32")).compile()
     memory = program.memory_analysis()
     weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(shapes))
     jax.block_until_ready(jnp.ones(1))
@@ -52,16 +54,16 @@ def measure(name: str, layers: int, rows: int, seq: int, what: str) -> dict:
     model = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), shapes)
     jax.block_until_ready(model)
     Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark of compiling
-    jax.block_until_ready(program(model, jnp.zeros((rows, seq), jnp.int32)))
+    jax.block_until_ready(program(model, jnp.zeros((rows, step.seq), jnp.int32)))
     measured = resident("VmHWM") - before
-    compiler = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    compiler = weights + memory.output_size_in_bytes + memory.temp_size_in_bytes
     ratios = {"arithmetic": round((weights + step.temp) / measured, 3), "compiler": round(compiler / measured, 3)}
     flops = round(step.flops / program.cost_analysis()["flops"], 3)
     return {
         "model": name,
         "layers": layers,
         "rows": rows,
-        "seq": seq,
+        "seq": step.seq,
         "computes": what,
         "measured_mb": measured // 10**6,
         **ratios,
@@ -82,7 +84,7 @@ def main() -> None:
 
     good = True
     for case in SMALL if options.small else CASES:
-        for what in ("forward", "gradient"):
+        for what in ("forward", "gradient") if options.small else ("forward", "gradient", "residuals", "cleaning"):
             command = [sys.executable, __file__, "--case", json.dumps([*case, what])]
             line = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1])
             if options.small:

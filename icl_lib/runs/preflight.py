@@ -51,11 +51,7 @@ class Estimate:
     steps: list[Step]
     disk: int  # bytes that are still to be downloaded
     host: int  # bytes of activations that notebook 01 keeps in host memory
-    here: bool  # the devices are this machine's
-
-    def compiled(self, step: Step) -> bool:
-        """Whether the figures of a step are the compiler's."""
-        return self.here and step.function is not None
+    here: bool  # the devices are this machine's, and the figures of every step the compiler's
 
     def host_bytes(self, step: Step) -> int:
         """Host memory while a step runs: the activations that notebook 01 keeps, and on a CPU all else too."""
@@ -96,7 +92,7 @@ def estimate(card: Mapping[str, Any], devices: Devices, compile: bool | None = N
     saes, todo = dictionaries(card, config), steps(card, config, split, devices.dtype)
     compile = present(devices) if compile is None else compile
     if compile:
-        todo = [measured(step, config, devices.dtype, split) if step.function else step for step in todo]
+        todo = [measured(step, config, devices.dtype, split) for step in todo]
     # a matrix that does not divide (words, key-value heads) is whole on every device; it is the embedding that counts
     whole = config.d_vocab * config.d_model * (1 if config.tied else 2) if config.d_vocab % split else 0
     weights = int(size * ((n - whole) / split + whole))
@@ -202,7 +198,7 @@ def show(e: Estimate) -> str:
         f"{_gb(e.sae_bytes('05'))} a device in float32 when all are loaded",
         f"disk      {_gb(e.disk)} of weights and SAEs to download{f', {_gb(_free_disk())} free' if e.here else ''}; "
         f"host memory {_gb(e.host)} for the activations of notebook 01",
-        f"figures   {'* compiled for these devices, the others' if e.here else 'these devices are not here: all by'} arithmetic; "
+        f"figures   {'compiled for these devices' if e.here else 'by arithmetic, these devices are not here'}; "
         f"times at {100 * EFFICIENCY:.0f} % of the peak, without compilation",
         "",
         f"{'notebook':<9} {'largest computation':<32} {'batch':>12} {'a device':>10} {'FLOPs':>9} {'hours':>7} {'largest batch':>14}",
@@ -213,7 +209,7 @@ def show(e: Estimate) -> str:
         flops = sum(s.flops * s.times for s in own)
         batch = f"{top.rows} x {top.seq}"
         lines.append(
-            f"{notebook:<9} {top.what + ' *' * e.compiled(top):<32} {batch:>12} {_gb(e.peak(top)):>10} {flops:9.1e} {e.hours(notebook):7.2f} {e.largest_batch(top):14,}"
+            f"{notebook:<9} {top.what:<32} {batch:>12} {_gb(e.peak(top)):>10} {flops:9.1e} {e.hours(notebook):7.2f} {e.largest_batch(top):14,}"
         )
     total = sum(e.hours(n) for n in {s.notebook for s in e.steps})
     return "\n".join([*lines, f"In all about {total:.1f} hours."])

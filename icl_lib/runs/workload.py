@@ -6,6 +6,8 @@ that tensor parallelism divides divided by the m devices of the model's axis:
 
 - forward with logits: 2 copies of the logits, 2 b s V 4
 - gradient: 3 copies of the logits, and for every layer the MLP's activations 3 b s F e (2 without a gate), the residual's 9 b s D 4 and the scores 2 b H s^2 4
+- one vector's gradient from the arrow on, for n vectors at once: n times that
+- a block without a gradient: 3 b s F e or 3 copies of the scores, 12 b H s^2, whichever is more, and 4 b s D 4
 - recording sites: b s D e each
 - encoding with an SAE of N latents: 2 b s N 4
 
@@ -61,9 +63,9 @@ class Step:
     flops: float | int
     temp: int
     per_row: int  # bytes of `temp` that each further row adds
-    function: Callable | None  # of (model, tokens): what is compiled where the devices are there
+    function: Callable  # of (model, tokens): what is compiled where the devices are there
     depth: int  # layers through which the function runs
-    extra: int  # the part of `temp` that the function leaves out, an SAE's latents
+    extra: int  # the part of `temp` that the function leaves out: an SAE's latents, sites that are kept, further logits
 
 
 def dictionaries(card: Mapping[str, Any], config: ModelConfig) -> list[Dictionary]:
@@ -146,8 +148,7 @@ class _Costs:
         card, c, tasks = self.card, self.config, self.tasks
         long = self.seq(card["n_shots"])
         n, layers, rest = card["n_prompts"], c.n_layers, c.n_layers - card["layer_executor"]
-        sites, suffix, l1 = len(self.saes), self.pair, len(card["tvc_l1"])
-        suffix_flops = lambda b, deep: b * suffix * token_flops(c, 2 * suffix, layers=deep)
+        sites, l1 = len(self.saes), len(card["tvc_l1"])
         circuit = self.seq(card["circuit_shots"])
         below = c.n_layers - min(card["circuit_layers"])
         keep = 4 * 6 + 2 * 20 + tasks + 2 * 6  # curves, two halvings, the matrix, mean ablation
@@ -157,10 +158,9 @@ class _Costs:
             self.collect("01", "activations of all SAE sites", 16, self.seq(8), (card["rate_rows"] + 500) / 16, sites),
             self.answers("01", "quality with each SAE in place", 16, self.seq(8), (1 + 3 * sites) * card["quality_rows"] / 16, copies=3),
             self.means("02", "task vectors", n, long, 6 * tasks),
-            self.suffix("02", "vectors inserted at every layer", n, suffix, 14 * layers * tasks, suffix_flops(n, layers / 2), 1),
-            self.suffix("03", "cleaning", card["tvc_prompts"], suffix, tasks * (l1 + layers + 3) * card["tvc_steps"] / 2,
-                        2 * suffix_flops(card["tvc_prompts"], rest), 2 * l1),
-            self.suffix("04", "latents one by one", n, suffix, 8 * 150 * tasks, suffix_flops(n, rest), 1),
+            self.suffix("02", "vectors inserted at every layer", n, 14 * layers * tasks, layers // 2),
+            self.suffix("03", "cleaning", card["tvc_prompts"], tasks * (l1 + layers + 3) * card["tvc_steps"] / 2 / l1, rest, l1),
+            self.suffix("04", "latents one by one", n, 8 * 150 * tasks, rest),
             self.encode("04", "activation mass", n, long, 4 * tasks),
             self.answers("04", "executors taken away", 4, long, 25 * tasks),
             self.gradient("05", "node effects", card["effect_prompts"], circuit, 2 * tasks, below),
@@ -181,44 +181,50 @@ class _Costs:
         return max((d.d_sae for d in self.saes), default=0)
 
     def answers(self, notebook, what, b, s, times, copies=2, layers=None, wide=False) -> Step:
-        temp = lambda b: max(copies * self.logits(b, s), self.block(b, s)) + (4 * b * s * self.latents() * 4 if wide else 0)
+        temp = lambda b: max(2 * self.logits(b, s), self.block(b, s))
         flops = b * s * token_flops(self.config, s, layers=layers)
-        return self.step(notebook, what, b, s, times, flops, temp, None if wide or copies > 2 else forward)
+        extra = (copies - 2) * self.logits(b, s) + (4 * b * s * self.latents() * 4 if wide else 0)
+        return self.step(notebook, what, b, s, times, flops, temp, forward, layers, int(extra))
 
     def collect(self, notebook, what, b, s, times, sites) -> Step:
-        temp = lambda b: sites * b * s * self.config.d_model * self.size + self.block(b, s)
-        flops = b * s * token_flops(self.config, s, logits=False)
-        return self.step(notebook, what, b, s, times, flops, temp)
+        return self.trunk(notebook, what, b, s, times, sites * b * s * self.config.d_model * self.size)
 
     def means(self, notebook, what, b, s, times) -> Step:
-        flops = b * s * token_flops(self.config, s, logits=False)
-        return self.step(notebook, what, b, s, times, flops, lambda b: self.block(b, s))
+        return self.trunk(notebook, what, b, s, times)
 
     def encode(self, notebook, what, b, s, times) -> Step:
-        flops = b * s * (token_flops(self.config, s, logits=False) + 2 * self.config.d_model * self.latents())
-        return self.step(notebook, what, b, s, times, flops, lambda b: 2 * b * s * self.latents() * 4 + self.block(b, s))
+        return self.trunk(notebook, what, b, s, times, 2 * b * s * self.latents() * 4)
 
-    def suffix(self, notebook, what, b, s, times, flops, lanes) -> Step:
-        return self.step(notebook, what, b, s, times, flops, lambda b: lanes * 2 * self.logits(b, s))
+    def trunk(self, notebook, what, b, s, times, extra=0) -> Step:
+        """Residuals alone, without logits."""
+        flops = b * s * token_flops(self.config, s, logits=False)
+        return self.step(notebook, what, b, s, times, flops, lambda b: self.block(b, s), residuals, extra=extra)
+
+    def suffix(self, notebook, what, b, times, depth, lanes=0) -> Step:
+        """From an arrow to the answer through the last `depth` layers; with `lanes`, that many gradients at once."""
+        s = self.pair
+        flops = (2 * lanes or 1) * b * s * token_flops(self.config, s, layers=depth)
+        temp = lambda b: lanes * self.backward(b, s, depth) if lanes else max(2 * self.logits(b, s), self.block(b, s))
+        return self.step(notebook, what, b, s, times, flops, temp, gradients(lanes) if lanes else loss, depth)
 
     def gradient(self, notebook, what, b, s, times, depth) -> Step:
         """Backwards through the last `depth` layers only: below the first SAE no gradient is asked for."""
-        c = self.config
-
-        def temp(b):
-            layer = b * s * (self.mlp() + 9 * c.d_model * 4) + 8 * b * c.n_heads * s * s / self.split
-            return 3 * self.logits(b, s) + depth * layer
-
-        flops = b * s * (token_flops(c, s) + token_flops(c, s, layers=depth))
+        flops = b * s * (token_flops(self.config, s) + token_flops(self.config, s, layers=depth))
         extra = 2 * b * s * self.latents() * 4
-        return self.step(notebook, what, b, s, times, flops, temp, gradient, depth, extra)
+        return self.step(notebook, what, b, s, times, flops, lambda b: self.backward(b, s, depth), gradient, depth, extra)
+
+    def backward(self, b: int, s: int, depth: int) -> float:
+        """The logits thrice, and what each of `depth` layers keeps for its gradient."""
+        c = self.config
+        layer = b * s * (self.mlp() + 9 * c.d_model * 4) + 8 * b * c.n_heads * s * s / self.split
+        return 3 * self.logits(b, s) + depth * layer
 
     def block(self, b: int, s: int) -> float:
-        """What one block holds at a time."""
+        """What one block holds at a time: the MLP's activations or three copies of the scores, and four residuals."""
         c = self.config
-        return b * s * (self.mlp() + 6 * c.d_model * 4) + 12 * b * c.n_heads * s * s / self.split
+        return max(b * s * self.mlp(), 12 * b * c.n_heads * s * s / self.split) + 4 * b * s * c.d_model * 4
 
-    def step(self, notebook, what, b, s, times, flops, temp, function=None, depth=None, extra=0) -> Step:
+    def step(self, notebook, what, b, s, times, flops, temp, function, depth=None, extra=0) -> Step:
         per_row = int(temp(b + 1) - temp(b) + extra / b)
         return Step(notebook, what, b, s, times, flops, int(temp(b)) + extra, per_row, function, depth or self.config.n_layers, extra)
 
@@ -231,6 +237,34 @@ def forward(model, tokens):
 
     logits = model(tokens)
     return token_logprobs(logits, tokens), jnp.argmax(logits[:, :-1], axis=-1) == tokens[:, 1:]
+
+
+def residuals(model, tokens):
+    """The output of the last block: task vectors, activations and latents are read from such sites."""
+    from icl_lib.models import record
+
+    cache = {}
+    model(tokens, tap=record([Site("resid_post", model.config.n_layers - 1)], cache))
+    return cache
+
+
+def loss(model, tokens, vector=0.0):
+    """Each prompt's loss with a vector in its residual, through the blocks behind it."""
+    from icl_lib.tasks import token_logprobs
+
+    return -token_logprobs(model.run_from(0, model.embedding(tokens) + vector), tokens).sum(axis=1)
+
+
+def gradients(lanes: int) -> Callable:
+    """The loss and its gradient by a vector, for `lanes` vectors at once: cleaning with all its penalties."""
+    import jax
+    import jax.numpy as jnp
+
+    def function(model, tokens):
+        one = jax.value_and_grad(lambda vector: loss(model, tokens, vector).mean())
+        return jax.vmap(one)(jnp.zeros((lanes, 1, 1, model.config.d_model), model.embed.dtype))
+
+    return function
 
 
 def gradient(model, tokens):
