@@ -186,6 +186,23 @@ def test_stacked_equals_single_and_chunks_do_not_matter(getkey, objective):
     assert training._run._cache_size() - compiled <= 3  # on a CPU one program a width, and that of the last SAE alone
 
 
+def test_a_latent_is_dead_by_its_silence_or_by_its_rate(getkey):
+    """Of three latents one never fires, one on every tenth token, one on all: dead after 5 steps, later, and never."""
+    recipe = make_recipe("icl-sfc", n_steps=100, batch_size=400, dead_after=5, dead_rate=0.2, learning_rate=1e-9)
+    suite = Suite([Member(R0, 16, 0.1)], recipe, {R0: 16})
+    buffer = {R0: jnp.where(jnp.arange(400)[:, None] % 10 == 0, 1.0, -1.0) * jnp.ones((1, 16))}
+    state = init_state(suite, buffer, key=getkey())
+    biases = jnp.full((1, 16), 1e3).at[0, :2].set(jnp.asarray([-1e3, 0.0]))
+    params = state.stacks[0].params._replace(W_enc=jnp.ones((1, 16, 16)), b_enc=biases, b_mag=biases.copy())
+    state, dead = state._replace(stacks=(state.stacks[0]._replace(params=params),)), []
+    for _ in range(40):
+        state, means = run_steps(state, buffer, 1, suite)
+        dead.append(round(16 * float(means.dead[0])))
+    assert dead[:4] == [0] * 4 and dead[4] == 1, "the silent one dies with its fifth step, by both measures"
+    assert dead[-1] == 2 and sorted(dead) == dead, "the rare one is above the rate at first, and below it in the end"
+    np.testing.assert_allclose(state.stacks[0].rate[0, 1:3], [0.1, 1.0], atol=0.03)
+
+
 def test_accelerators_and_cpus_take_the_same_steps(getkey, monkeypatch):
     """`vmap` and dense products against one SAE after the other and pairs; with dead latents, so that both branches are taken."""
     for objective, levels in (("icl-sfc", [0.1]), ("batchtopk", [2, 3])):

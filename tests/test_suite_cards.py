@@ -44,7 +44,7 @@ def test_the_papers_suite():
     assert (card.model, card.text, card.context, card.dtype) == ("google/gemma-2b-it", "HuggingFaceFW/fineweb", 128, "bfloat16")
     assert how == Recipe(
         objective="icl-sfc", n_steps=150_000, batch_size=2048, learning_rate=1e-3, beta1=0.0, beta2=0.99, warmup=128, decay="cosine",
-        period=300_000, sparsity_warmup=0, clip=1.0, norm_decay=0.99, dead_after=2000, resample_every=0, unit_norm=False, k_aux=0,
+        period=300_000, sparsity_warmup=0, clip=1.0, norm_decay=0.99, dead_after=2000, dead_rate=5e-6, resample_every=0, unit_norm=False, k_aux=0,
         skip=False, dtype="bfloat16", centred_start=False, loss_scale=100.0,
     )  # fmt: skip
     rates = [float(how.rate(jnp.asarray(step))) for step in (0, 127, 149_999)]

@@ -15,12 +15,12 @@ components of the target, with a $\lambda$ d times smaller, and their loss is th
 matters for clipping alone, as Adam does not see it. What differs:
 
 - the magnitude's scale is $e^r$ (Gated SAEs, Eq. 7), theirs $\mathrm{softplus}(r)$: the same functions, other steps;
-- a latent is dead by its silence alone. Theirs also is when it fired on less than 5 in a million tokens of the last 2,000 steps
-  (20 times in their batches), which would take a record of every latent's rate;
+- a latent that fires on less than 5 in a million tokens is dead as one is that has not fired for 2,000 steps (`dead_rate`). The rate is a
+  running mean over 2,000 steps here, theirs that of the last 2,000;
 - ghost gradients see a part of the batch and of the dead latents at a time, in turns;
 - they replace a NaN in an update by 0. We stop with the step and the site, since what gave one gives more;
 - for runs of some thousand steps `recipes.SHORT_RUN` takes `centred_start`, a `period` of the run's own length (theirs, of 100,000
-  steps or more, would leave the learning rate as it is) and no `loss_scale`.
+  steps or more, would leave the learning rate as it is), no `loss_scale` and no `dead_rate`.
 """
 
 import math
@@ -99,9 +99,8 @@ def loss(
     if dead is not None:
         total = total + _ghost(params, x, err, scale, dead, jnp.any(dead) if revive is None else revive, key)
     total = total * (loss_scale / y.shape[1]) if loss_scale else total
-    fired = f > 0
-    l0 = jnp.mean(jnp.sum(fired, axis=1, dtype=jnp.float32))
-    return total, Stats(l0, jnp.sum(err**2) / jnp.sum(scale**2), jnp.any(fired, axis=0), jnp.float32(jnp.nan))
+    count = jnp.sum((f > 0).astype(jnp.float32), axis=0)
+    return total, Stats(jnp.sum(count) / len(x), jnp.sum(err**2) / jnp.sum(scale**2), count, jnp.float32(jnp.nan))
 
 
 def _ghost(params, x, err, scale, dead, revive, key):

@@ -43,11 +43,11 @@ class Params(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """What a batch says about an SAE: L0 per token, FVU about the mean of the batch, which latents fired."""
+    """What a batch says about an SAE: L0 per token, FVU about the mean of the batch, how often each latent fired."""
 
     l0: Float[Array, ""]
     fvu: Float[Array, ""]
-    fired: Array  # (d_sae,) bool
+    count: Float[Array, " d_sae"]  # tokens on which each latent fired
     least: Float[Array, ""]  # batchtopk: smallest feature that was kept
     err: Array | None = None  # (tokens, d_out) topk, batchtopk: what the reconstruction lacks, for the auxiliary loss
 
@@ -194,7 +194,7 @@ def _count(f):
 
 def _stats(count, err, y) -> Stats:
     fvu = jnp.sum(err**2) / jnp.sum(target_norm(y) ** 2)
-    return Stats(jnp.sum(count) / len(y), fvu, count > 0, jnp.float32(jnp.nan))
+    return Stats(jnp.sum(count) / len(y), fvu, count, jnp.float32(jnp.nan))
 
 
 @jax.custom_vjp

@@ -22,7 +22,8 @@ class Recipe:
     `sparsity` rises over `sparsity_warmup`. Gradients are clipped to norm `clip` SAE by SAE (0: not).
 
     Inputs and targets are scaled to a mean norm of $\sqrt d$: by a running mean of decay `norm_decay`, or by that of the
-    first buffer if it is 1. A latent is dead when it has not fired for `dead_after`. Dead ones are revived by ghost gradients (icl-sfc),
+    first buffer if it is 1. A latent is dead when it has not fired for `dead_after`, or on less than `dead_rate` of the tokens by a
+    running mean over as many steps. Dead ones are revived by ghost gradients (icl-sfc),
     by the auxiliary loss of `k_aux` of them with weight `aux` (topk, batchtopk), or every `resample_every` (0: never).
     `unit_norm` holds decoder rows at norm 1. `bandwidth` and `threshold` (start) are jumprelu's for inputs of mean norm 1.
     `skip` adds a linear map from input to output, for transcoders. `dtype` is that of the two matrices; sums are float32.
@@ -44,6 +45,7 @@ class Recipe:
     clip: float = 1.0
     norm_decay: float = 1.0
     dead_after: int = 1000
+    dead_rate: float = 0.0
     resample_every: int = 0
     unit_norm: bool = False
     k_aux: int = 0
@@ -62,7 +64,7 @@ class Recipe:
         for name in ("n_steps", "batch_size", "learning_rate", "dead_after", "bandwidth", "threshold"):
             if getattr(self, name) <= 0:
                 raise TrainingError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("warmup", "period", "sparsity_warmup", "clip", "resample_every", "k_aux", "aux", "loss_scale"):
+        for name in ("warmup", "period", "sparsity_warmup", "clip", "resample_every", "k_aux", "aux", "loss_scale", "dead_rate"):
             if getattr(self, name) < 0:
                 raise TrainingError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name, high in (("beta1", 1), ("beta2", 1), ("norm_decay", 1 + 1e-9)):
@@ -97,7 +99,7 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     # Kharlapenko et al. (2025), App. B (learning rate, betas), and their trainer; what is left out is in icl_sfc.py
     "icl-sfc": dict(
         learning_rate=1e-3, beta1=0.0, beta2=0.99, warmup=128, decay="cosine", period=lambda steps, batch: max(100_000, 2 * steps),
-        norm_decay=0.99, dead_after=2000, loss_scale=100.0,
+        norm_decay=0.99, dead_after=2000, dead_rate=5e-6, loss_scale=100.0,
     ),
     # Conerly et al., Transformer Circuits update of April 2024: the penalty rises over the first 5 % of the steps
     "standard": dict(learning_rate=5e-5, beta1=0.9, beta2=0.999, sparsity_warmup=lambda steps, batch: steps // 20),
@@ -114,7 +116,7 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     "batchtopk": dict(learning_rate=3e-4, beta1=0.9, beta2=0.99, unit_norm=True, k_aux=512),
 }  # fmt: skip
 # Changes to icl-sfc that suit a run of some thousand steps: a learning rate that comes down, no latent born dead. See icl_sfc.py
-SHORT_RUN = {"period": 0, "centred_start": True, "loss_scale": 0.0}
+SHORT_RUN = {"period": 0, "centred_start": True, "loss_scale": 0.0, "dead_rate": 0.0}
 
 
 def make_recipe(name: str, *, n_steps: int, batch_size: int, **changes) -> Recipe:

@@ -38,6 +38,7 @@ class Stack(NamedTuple):
     params: Params
     moments: Moments
     silent: Array  # (d_sae,) int32 steps since a latent last fired
+    rate: Array | None  # (d_sae,) running mean of the part of the tokens it fires on; none without a `dead_rate`
     norm_in: Array  # () mean norm of the input
     norm_out: Array  # () mean norm of the target
     threshold: Array  # () batchtopk: running mean of the smallest feature kept, -1 before the first step
@@ -161,10 +162,16 @@ def _start_stack(x, y, keys, d_sae: int, recipe: Recipe) -> Stack:
         return (icl_sfc if recipe.objective == "icl-sfc" else objectives).init(x, y, d_sae, recipe, key=key)
 
     params = jax.vmap(one)(x, y, norm_in, norm_out, keys)
-    moments = optimiser.start(params, recipe)
-    return Stack(
-        params, moments, jnp.zeros((n, d_sae), jnp.int32), norm_in, norm_out, jnp.full(n, -1, jnp.float32), jnp.full(n, -1, jnp.int32)
-    )
+    # from this start the rate of a latent that never fires falls to `dead_rate` after `dead_after` steps
+    rate = jnp.full((n, d_sae), math.e * recipe.dead_rate, jnp.float32) if recipe.dead_rate else None
+    silent, none = jnp.zeros((n, d_sae), jnp.int32), jnp.full(n, -1, jnp.int32)
+    return Stack(params, optimiser.start(params, recipe), silent, rate, norm_in, norm_out, none.astype(jnp.float32), none)
+
+
+def _dead(stack: Stack, recipe: Recipe) -> Array:
+    """Which latents are dead, by their silence or by their rate."""
+    dead = stack.silent >= recipe.dead_after
+    return dead if stack.rate is None else dead | (stack.rate < recipe.dead_rate)
 
 
 def _mean_norm(x: Array) -> Array:
@@ -196,7 +203,7 @@ def _run(stacks, start: Array, key: Array, buffer: Buffer, n: Array, suite: Suit
 
     # the bounds are traced, so that a last chunk of another length needs no second compilation
     stacks, l0, fvu = jax.lax.fori_loop(start, start + n, step, (stacks, zeros, zeros))
-    dead = [jnp.mean(s.silent >= suite.recipe.dead_after, axis=1) for s in stacks]
+    dead = [jnp.mean(_dead(s, suite.recipe), axis=1) for s in stacks]
     mean = lambda parts: jnp.concatenate(parts) / n.astype(jnp.float32)
     return start + n, stacks, Means(mean(l0), mean(fvu), jnp.concatenate(dead), jnp.concatenate([s.bad_step for s in stacks]))
 
@@ -239,10 +246,10 @@ def _over_saes(function, recipe: Recipe, stack: Stack, *rest):
     """
 
     def call(stack, *rest, dead=None):
-        return function(stack, *rest, jnp.any(stack.silent >= recipe.dead_after) if dead is None else dead)
+        return function(stack, *rest, jnp.any(_dead(stack, recipe)) if dead is None else dead)
 
     if not _on_cpu():
-        return jax.vmap(functools.partial(call, dead=jnp.any(stack.silent >= recipe.dead_after)))(stack, *rest)
+        return jax.vmap(functools.partial(call, dead=jnp.any(_dead(stack, recipe))))(stack, *rest)
     if len(stack.silent) == 1:  # no slicing of a stack of one: its matrices would be copied
         return jax.tree.map(lambda a: a[None], call(*jax.tree.map(lambda a: a[0], (stack, *rest))))
     return jax.lax.map(lambda args: call(*args), (stack, *rest))
@@ -254,7 +261,7 @@ def _step_one(stack: Stack, x, y, sparsity, key, revive, step, recipe: Recipe, k
     norm_in = decay * stack.norm_in + (1 - decay) * _mean_norm(x)
     norm_out = decay * stack.norm_out + (1 - decay) * _mean_norm(y)
     x, y = _scale(x, norm_in), _scale(y, norm_out)
-    dead = stack.silent >= recipe.dead_after
+    dead = _dead(stack, recipe)
     if recipe.objective == "icl-sfc":
         gradient = jax.value_and_grad(icl_sfc.loss, has_aux=True)
         (loss, stats), grads = gradient(
@@ -268,14 +275,15 @@ def _step_one(stack: Stack, x, y, sparsity, key, revive, step, recipe: Recipe, k
             loss, grads = _add_auxiliary(loss, grads, stack.params, x, stats.err, dead, revive, recipe, key)
         stats = stats._replace(err=None)
     params, moments = optimiser.update(stack.params, stack.moments, grads, recipe, step, key=key)
-    silent = jnp.where(stats.fired, 0, stack.silent + 1)
+    silent = jnp.where(stats.count > 0, 0, stack.silent + 1)
+    rate = None if stack.rate is None else stack.rate + (stats.count / len(x) - stack.rate) / recipe.dead_after
     if recipe.resample_every:
         due = ((step + 1) % recipe.resample_every == 0) & revive
         again = lambda p, m: optimiser.resample(p, m, dead, x, y, recipe, key=key)
         params, moments = jax.lax.cond(due, again, lambda p, m: (p, m), params, moments)
         silent = jnp.where(due & dead, 0, silent)
     bad_step = jnp.where((stack.bad_step < 0) & ~jnp.isfinite(loss), step, stack.bad_step)
-    return Stack(params, moments, silent, norm_in, norm_out, _smooth(stack.threshold, stats.least), bad_step), stats
+    return Stack(params, moments, silent, rate, norm_in, norm_out, _smooth(stack.threshold, stats.least), bad_step), stats
 
 
 def _add_auxiliary(loss, grads: Params, params: Params, x, err, dead, revive, recipe: Recipe, key):
