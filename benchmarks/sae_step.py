@@ -4,8 +4,8 @@
     python benchmarks/sae_step.py                                   # all objectives, three shapes
     python benchmarks/sae_step.py --shapes 2048,16384,1024 --objectives topk --peers /path/to/other/python
 
-Libraries take turns, each figure is the median of `--repeats`, over rows drawn from a buffer in memory. PyTorch's MKL takes its AVX2 path
-on AMD processors; "+avx512" are the same libraries with a preloaded answer to MKL's question for the maker, which needs gcc: `avx512` says
+Libraries take turns of four steps or more, each figure is the median of `--repeats`, over rows drawn from a buffer in memory. PyTorch's
+MKL takes its AVX2 path on AMD processors; "+avx512" are the same libraries with a preloaded answer to MKL's question for the maker, which needs gcc: `avx512` says
 whether it was there. `ratio` is ours over the fastest of the others. `limit_share` is what 12 x
 batch x d_model x d_sae operations would take at the rate of the encoder's product, measured in the same run, over the time taken.
 `cpu` is the same by processor seconds, which other programs on the machine disturb less.
@@ -63,7 +63,7 @@ def compare(objective: str, shape: str, repeats: int, peers_python: str, preload
             workers[peer + "+avx512"] = Worker(peers_python, peer, objective, shape, preload)
     for worker in workers.values():
         worker.ready()
-    n = max(1, int(2e11 / (12 * batch * d * d_sae)))  # about a second a turn
+    n = max(4, int(2e11 / (12 * batch * d * d_sae)))  # about a second a turn, or four steps: `train_suite` takes more at a time
     times: dict[str, list] = {name: [] for name in workers}
     for _ in range(repeats):
         for name, worker in workers.items():

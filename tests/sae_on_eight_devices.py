@@ -5,6 +5,7 @@ import os
 # Compiled to run once, and each device on its own thread: with Eigen's threads too, eight devices on two cores can wait for each other for good.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false"
 
+import functools
 import tempfile
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 
 from icl_lib.models import Site, Transformer, tiny_config
 from icl_lib.models.sharding import make_mesh, shard_model
-from icl_lib.saes import train_suite
+from icl_lib.saes import train_suite, training
 from icl_lib.saes.recipes import make_recipe
 from icl_lib.saes.training import Member, Suite, finish, init_state, run_steps
 
@@ -46,6 +47,19 @@ def check(objective: str, level: float, shard: str, transcoder: bool = False, **
     np.testing.assert_allclose(sae.W_dec, other.W_dec, atol=0.05 if loose else 1e-4)
     assert bool(jnp.all(jnp.isfinite(other.W_enc)))
     print(objective, shard, *changes, flush=True)
+
+
+def check_start() -> None:
+    """An orthogonal start of eight SAEs, cut by latents, never holds the whole stack of a matrix on one device."""
+    recipe = make_recipe("icl-sfc", n_steps=10, batch_size=64)
+    suite = Suite([Member(site, 2048, 0.1) for site in SITES], recipe, dict.fromkeys(SITES, 64), MESH, "latent")
+    buffer = {site: jax.ShapeDtypeStruct((500, 64), jnp.float32) for site in SITES}
+    start, key = functools.partial(training._start, suite=suite, groups=(0,)), jax.random.key(0)
+    places = training.shardings(suite, jax.eval_shape(start, buffer, key))
+    memory = jax.jit(start, out_shardings=places).lower(buffer, key).compile().memory_analysis()
+    sample, stack = 8 * training._SAMPLE * 64 * 4, 8 * 2048 * 64 * 4
+    assert memory.temp_size_in_bytes - sample < stack / 2, memory
+    print("start latent", flush=True)
 
 
 class Rows:
@@ -92,5 +106,6 @@ if __name__ == "__main__":
     check("topk", 3, "latent", transcoder=True, skip=True)
     check("jumprelu", 0.1, "latent", threshold=0.1, bandwidth=0.1)
     check("standard", 0.1, "latent")
+    check_start()
     check_job()
     print("all equal")

@@ -204,13 +204,14 @@ def test_a_latent_is_dead_by_its_silence_or_by_its_rate(getkey):
 
 
 def test_accelerators_and_cpus_take_the_same_steps(getkey, monkeypatch):
-    """`vmap` and dense products against one SAE after the other and pairs; with dead latents, so that both branches are taken."""
+    """`vmap`, two SAEs at a time, and dense products against one SAE after the other and pairs; with dead latents, so that both branches are taken."""
     for objective, levels in (("icl-sfc", [0.1]), ("batchtopk", [2, 3])):
         suite, buffer, state, _ = prepared(getkey, objective, levels, n_tokens=300, batch_size=32, n_steps=100, dead_after=1)
         copy = jax.tree.map(jnp.copy, state)
         state, means = run_steps(state, buffer, 5, suite)
         with monkeypatch.context() as patch:
             patch.setattr(training, "_on_cpu", lambda: False)
+            patch.setattr(training, "_SIDE_BY_SIDE", 2 * 32 * 32 * 6 * 4)
             training._run.clear_cache()
             copy, others = run_steps(copy, buffer, 5, suite)
         training._run.clear_cache()
