@@ -17,6 +17,7 @@ from icl_lib.saes.formats.suites import shard_sae
 shared, own, model, data = sys.argv[1:]
 assert devices.setup(shared)["processes"] == 2
 mesh = make_mesh(data=int(data))
+assert load_model(model).embed.devices() == {jax.local_devices()[0]}  # without a mesh, for this process alone
 lm = load_model(model, mesh=mesh)
 tokens = np.arange(48).reshape(4, 12) % 40
 logits, cache = run_with_cache(lm, shard_batch(tokens, mesh), [Site("resid_post", 1)])

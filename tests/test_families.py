@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icl_lib.models import ModelConfig, Past, Site, Transformer, load_model, run_with_cache, save_model, tiny_config
+from icl_lib.models import ModelConfig, Past, Site, Transformer, generate, load_model, run_with_cache, save_model, tiny_config
 from icl_lib.models.config import FAMILIES
 from icl_lib.models.families import ignored, known_config, n_params, sources, tensor_shapes
 
@@ -29,6 +29,7 @@ LLAMA3 = {
 # Each family with its options turned to where they show: windows shorter than the sequence, caps that bite, few kv heads.
 FORMS = {
     "gemma": {"num_key_value_heads": 1, "head_dim": 6},
+    "gemma, untied": {"num_key_value_heads": 1, "head_dim": 6, "tie_word_embeddings": False},
     "gemma2": {
         "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 5,
         "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0,
@@ -63,10 +64,14 @@ def torch_model(form, dtype=None):
     return theirs if dtype is None else theirs.to(dtype)
 
 
+def blocks(theirs):
+    return theirs.gpt_neox.layers if hasattr(theirs, "gpt_neox") else theirs.model.layers
+
+
 def branches(theirs):
     """Their modules whose outputs are our attn_out and mlp_out, by site."""
     modules = {}
-    for i, layer in enumerate(theirs.gpt_neox.layers if hasattr(theirs, "gpt_neox") else theirs.model.layers):
+    for i, layer in enumerate(blocks(theirs)):
         attn = getattr(layer, "attention", None) or layer.self_attn
         if hasattr(layer, "post_feedforward_layernorm"):
             modules |= {Site("attn_out", i): layer.post_attention_layernorm, Site("mlp_out", i): layer.post_feedforward_layernorm}
@@ -75,12 +80,24 @@ def branches(theirs):
     return modules
 
 
+def readers(theirs):
+    """Their norms whose inputs are our resid_mid and last resid_post, by site. In a parallel block no module reads resid_mid."""
+    neox, layers = hasattr(theirs, "gpt_neox"), blocks(theirs)
+    norms = {Site("resid_post", len(layers) - 1): theirs.gpt_neox.final_layer_norm if neox else theirs.model.norm}
+    if not getattr(theirs.config, "use_parallel_residual", False):
+        norms |= {Site("resid_mid", i): getattr(x, "pre_feedforward_layernorm", x.post_attention_layernorm) for i, x in enumerate(layers)}
+    return norms
+
+
 def torch_run(theirs, tokens, mask=None):
     """Logits and, by our sites, residuals, patterns, and what attention and MLP add."""
     seen, handles = {}, []
     for site, module in branches(theirs).items():
         keep = lambda _, __, out, site=site: seen.__setitem__(site, out[0] if isinstance(out, tuple) else out)
         handles.append(module.register_forward_hook(keep))
+    for site, module in readers(theirs).items():
+        keep = lambda _, given, site=site: seen.__setitem__(site, given[0])
+        handles.append(module.register_forward_pre_hook(keep))
     with torch.no_grad():
         mask = None if mask is None else torch.tensor(np.asarray(mask))
         out = theirs(torch.tensor(np.asarray(tokens)), attention_mask=mask, output_attentions=True, output_hidden_states=True)
@@ -89,6 +106,7 @@ def torch_run(theirs, tokens, mask=None):
     *residuals, last = out.hidden_states
     seen |= {Site("resid_pre", i): x for i, x in enumerate(residuals)} | {Site("final_norm"): last}
     seen |= {Site("pattern", i): x for i, x in enumerate(out.attentions)}
+    seen = {Site("resid_mid", i): x + seen[Site("attn_out", i)] for i, x in enumerate(residuals)} | seen
     return out.logits.float().numpy(), {site: x.float().numpy() for site, x in seen.items()}
 
 
@@ -123,6 +141,7 @@ def test_a_family_agrees_with_transformers(form, folders):
     assert n_params(ours.config) == sum(weight.numel() for weight in theirs.parameters())
     tokens = some_tokens()
     expected_logits, expected = torch_run(theirs, tokens)
+    assert len(expected) == 2 * 5 + 2  # resid_pre, pattern, attn_out, resid_mid, mlp_out of both blocks; the last resid_post, final_norm
     logits, cache = run_with_cache(ours, jnp.asarray(tokens), expected)
     np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=1e-4)
     for site, value in expected.items():
@@ -263,12 +282,34 @@ def test_config_survives_hugging_face_names(family):
         ("meta-llama/Llama-3.2-1B", {"rope_scaling": {"rope_type": "llama3", "factor": 32.0}}, "needs the field 'low_freq_factor'"),
         ("Qwen/Qwen2.5-0.5B", {"hidden_act": "relu"}, "activation of a qwen2 model must be one of .*got 'relu'"),
         ("EleutherAI/pythia-70m-deduped", {"rotary_pct": 0.05}, "rotary_dim must be even"),
+        ("EleutherAI/pythia-70m-deduped", {"rotary_pct": None}, "rotary_pct.* must be a number above 0, got None"),
+        ("meta-llama/Llama-3.2-1B", {"rope_scaling": "linear"}, "rope_scaling must be an object .*got 'linear'"),
+        ("meta-llama/Llama-3.2-1B", {"rope_parameters": ["llama3"]}, "rope_parameters must be an object"),
+        ("meta-llama/Llama-3.2-1B", {"rope_scaling": LLAMA3 | {"factor": None}}, "factor of the rotary scaling must be a number"),
+        ("google/gemma-2-2b", {"query_pre_attn_scalar": None}, "query_pre_attn_scalar must be a number above 0, got None"),
+        ("google/gemma-2-2b", {"sliding_window": "4096"}, "sliding_window must be a whole number above 0, got '4096'"),
+        ("google/gemma-2b", {"num_hidden_layers": None}, "num_hidden_layers must be a whole number above 0, got None"),
+        ("google/gemma-2b", {"vocab_size": 256000.0}, "vocab_size must be a whole number above 0, got 256000.0"),
+        ("google/gemma-2b", {"head_dim": "256"}, "head_dim must be a whole number above 0"),
+        ("google/gemma-2b", {"rms_norm_eps": None}, "rms_norm_eps must be a number above 0"),
+        ("google/gemma-2b", {"rope_theta": None}, "rope_theta .*must be a number above 0"),
+        ("google/gemma-2b", {"eos_token_id": [1, "<eos>"]}, "eos_token_id must be a token id, a list of them, or null, got '<eos>'"),
     ],
 )
 def test_a_config_that_is_not_ours_is_refused(name, fields, message):
     raw = json.loads((Path(__file__).parents[1] / "icl_lib/models/known_configs.json").read_text())[name]
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_hf(raw | fields)
+
+
+@pytest.mark.parametrize("family", ["gemma", "llama"])
+def test_a_model_without_an_end_of_text_writes_on(family, getkey):
+    raw = tiny_config(family).to_hf("float32") | {"eos_token_id": None, "pad_token_id": None}
+    config = ModelConfig.from_hf(raw)
+    assert (config.eos_id, config.more_eos, config.pad_id) == (None, (), 0)
+    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf("float32")))) == config
+    model, tokens, length = Transformer.init(config, key=getkey()), jnp.array([[3, 4, 5]]), jnp.array([3])
+    np.testing.assert_array_equal(generate(model, tokens, length, 4), generate(model, tokens, length, 4, stop=()))
 
 
 def test_llama_3_slows_long_waves_only():

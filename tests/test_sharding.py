@@ -19,7 +19,7 @@ from icl_lib.runs.store import Store
 from icl_lib.saes import load_suite
 
 HERE = Path(__file__).parent
-LAUNCHERS = ("JAX_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "XLA_FLAGS")
+LAUNCHERS = ("JAX_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_INDEX", "CUDA_VISIBLE", "XLA_FLAGS")
 
 
 def environment(n_devices, **more):
@@ -88,28 +88,118 @@ def test_two_processes_give_the_numbers_of_one_and_one_file(data, tmp_path, getk
     assert not [path for path in (tmp_path / "own1").rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize(
-    ("variables", "several"),
-    [
-        ({}, False),
-        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "a"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
-        ({"MEGASCALE_COORDINATOR_ADDRESS": "host"}, True),
-        ({"JAX_COORDINATOR_ADDRESS": "host:1"}, True),
-    ],
-)
-def test_processes_are_joined_where_a_launcher_started_several(variables, several, monkeypatch):
+@pytest.fixture
+def launched(monkeypatch):
+    """`join_processes` in an environment with these launcher's variables alone: what JAX was called with, once for each call."""
     for name in [name for name in os.environ if name.startswith(LAUNCHERS[:-1])]:
         monkeypatch.delenv(name)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(devices, "_on_tpu_vm", lambda: False)
+    devices._join_pod.cache_clear()
     joined = []
-    monkeypatch.setattr(devices.jax.distributed, "initialize", lambda **given: joined.append(given))
-    devices.join_processes()
-    assert joined == ([{"num_processes": None, "process_id": None}] if several else [])
+
+    def launch(variables, raises=None):
+        def initialize(**given):
+            joined.append(given)
+            if raises is not None:
+                raise raises
+
+        monkeypatch.setattr(devices.jax.distributed, "initialize", initialize)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        devices.join_processes()
+        return joined
+
+    yield launch
+    devices._join_pod.cache_clear()
+
+
+FOUND = {"num_processes": None, "process_id": None, "local_device_ids": None}  # by JAX
+SLURM = {"SLURM_STEP_NUM_TASKS": "4"}
+MPI4 = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:1"}
+MPI5 = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "JAX_COORDINATOR_ADDRESS": "host:1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "given"),
+    [
+        ({}, None),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        (SLURM, {}),
+        (SLURM | {"JAX_NUM_PROCESSES": "1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "host"}, {}),
+        ({"JAX_COORDINATOR_ADDRESS": "host:1"}, {}),
+        ({"JAX_NUM_PROCESSES": "2"}, {"num_processes": 2}),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, {}),
+        (MPI4, {}),
+        (MPI5, {"num_processes": 4, "process_id": 3, "local_device_ids": [1]}),
+        (MPI5 | {"JAX_NUM_PROCESSES": "8", "JAX_PROCESS_ID": "5"}, {"num_processes": 8, "process_id": 5, "local_device_ids": [1]}),
+    ],
+)
+def test_processes_are_joined_where_a_launcher_started_several(variables, given, launched):
+    assert launched(variables) == ([] if given is None else [FOUND | given])
+
+
+@pytest.mark.parametrize(
+    ("variables", "local"),
+    [
+        (SLURM | {"SLURM_STEP_NUM_NODES": "4"}, []),
+        (SLURM | {"SLURM_STEP_NUM_NODES": "2"}, None),
+        (SLURM | {"SLURM_STEP_NUM_NODES": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, None),
+        (SLURM | {"SLURM_STEP_NUM_NODES": "2", "CUDA_VISIBLE_DEVICES": "0"}, []),
+        (SLURM | {"SLURM_STEP_NUM_NODES": "4", "JAX_LOCAL_DEVICE_IDS": "0,1"}, None),
+        (MPI4 | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, []),
+        (MPI4 | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, None),
+    ],
+)
+def test_a_process_alone_on_its_node_has_all_its_gpus(variables, local, launched):
+    assert launched(variables) == [FOUND | {"local_device_ids": local}]
+
+
+def test_an_empty_list_of_devices_leaves_all_of_them_visible():
+    """As `devices` relies on: JAX alone would take the one GPU that SLURM_LOCALID names."""
+    code = """
+import jax
+jax.distributed.initialize("127.0.0.1:{port}", 1, 0{more})
+print(jax.config.values["jax_cuda_visible_devices"])
+"""
+    slurm = {f"SLURM_{name}": "1" for name in ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")}
+    seen = []
+    for more in ("", ", local_device_ids=[]"):
+        run = [sys.executable, "-c", code.format(port=free_port(), more=more)]
+        seen.append(subprocess.run(run, env=environment(1, **slurm), capture_output=True, text=True, check=True).stdout.strip())
+    assert seen == ["1", "all"]
+
+
+@pytest.mark.parametrize("error", [ValueError("coordinator_address should be defined."), ConnectionError("metadata.google.internal")])
+def test_a_tpu_machine_without_a_cluster_is_one_process(error, launched, monkeypatch):
+    monkeypatch.setattr(devices, "_on_tpu_vm", lambda: True)
+    assert launched({}, raises=error) == [{}]
+    assert launched({}, raises=RuntimeError("must be called before any JAX calls")) == [{}]  # a second cell does not ask again
+
+
+def test_a_tpu_pod_that_cannot_be_joined_is_an_error(launched, monkeypatch):
+    monkeypatch.setattr(devices, "_on_tpu_vm", lambda: True)
+    with pytest.raises(RuntimeError, match="Failed to recognize"):
+        launched({}, raises=RuntimeError("Failed to recognize coordinator address t1v-0"))
+    with pytest.raises(ValueError, match="unsupported"):
+        launched({}, raises=ValueError("unsupported worker-network-endpoints format"))
+    with pytest.raises(ValueError, match="which of how many"):
+        launched({"TPU_WORKER_HOSTNAMES": "a,b"}, raises=ValueError("coordinator_address should be defined."))
+
+
+def test_open_mpi_5_needs_an_address_and_kubernetes_says_how(launched, monkeypatch):
+    with pytest.raises(ValueError, match="one of 4 processes of Open MPI 5.*set JAX_COORDINATOR_ADDRESS to host:port"):
+        launched({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"})
+    monkeypatch.delenv("OMPI_COMM_WORLD_SIZE")
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+    with pytest.raises(ValueError, match=r"jax\[k8s\].*JAX_NUM_PROCESSES=1 if it is the only one"):
+        launched(pod, raises=ValueError("coordinator_address should be defined."))
+    with pytest.raises(RuntimeError, match="headless service") as caught:
+        launched(pod, raises=RuntimeError("Pods within a job need a headless service"))
+    assert "set JAX_NUM_PROCESSES=1" in caught.value.__notes__[0]
 
 
 def test_a_launch_that_says_too_little_is_refused(monkeypatch):

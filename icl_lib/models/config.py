@@ -48,7 +48,8 @@ class ModelConfig:
     behind each branch too (Gemma 2); `gated` MLPs multiply by a second projection; in a `parallel` block attention and
     MLP read the same residual (GPT-NeoX); scores are divided by $\sqrt{d_{head}}$ or multiplied by `attn_scale`; soft caps
     $c \tanh(x / c)$ act on scores and logits; `windows[i]` is how many keys layer i sees (None: all); `tied` models
-    unembed with the embedding; `scale_embed` multiplies it by $\sqrt{d_{model}}$. A text also ends at any id of `more_eos`.
+    unembed with the embedding; `scale_embed` multiplies it by $\sqrt{d_{model}}$. A text ends at `eos_id`, where there is one, and at any
+    id of `more_eos`.
     """
 
     family: str
@@ -63,7 +64,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     bos_id: int | None = 2
-    eos_id: int = 1
+    eos_id: int | None = 1
     more_eos: tuple[int, ...] = ()
     pad_id: int = 0
     norm: str = "rms"
@@ -130,30 +131,43 @@ class ModelConfig:
     def from_hf(cls, raw: dict[str, Any], source: str = "config.json") -> "ModelConfig":
         """Read the fields of a Hugging Face config, by their old and their new names.
 
-        Raises `ValueError` on an unknown family, a missing field, or a rotary scaling or activation that is not ours.
+        Raises `ValueError` on an unknown family, a field that is missing or no number, or a rotary scaling or activation that is
+        not ours.
         """
         family = raw.get("model_type")
         if family not in TRAITS:
             raise ValueError(f"{source}: model_type is {family!r}; supported families are {', '.join(FAMILIES)}")
-        try:
-            heads, width = raw["num_attention_heads"], raw["hidden_size"]
-            d_head = raw.get("head_dim") or width // heads
-            sizes = {
-                "family": family, "d_model": width, "n_layers": raw["num_hidden_layers"], "n_heads": heads,
-                "n_kv_heads": raw.get("num_key_value_heads") or heads, "d_head": d_head, "d_mlp": raw["intermediate_size"],
-                "d_vocab": raw["vocab_size"], "n_ctx": raw["max_position_embeddings"],
-            }  # fmt: skip
-        except KeyError as missing:
-            raise ValueError(f"{source}: field {missing} is missing; is this the config of a {family} model?") from None
-        traits = TRAITS[family] | {"activation": _activation(raw, family, source), "windows": _windows(raw, family)}
-        eps = raw.get("layer_norm_eps", 1e-5) if family == "gpt_neox" else raw.get("rms_norm_eps", 1e-6)
-        return cls(**(sizes | traits | _biases(raw, family) | _rope(raw, d_head, source) | _ids(raw) | _caps(raw, family)), norm_eps=eps)
+        sizes = _sizes(raw, family, source)
+        traits = TRAITS[family] | {"activation": _activation(raw, family, source), "windows": _windows(raw, family, source)}
+        name, default = ("layer_norm_eps", 1e-5) if family == "gpt_neox" else ("rms_norm_eps", 1e-6)
+        eps = _number(raw.get(name, default), name, source)
+        rest = _biases(raw, family) | _rope(raw, sizes["d_head"], source) | _ids(raw, source) | _caps(raw, family, source)
+        return cls(family=family, **(sizes | traits | rest), norm_eps=eps)
 
     def to_hf(self, dtype: str) -> dict[str, Any]:
         """The `config.json` from which transformers builds the same model; `dtype` names the stored weights."""
         from icl_lib.models.families import hf_config
 
         return hf_config(self, dtype)
+
+
+def _number(value: Any, field: str, source: str, whole: bool = False) -> Any:
+    """`value` itself. Raises `ValueError` with the name of the field unless it is a number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value <= 0:
+        raise ValueError(f"{source}: {field} must be a {'whole ' if whole else ''}number above 0, got {value!r}")
+    return value
+
+
+def _sizes(raw: dict, family: str, source: str) -> dict[str, int]:
+    names = {
+        "d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "d_mlp": "intermediate_size",
+        "d_vocab": "vocab_size", "n_ctx": "max_position_embeddings",
+    }  # fmt: skip
+    if missing := [field for field in names.values() if field not in raw]:
+        raise ValueError(f"{source}: field {missing[0]!r} is missing; is this the config of a {family} model?")
+    sizes = {ours: _number(raw[field], field, source, whole=True) for ours, field in names.items()}
+    others = {"n_kv_heads": ("num_key_value_heads", sizes["n_heads"]), "d_head": ("head_dim", sizes["d_model"] // sizes["n_heads"])}
+    return sizes | {ours: _number(raw.get(field) or default, field, source, whole=True) for ours, (field, default) in others.items()}
 
 
 def _activation(raw: dict, family: str, source: str) -> str:
@@ -167,12 +181,13 @@ def _activation(raw: dict, family: str, source: str) -> str:
     return _ACTIVATIONS[name]
 
 
-def _windows(raw: dict, family: str) -> tuple[int | None, ...] | None:
+def _windows(raw: dict, family: str, source: str) -> tuple[int | None, ...] | None:
     """Keys that each layer sees. New configs list `layer_types`; in old ones the family's rule applies."""
     default = {"gemma2": 4096, "qwen2": 4096}.get(family)  # as in transformers
     size, n = raw.get("sliding_window", default), raw["num_hidden_layers"]
     if family not in ("gemma2", "phi3", "qwen2") or size is None or (family == "qwen2" and not raw.get("use_sliding_window")):
         return None
+    size = _number(size, "sliding_window", source, whole=True)
     if "layer_types" in raw and raw["layer_types"] is not None:
         slides = [kind == "sliding_attention" for kind in raw["layer_types"]]
     else:
@@ -192,8 +207,11 @@ def _biases(raw: dict, family: str) -> dict[str, bool]:
 
 
 def _rope(raw: dict, d_head: int, source: str) -> dict[str, Any]:
-    new = raw.get("rope_parameters") or {}
-    scaling = new | (raw.get("rope_scaling") or {})
+    new, old = (raw.get(field) or {} for field in ("rope_parameters", "rope_scaling"))
+    for field, value in (("rope_parameters", new), ("rope_scaling", old)):
+        if not isinstance(value, dict):
+            raise ValueError(f"{source}: {field} must be an object with rope_type and its numbers, or null, got {value!r}")
+    scaling = new | old
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(
@@ -202,30 +220,38 @@ def _rope(raw: dict, d_head: int, source: str) -> dict[str, Any]:
     theta = new.get("rope_theta", raw.get("rope_theta", raw.get("rotary_emb_base", 10_000.0)))
     default = 0.25 if raw["model_type"] == "gpt_neox" else 1.0  # as in transformers
     part = new.get("partial_rotary_factor", raw.get("partial_rotary_factor", raw.get("rotary_pct", default)))
-    fields = {"rope_theta": float(theta), "rotary_dim": None if part == 1 else int(d_head * part)}
-    if kind == "llama3":
-        try:
-            long = (scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"])
-            fields["rope_scaling"] = RopeScaling(*map(float, long), int(scaling["original_max_position_embeddings"]))
-        except KeyError as missing:
-            raise ValueError(f"{source}: rotary scaling 'llama3' needs the field {missing}, got {scaling}") from None
-    return fields
+    part = _number(part, "the rotating part (partial_rotary_factor or rotary_pct)", source)
+    theta = float(_number(theta, "rope_theta (or rotary_emb_base)", source))
+    scaled = {"rope_scaling": _llama3(scaling, source)} if kind == "llama3" else {}
+    return {"rope_theta": theta, "rotary_dim": None if part == 1 else int(d_head * part)} | scaled
 
 
-def _ids(raw: dict) -> dict[str, Any]:
+def _llama3(scaling: dict, source: str) -> RopeScaling:
+    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if missing := [field for field in fields if field not in scaling]:
+        raise ValueError(f"{source}: rotary scaling 'llama3' needs the field {missing[0]!r}, got {scaling}")
+    *long, context = (_number(scaling[field], f"{field} of the rotary scaling", source) for field in fields)
+    return RopeScaling(*map(float, long), int(context))
+
+
+def _ids(raw: dict, source: str) -> dict[str, Any]:
+    """Special tokens. Chat models list several ends of text, and a model that only continues texts may have none (null)."""
     ends = raw.get("eos_token_id", 1)
-    eos, *more = ends if isinstance(ends, list) else [ends]  # chat models list several
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if strange := [end for end in ends if isinstance(end, bool) or not isinstance(end, int)]:
+        raise ValueError(f"{source}: eos_token_id must be a token id, a list of them, or null, got {strange[0]!r}")
+    eos, *more = ends or [None]
     pad = raw.get("pad_token_id")
     if pad is None:
-        pad = 0 if raw["model_type"].startswith("gemma") else eos
+        pad = 0 if raw["model_type"].startswith("gemma") or eos is None else eos
     return {"bos_id": raw.get("bos_token_id", 2), "eos_id": eos, "more_eos": tuple(more), "pad_id": pad}
 
 
-def _caps(raw: dict, family: str) -> dict[str, Any]:
+def _caps(raw: dict, family: str, source: str) -> dict[str, Any]:
     tied = raw.get("tie_word_embeddings", TRAITS[family].get("tied", True))
     if family != "gemma2":
         return {"tied": tied}
-    scale = raw.get("query_pre_attn_scalar", 256) ** -0.5
+    scale = _number(raw.get("query_pre_attn_scalar", 256), "query_pre_attn_scalar", source) ** -0.5
     return {
         "tied": tied, "attn_scale": scale,
         "attn_softcap": raw.get("attn_logit_softcapping", 50.0), "logit_softcap": raw.get("final_logit_softcapping", 30.0),

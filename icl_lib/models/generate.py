@@ -18,8 +18,8 @@ def generate(
 ) -> Int[Array, "batch n_new"]:
     """The `n_new` most probable next tokens, one after the other, of the prompts `tokens[b, :length[b]]`, right padded.
 
-    A prompt ends with the first token of `stop` (None: the config's ends of text), which is kept, and pad ids come after it;
-    the loop ends when every prompt has. Prompts of any length from 1 to `seq` share one program.
+    A prompt ends with the first token of `stop` (None: the config's ends of text, if it has any), which is kept, and pad ids come
+    after it; the loop ends when every prompt has. Prompts of any length from 1 to `seq` share one program.
 
     Raises `ValueError` if `n_new` is below 1, a length is not in 1..seq, or the text would be longer than the model's context.
     """
@@ -31,6 +31,7 @@ def generate(
     if longest + n_new > model.config.n_ctx:
         raise ValueError(f"{longest} tokens and {n_new} new ones are more than the model's context of {model.config.n_ctx}: lower n_new")
     stop = (model.config.eos_id, *model.config.more_eos) if stop is None else tuple(stop)
+    stop = tuple(end for end in stop if end is not None)
     return _generate(model, tokens.astype(jnp.int32), length.astype(jnp.int32), jnp.asarray(stop, jnp.int32), n_new)
 
 

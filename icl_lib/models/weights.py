@@ -53,8 +53,9 @@ def load_model(name: str | Path, revision: str | None = None, dtype: str = "floa
     """The model of a Hugging Face folder or hub id, its weights converted to `dtype`.
 
     With a mesh (`make_mesh`) each device holds its part of the weights and reads no more than that; "auto" makes a mesh of
-    all devices, as far as the model can be cut; without one, the first device holds all. Raises `FileNotFoundError` or `ValueError` with the name of what is absent, unknown, misshapen or
-    unreadable, or if the mesh does not divide the model.
+    all devices, as far as the model can be cut; without one, the first device of each process holds all. Raises
+    `FileNotFoundError` or `ValueError` with the name of what is absent, unknown, misshapen or unreadable, or if the mesh does
+    not divide the model.
     """
     folder = fetch(name, revision)
     config = load_config(folder)
@@ -63,7 +64,7 @@ def load_model(name: str | Path, revision: str | None = None, dtype: str = "floa
         if mesh != "auto":
             raise ValueError(f"mesh must be a Mesh (make_mesh), 'auto' or None, got {mesh!r}")
         mesh = auto_mesh(config)
-    places = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model) if mesh is None else shardings(config, mesh)
+    places = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), model) if mesh is None else shardings(config, mesh)
     files = _find_tensors(folder, config)
     where = sources(config)
 

@@ -1,5 +1,6 @@
 """Devices and processes: what a run computes on, its compilation cache, its dtype, and which process writes."""
 
+import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -30,28 +31,92 @@ def setup(run_dir: str | Path) -> dict[str, Any]:
 def join_processes() -> None:
     """Start `jax.distributed` where the environment says that this process is one of several; otherwise do nothing.
 
-    JAX itself finds address, number and rank under SLURM, Open MPI and on TPU pods. Elsewhere set JAX_COORDINATOR_ADDRESS
-    (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises `ValueError` if these do not say enough,
-    `RuntimeError` (from JAX) if something was computed before.
+    JAX itself finds address, number and rank under SLURM, Open MPI 4, in indexed jobs of Kubernetes (with `jax[k8s]`) and on TPU pods.
+    Under Open MPI 5 set JAX_COORDINATOR_ADDRESS (host:port of process 0), elsewhere JAX_NUM_PROCESSES and JAX_PROCESS_ID too;
+    JAX_NUM_PROCESSES=1 says that there is no other. Raises `ValueError` if these do not say enough, `RuntimeError` (from JAX) if
+    something was computed before.
     """
-    if jax.distributed.is_initialized() or not _one_of_several():
+    if jax.distributed.is_initialized() or _integer("JAX_NUM_PROCESSES") == 1:
         return
-    number, rank = (_integer(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-    try:
-        jax.distributed.initialize(num_processes=number, process_id=rank)
-    except ValueError as error:
-        raise ValueError(
-            f"this process seems to be one of several, but not which of how many ({error}): set JAX_COORDINATOR_ADDRESS to "
-            "host:port of the first, JAX_NUM_PROCESSES, and JAX_PROCESS_ID from 0 on, in each of them"
-        ) from error
+    if _one_of_several():
+        _initialize(**_given())
+    elif _on_tpu_vm():
+        _join_pod()
 
 
 def _one_of_several() -> bool:
     """Whether a launcher says so. JAX is not simply asked, because it fails where it has computed, as in a second notebook cell."""
-    launched = any((_integer(name) or 1) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+    launched = any((_integer(name) or 1) > 1 for name in counts)
     named = any(name in os.environ for name in ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS"))
     pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return launched or named or pod or _on_tpu_vm()
+    return launched or named or pod or _in_indexed_job()
+
+
+def _in_indexed_job() -> bool:
+    """Whether this is a pod of a Kubernetes job whose pods are numbered, which JAX needs; any other pod is taken to be alone."""
+    return "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
+
+
+def _given() -> dict[str, Any]:
+    """What JAX is told, as arguments of `jax.distributed.initialize`; None where it finds out by itself."""
+    number, rank, local = _integer("JAX_NUM_PROCESSES"), _integer("JAX_PROCESS_ID"), None
+    size = _integer("OMPI_COMM_WORLD_SIZE") or 1
+    if size > 1 and "OMPI_MCA_orte_hnp_uri" not in os.environ:
+        if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+            raise ValueError(
+                f"this is one of {size} processes of Open MPI 5, which does not say where the first one runs: "
+                "set JAX_COORDINATOR_ADDRESS to host:port of it (mpirun -x JAX_COORDINATOR_ADDRESS=...), with any free port"
+            )
+        number = size if number is None else number
+        rank = _integer("OMPI_COMM_WORLD_RANK") if rank is None else rank
+        local = _integer("OMPI_COMM_WORLD_LOCAL_RANK")
+    return {"num_processes": number, "process_id": rank, "local_device_ids": _local_devices(local)}
+
+
+def _local_devices(local: int | None) -> list[int] | None:
+    """An empty list, which JAX reads as all that are visible, where one GPU by the number of the process on its node would be wrong.
+
+    That is so for a process alone on its node, which would leave the other GPUs idle, and where the launcher shows each process
+    one GPU, whose number is then 0. Elsewhere `local`, or what JAX or JAX_LOCAL_DEVICE_IDS decide.
+    """
+    if "JAX_LOCAL_DEVICE_IDS" in os.environ:
+        return None
+    beside = _integer("OMPI_COMM_WORLD_LOCAL_SIZE")  # under SLURM's variables too, which are then of mpirun's own helpers
+    tasks, nodes = _integer("SLURM_STEP_NUM_TASKS"), _integer("SLURM_STEP_NUM_NODES")
+    alone = (tasks is not None and tasks == nodes) if beside is None else beside == 1
+    if alone or "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ","):
+        return []
+    return None if local is None else [local]
+
+
+def _initialize(**given) -> None:
+    """`jax.distributed.initialize`, with what to do in its error."""
+    try:
+        jax.distributed.initialize(**given)
+    except ValueError as error:
+        pods = " (`pip install 'jax[k8s]'` lets JAX ask Kubernetes)" if _in_indexed_job() else ""
+        raise ValueError(
+            f"this process seems to be one of several, but not which of how many ({error}): set JAX_COORDINATOR_ADDRESS to "
+            f"host:port of the first, JAX_NUM_PROCESSES, and JAX_PROCESS_ID from 0 on, in each of them{pods}; "
+            "JAX_NUM_PROCESSES=1 if it is the only one"
+        ) from error
+    except RuntimeError as error:
+        if _in_indexed_job():
+            error.add_note("If this pod computes by itself, set JAX_NUM_PROCESSES=1.")
+        raise
+
+
+@functools.cache
+def _join_pod() -> None:
+    """On a TPU machine: join the others of its pod if JAX finds one. If not, this process is alone, also when it is asked again later."""
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        if "coordinator_address" not in str(error):
+            raise
+    except OSError:  # no metadata server: requests' errors are of this kind
+        pass
 
 
 def _on_tpu_vm() -> bool:
