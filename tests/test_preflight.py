@@ -4,16 +4,24 @@ import dataclasses
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from icl_lib.models import tiny_config
-from icl_lib.models.families import known_config, n_params
-from icl_lib.runs import preflight, root
+from icl_lib import circuits
+from icl_lib.models import Site, tiny_config
+from icl_lib.models.families import abstract, known_config, n_params
+from icl_lib.runs import preflight, root, workload
 from icl_lib.runs.checks import config_of, defaults_of, full_card
-from icl_lib.runs.hardware import parse_devices
+from icl_lib.runs.dictionaries import dictionaries
+from icl_lib.runs.hardware import KINDS, parse_devices, present, with_own_memory
 from icl_lib.runs.params import CardError
-from icl_lib.runs.workload import dictionaries, n_tasks, steps, token_flops
+from icl_lib.runs.workload import n_tasks, steps, token_flops
+from icl_lib.saes import SAE
+from icl_lib.tasks import Role, pair_logprob
+from tests.planted import planted_prompts
 
 CARDS = sorted(p for p in (root() / "params").glob("*.yaml"))
 
@@ -45,6 +53,63 @@ def test_devices_are_read_as_people_write_them(text, kind, count):
 def test_other_devices_are_refused_with_a_hint(text, words):
     with pytest.raises(ValueError, match=words):
         parse_devices(text)
+
+
+def devices_here(monkeypatch, kind, platform="gpu", bytes_limit=None, count=1):
+    """JAX as it would be on a machine with these devices."""
+    stats = None if bytes_limit is None else {"bytes_limit": bytes_limit}
+    found = [SimpleNamespace(device_kind=kind, platform=platform, memory_stats=lambda: stats)] * count
+    for name in ("devices", "local_devices"):
+        monkeypatch.setattr(jax, name, lambda: found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_a"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "a100"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA L4", "l4"), ("NVIDIA L40S", None),
+        ("NVIDIA GH200 480GB", None), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v5 lite", "v5e"), ("TPU v6 lite", "v6e"), ("cpu", "cpu"),
+    ],
+)  # fmt: skip
+def test_devices_are_known_by_jaxs_names(kind, is_a, monkeypatch):
+    devices_here(monkeypatch, kind)
+    assert [name for name in KINDS if present(parse_devices(name))] == ([] if is_a is None else [is_a])
+    assert is_a is None or not present(parse_devices(f"2x{is_a}"))
+
+
+def test_devices_that_are_present_have_their_own_memory(monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    devices_here(monkeypatch, "NVIDIA A100-SXM4-40GB", bytes_limit=int(0.75 * 42e9))
+    small = with_own_memory(parse_devices("a100"))
+    assert small.memory == pytest.approx(0.92 * 42e9) and small.flops == parse_devices("a100").flops
+    monkeypatch.setattr(preflight, "measured", lambda step, *_: step)
+    assert preflight.estimate(_card(), parse_devices("a100")).devices == small
+    assert preflight.estimate(_card(), parse_devices("h100")).devices == parse_devices("h100")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # the notebooks will have no more
+    devices_here(monkeypatch, "NVIDIA A100-SXM4-40GB", bytes_limit=int(21e9))
+    assert with_own_memory(parse_devices("a100")).memory == int(21e9)
+    devices_here(monkeypatch, "TPU v5 lite", "tpu", bytes_limit=int(16.9e9))
+    assert with_own_memory(parse_devices("v5e")).memory == int(16.9e9)
+    devices_here(monkeypatch, "cpu", "cpu")
+    cpu = parse_devices("cpu")
+    assert with_own_memory(cpu) == cpu
+
+
+def test_a_download_that_broke_off_is_still_to_come(tmp_path, monkeypatch):
+    here = {}
+    monkeypatch.setattr(preflight, "try_to_load_from_cache", lambda model, name: here.get(name))
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    for name, complete in [
+        ("config.json", False),
+        ("model.safetensors.index.json", False),
+        ("1.safetensors", False),
+        ("2.safetensors", True),
+    ]:
+        here[name] = str(index)
+        assert preflight._downloaded("google/gemma-2-9b") == complete
+    here = {"config.json": "", "model.safetensors": ""}
+    assert preflight._downloaded("google/gemma-2b") and preflight._downloaded("assets/icl-tiny")
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda p: p.stem)
@@ -108,6 +173,8 @@ def test_dividing_the_model_divides_what_can_be_divided():
     # 14 heads on 8 devices: two share a model, the others hold copies
     qwen = preflight.estimate(_card("qwen2.5-0.5b"), parse_devices("8xv5e"), compile=False)
     assert qwen.split == 2 and qwen.weights == pytest.approx(494032768, rel=0.01)
+    assert "divided among 2 of them; the other 6 hold copies and make nothing faster" in preflight.show(qwen)
+    assert "the other" not in preflight.show(one) + preflight.show(eight)
 
 
 def test_widths_and_places_of_dictionaries_come_from_their_names():
@@ -148,6 +215,58 @@ def test_arithmetic_agrees_with_the_compiler(family):
         compiled = preflight.measured(step, config, "float32")
         assert (weights + step.temp) / (weights + compiled.temp) == pytest.approx(1, abs=0.25), step.what
         assert step.flops / compiled.flops == pytest.approx(1, abs=0.25), step.what
+
+
+@pytest.mark.parametrize("what", ["node effects", "ablation"])
+def test_the_flops_of_saes_are_those_of_what_notebooks_compute(what):
+    """The whole computation compiled, SAEs and all, on a model that is small beside them."""
+    config = tiny_config(n_layers=3, d_vocab=50)
+    names = ["x/layer_{layer}/l_1024", "x/transcoder/layer_{layer}/l_1024"]
+    costs = workload._Costs({"saes": names, "sae_layers": [1, 2], "circuit_layers": [1, 2], "tasks": "paper"}, config, 1, 4)
+    prompts, suite = planted_prompts(0, 4, 3), {sae.site_in: sae for layer in (1, 2) for sae in some_saes(layer, costs.latents())}
+    b, s = prompts.tokens.shape
+    roles = circuits.effects.node_roles(prompts)
+
+    def ablation(model, suite, resid):
+        gate = {site: jnp.ones((len(Role), sae.d_sae), bool) for site, sae in suite.items()}
+        return pair_logprob(model.run_from(1, resid, tap=circuits.ablation.splice(suite, roles, gate, None)), prompts)
+
+    effects = lambda model, suite, resid: circuits.effects._task_effects(model, suite, prompts, pair_logprob, "zero")
+    model = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract(config))
+    run = {"node effects": effects, "ablation": ablation}[what]
+    found = jax.jit(run).lower(model, suite, jnp.zeros((b, s, config.d_model))).compile().cost_analysis()["flops"]
+    per_token = sum(d.flops for d in costs.circuit)
+    step = {
+        "node effects": lambda: costs.gradient("05", what, b, s, 1, 2),
+        "ablation": lambda: costs.answers("05", what, b, s, 1, layers=2, wide=True, saes=per_token),
+    }[what]()
+    assert step.extra_flops > step.flops / 2
+    assert step.flops / found == pytest.approx(1, abs=0.25)
+
+
+def test_saes_and_tables_are_counted_beside_what_is_compiled():
+    """They are no part of the compiled function: both figures have them, and the largest batch divides only what goes by rows."""
+    config = tiny_config(n_layers=4, d_model=32, d_vocab=100, n_ctx=256)
+    card = _card("tiny", circuit_layers=[1, 2], layer_executor=3, layer_detector=2, sae_layers=[1, 2], n_prompts=4)
+    todo = {step.what: step for step in steps(card, config, dtype="float32")}
+    step = todo["ablation"]
+    assert step.fixed == 15 * 4 * 28 * 6 * sum(d.d_sae for d in dictionaries(card, config)) > 0
+    assert 0 < step.per_row < (step.temp - step.fixed) / step.rows * 1.01
+    compiled = preflight.measured(step, config, "float32")
+    assert (compiled.flops - step.extra_flops) / (step.flops - step.extra_flops) == pytest.approx(1, abs=0.25)
+    assert compiled.temp - step.fixed == pytest.approx(compiled.per_row * step.rows, rel=0.01)
+    assert preflight.measured(todo["firing rates"], config, "float32") == todo["firing rates"]
+    assert {what for what, step in todo.items() if step.extra_flops} == {
+        "firing rates", "quality with each SAE in place", "activation mass", "node effects", "ablation"
+    }  # fmt: skip
+
+
+def some_saes(layer, d_sae):
+    """A residual SAE and a transcoder for models of width 16."""
+    weights = {name: jnp.ones(shape) for name, shape in (("W_enc", (16, d_sae)), ("W_dec", (d_sae, 16)), ("b_dec", (16,)))}
+    weights |= {"b_enc": jnp.zeros(d_sae), "threshold": jnp.zeros(d_sae), "architecture": "jumprelu"}
+    pairs = [("resid_pre", "resid_pre"), ("mlp_in", "mlp_out")]
+    return [SAE(**weights, site_in=Site(a, layer), site_out=Site(b, layer)) for a, b in pairs]
 
 
 def preflight_traits(family, config):

@@ -12,6 +12,7 @@ from icl_lib.models import Site, load_model, load_tokenizer, run_with_cache
 from icl_lib.models.families import known_config
 from icl_lib.runs import rehearse, root, workload
 from icl_lib.runs.checks import defaults_of, full_card
+from icl_lib.runs.dictionaries import dictionaries
 from icl_lib.runs.stand_in import sites_of, small_config, small_tokenizer
 from icl_lib.runs.store import code_version
 from icl_lib.saes import load_suite
@@ -157,7 +158,7 @@ def test_a_stand_in_goes_through_the_code_of_its_card(name, tmp_path):
     model, tokenizer = load_model(small["model"]), load_tokenizer(small["model"])
     assert model.config.family == known_config(card["model"]).family
     suite = load_suite(small["saes"], model.config, small["sae_layers"])
-    assert len(suite) == len(workload.dictionaries(small, model.config))
+    assert len(suite) == len(dictionaries(small, model.config))
     tasks = load_tasks(small["tasks"])
     task = Random(0).choice(list(tasks.values()))
     prompts = make_prompts(task, tokenizer, n_prompts=2, n_shots=small["n_shots"], seed=0, template=Template(prefix=small["prefix"]))

@@ -1,7 +1,8 @@
 """What devices can do: memory and peak speed by kind, and how `--devices` is read.
 
 Numbers are the makers': bytes of memory and dense bfloat16 operations per second of one device as JAX counts them (on TPU v2 to v4
-and v5p a "v4-8" is 8 cores, which are 4 devices). Those of a CPU are measured on this machine.
+and v5p a "v4-8" is 8 cores, which are 4 devices). Those of a CPU are measured on this machine; where an accelerator is present,
+its memory is what it says itself.
 """
 
 import dataclasses
@@ -12,21 +13,21 @@ import time
 
 import numpy as np
 
-# kind: (memory in GB, 10^12 operations per second, part of JAX's device_kind)
+# kind: (memory in GB, 10^12 operations per second, pattern of JAX's device_kind: an L40S is no L4, and v5p is "TPU v5" there)
 KINDS = {
-    "v4": (32, 275, "TPU v4"),
-    "v5e": (16, 197, "TPU v5 lite"),
-    "v5p": (95, 459, "TPU v5p"),
-    "v6e": (32, 918, "TPU v6 lite"),
-    "a100": (80, 312, "A100"),
-    "h100": (80, 989, "H100"),
-    "h200": (141, 989, "H200"),
-    "l4": (24, 121, "L4"),
-    "cpu": (None, None, "cpu"),
+    "v4": (32, 275, r"^TPU v4$"),
+    "v5e": (16, 197, r"^TPU v5( lite|e)$"),
+    "v5p": (95, 459, r"^TPU v5p?$"),
+    "v6e": (32, 918, r"^TPU v6( lite|e)$"),
+    "a100": (80, 312, r"\bA100\b"),
+    "h100": (80, 989, r"\bH100\b"),
+    "h200": (141, 989, r"\bH200\b"),
+    "l4": (24, 121, r"\bL4\b"),
+    "cpu": (None, None, r"^cpu$"),
 }
 _TWO_CORES = ("v4", "v5p")  # named by cores, of which a device has two
-# What a process can have of it: JAX takes 92 % of a GPU (the Snakefile says so; its own default is 75 %), the runtime keeps the rest.
-_USABLE = 0.92
+# What a process can have of it: JAX takes 92 % of a GPU (the Snakefile says so), the runtime keeps the rest. JAX's own default is less.
+_USABLE, _TAKEN = 0.92, 0.75
 # The part of the peak that these experiments reach, by our own benchmarks and by common experience; only the times depend on it.
 EFFICIENCY = 0.35
 
@@ -91,4 +92,21 @@ def present(devices: Devices) -> bool:
     import jax
 
     found = jax.devices()
-    return len(found) >= devices.count and KINDS[devices.kind][2].lower() in found[0].device_kind.lower()
+    return len(found) >= devices.count and bool(re.search(KINDS[devices.kind][2], found[0].device_kind, re.IGNORECASE))
+
+
+def with_own_memory(devices: Devices) -> Devices:
+    """The same devices, which are present, with the memory that they have: of an A100 there are two sizes, and a slice has less.
+
+    What a program can have is what JAX says, but on a GPU where nothing was set JAX takes less here than for the notebooks. A CPU
+    says nothing.
+    """
+    import jax
+
+    found = jax.local_devices()
+    told = [(device.memory_stats() or {}).get("bytes_limit") for device in found]
+    if devices.kind == "cpu" or not all(told):
+        return devices
+    chosen = any(os.environ.get(name) for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"))
+    part = _USABLE / _TAKEN if found[0].platform == "gpu" and not chosen else 1
+    return dataclasses.replace(devices, memory=int(part * min(told)))

@@ -25,10 +25,11 @@ import icl_lib.models.families as families
 from icl_lib.models import ModelConfig
 from icl_lib.models.sharding import check_mesh, largest_split, make_mesh, shardings
 from icl_lib.runs.checks import check_against_model, config_of, defaults_of, full_card
-from icl_lib.runs.hardware import EFFICIENCY, Devices, host_memory, parse_devices, present
+from icl_lib.runs.dictionaries import Dictionary, dictionaries
+from icl_lib.runs.hardware import EFFICIENCY, Devices, host_memory, parse_devices, present, with_own_memory
 from icl_lib.runs.params import LOCAL, CardError
 from icl_lib.runs.paths import resolve
-from icl_lib.runs.workload import Dictionary, Step, dictionaries, parameters, steps
+from icl_lib.runs.workload import Step, parameters, steps
 
 _DEPTHS = (2, 4)  # layers of the models that are compiled; even, for families whose layers alternate
 
@@ -90,7 +91,8 @@ def estimate(card: Mapping[str, Any], devices: Devices, compile: bool | None = N
     split, size = largest_split(config, devices.count), 4 if devices.dtype == "float32" else 2
     n = parameters(config)
     saes, todo = dictionaries(card, config), steps(card, config, split, devices.dtype)
-    compile = present(devices) if compile is None else compile
+    if compile is None and (compile := present(devices)):
+        devices = with_own_memory(devices)
     if compile:
         todo = [measured(step, config, devices.dtype, split) for step in todo]
     # a matrix that does not divide (words, key-value heads) is whole on every device; it is the embedding that counts
@@ -103,8 +105,13 @@ def estimate(card: Mapping[str, Any], devices: Devices, compile: bool | None = N
 
 
 def _downloaded(model: str) -> bool:
-    """Whether the model is a folder, or lies in the hub's cache."""
-    return Path(resolve(model)).is_dir() or isinstance(try_to_load_from_cache(model, "config.json"), str)
+    """Whether the model is a folder, or lies in the hub's cache with all its weights; a download that broke off has none or some of them."""
+    if Path(resolve(model)).is_dir():
+        return True
+    cached = lambda name: try_to_load_from_cache(model, name)  # noqa: E731
+    index = cached("model.safetensors.index.json")
+    weights = json.loads(Path(index).read_text())["weight_map"].values() if isinstance(index, str) else ["model.safetensors"]
+    return all(isinstance(cached(name), str) for name in {"config.json", *weights})
 
 
 def _free_disk() -> int:
@@ -120,11 +127,14 @@ def _stored(model: str) -> int:
 
 
 def measured(step: Step, config: ModelConfig, dtype: str, split: int = 1) -> Step:
-    """The step with the compiler's figures for the devices that are there."""
+    """The step with the compiler's figures for the devices that are there; what the function leaves out stays as in the arithmetic."""
+    if step.function is None:
+        return step
     found = [_compiled(step, _shallow(config, depth), dtype, split) for depth in _DEPTHS]
     line = lambda i: found[0][i] + (found[1][i] - found[0][i]) / (_DEPTHS[1] - _DEPTHS[0]) * (step.depth - _DEPTHS[0])  # noqa: E731
     temp = int(line(0)) + step.extra
-    return dataclasses.replace(step, temp=temp, per_row=max(1, temp // step.rows), flops=line(1) * split)
+    flops = line(1) * split + step.extra_flops
+    return dataclasses.replace(step, temp=temp + step.fixed, per_row=max(1, temp // step.rows), flops=flops)
 
 
 def _shallow(config: ModelConfig, depth: int) -> ModelConfig:
@@ -191,6 +201,8 @@ def _fits(e: Estimate, count: int) -> bool:
 def show(e: Estimate) -> str:
     """The estimate as text."""
     used = f"the model divided among {e.split} of them" if e.split > 1 else "the model whole on one"
+    if copies := e.devices.count - e.split:
+        used += f"; the other {copies} hold{'s a copy and makes' if copies == 1 else ' copies and make'} nothing faster"
     lines = [
         f"{e.card['card']} on {e.devices}: {_gb(e.devices.memory)} usable each, {used}",
         f"model     {e.card['model']}: {e.n_params:,} parameters, {_gb(e.weights)} a device in {e.devices.dtype}",

@@ -10,50 +10,34 @@ that tensor parallelism divides divided by the m devices of the model's axis:
 - a block without a gradient: 3 b s F e or 3 copies of the scores, 12 b H s^2, whichever is more, and 4 b s D 4
 - recording sites: b s D e each
 - encoding with an SAE of N latents: 2 b s N 4
+- a table of notebook 05, with a number for every task, role and latent of the circuit's SAEs: several are held at a time
 
 A token costs 2 FLOPs for each weight of the blocks and of the output matrix, and 4 H d_head s for its scores; a gradient in the activations as much
-again.
+again. An SAE that runs costs it 2 N D to encode and 2 N D to decode.
 """
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from icl_lib.models import ModelConfig, Site
 from icl_lib.models.families import n_params
+from icl_lib.runs.dictionaries import dictionaries
 from icl_lib.runs.paths import resolve
-from icl_lib.saes.formats.suites import has_layer, layers_of
+from icl_lib.tasks import Role
 from icl_lib.tasks.tasks import task_files
 
 # Tokens of a pair with its arrow and newline, of the longest task of each source: prompts are padded to that.
 PAIR_TOKENS = {"embedded": 6, "paper": 16, "function_vectors": 40}
 _PREFIX_TOKENS = 12
 N_TASKS = {"embedded": 28, "paper": 23, "function_vectors": 53}
-_LATENTS = {"nev/gemma-2b-saex-test": 32768, "nev/phi-3-4k-saex-test": 98304}
-
-
-@dataclasses.dataclass(frozen=True)
-class Dictionary:
-    """One SAE that a card names: where it reads, and its widths."""
-
-    kind: str  # resid, attn, mlp or transcoder
-    layer: int
-    d_in: int
-    d_out: int
-    d_sae: int
-
-    @property
-    def bytes(self) -> int:
-        """In float32, the form in which SAEs are computed with."""
-        return 4 * (self.d_sae * (self.d_in + self.d_out + 3) + self.d_out)
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One computation: `times` calls of `rows` prompts of `seq` tokens. `temp` and `flops` are of one call, on one device of `split`."""
+    """One computation: `times` calls of `rows` prompts of `seq` tokens. `temp` is one call's on one device, `flops` on all of `split`."""
 
     notebook: str
     what: str
@@ -63,21 +47,11 @@ class Step:
     flops: float | int
     temp: int
     per_row: int  # bytes of `temp` that each further row adds
-    function: Callable  # of (model, tokens): what is compiled where the devices are there
+    function: Callable | None  # of (model, tokens): what is compiled where the devices are there; None if the model does not run
     depth: int  # layers through which the function runs
-    extra: int  # the part of `temp` that the function leaves out: an SAE's latents, sites that are kept, further logits
-
-
-def dictionaries(card: Mapping[str, Any], config: ModelConfig) -> list[Dictionary]:
-    """The SAEs of a card, from their names (or, for a suite of our own, from its files; 16 times the width where there are none)."""
-    found = []
-    for pattern in card["saes"]:
-        width = _latents(pattern, config)
-        for kind in _kinds(pattern):
-            d_in = config.width("z") if kind == "attn" and "gemma-scope" in pattern else config.d_model
-            d_out = d_in if kind == "attn" else config.d_model
-            found += [Dictionary(kind, layer, d_in, d_out, width) for layer in layers_of(pattern, card["sae_layers"])]
-    return found
+    extra: int = 0  # the part of `temp` that the function leaves out: an SAE's latents, sites that are kept, further logits
+    extra_flops: float | int = 0  # the part of `flops` that it leaves out: the SAEs
+    fixed: int = 0  # the part of `temp` that is beside both and no matter of rows: tables of nodes
 
 
 def n_tasks(source: str) -> int:
@@ -87,30 +61,6 @@ def n_tasks(source: str) -> int:
     if not (found := task_files(Path(resolve(source)))):
         raise ValueError(f"no task source {source!r}: there are {', '.join(N_TASKS)}, or a folder of .json or .tsv files")
     return len(found)
-
-
-def _kinds(pattern: str) -> list[str]:
-    if not has_layer(pattern):  # a suite in one folder: what train_suite makes
-        return ["resid", "attn", "transcoder"]
-    for kind, words in (("transcoder", ("transcoder",)), ("attn", ("att",)), ("mlp", ("mlp",)), ("resid", ())):
-        if not words or any(word in pattern for word in words):
-            return [kind]
-    return []
-
-
-def _latents(pattern: str, config: ModelConfig) -> int:
-    """Latents of the SAEs that a pattern names."""
-    if scope := re.search(r"width_(\d+)(k|m)", pattern):
-        return 2 ** (int(scope[1]) * (1000 if scope[2] == "k" else 1_000_000)).bit_length()  # 16k is 2^14, 65k 2^16, 1m 2^20
-    if number := re.search(r"_(\d{4,})$", pattern):
-        return int(number[1])
-    for repo, width in _LATENTS.items():
-        if pattern.startswith(repo):
-            return width
-    for file in sorted(Path(resolve(pattern)).glob("*/cfg.json")):
-        if text := re.search(r'"d_sae": (\d+)', file.read_text()):
-            return int(text[1])
-    return 16 * config.d_model
 
 
 @functools.lru_cache
@@ -138,6 +88,7 @@ class _Costs:
     def __init__(self, card, config: ModelConfig, split: int, size: int):
         self.card, self.config, self.split, self.size = card, config, split, size
         self.saes = dictionaries(card, config)
+        self.circuit = [d for d in self.saes if d.layer in card.get("circuit_layers", ())]
         self.tasks = n_tasks(card["tasks"])
         self.pair = PAIR_TOKENS.get(card["tasks"], PAIR_TOKENS["paper"])  # of a folder's words nothing is known
 
@@ -151,20 +102,26 @@ class _Costs:
         sites, l1 = len(self.saes), len(card["tvc_l1"])
         circuit = self.seq(card["circuit_shots"])
         below = c.n_layers - min(card["circuit_layers"])
-        keep = 4 * 6 + 2 * 20 + tasks + 2 * 6  # curves, two halvings, the matrix, mean ablation
+        # passes with all latents: curves of what is kept, both ends of three settings; the others take out a thousand at most
+        whole = 2 * 6 + 3 * 2
+        ablated = whole + 2 * 6 + 2 * 20 + tasks + 2 * 6  # curves, two halvings, the matrix, mean ablation
+        quality = 1 + 3 * sites  # passes a batch, of which each SAE is in one; all are measured beside them
         return [
             self.answers("00", "accuracy by shots", n, self.seq(card["max_shots"]), tasks),
             self.answers("00", "controls", n, self.seq(5), 15 * tasks),
-            self.collect("01", "activations of all SAE sites", 16, self.seq(8), (card["rate_rows"] + 500) / 16, sites),
-            self.answers("01", "quality with each SAE in place", 16, self.seq(8), (1 + 3 * sites) * card["quality_rows"] / 16, copies=3),
-            self.means("02", "task vectors", n, long, 6 * tasks),
+            self.trunk("01", "activations of all SAE sites", 16, self.seq(8), (card["rate_rows"] + 500) / 16, sites),
+            *self.rates("01", "firing rates", card["rate_rows"], self.seq(8)),
+            self.answers("01", "quality with each SAE in place", 16, self.seq(8), quality * card["quality_rows"] / 16, copies=3,
+                         saes=2 / quality * sum(d.flops for d in self.saes)),
+            self.trunk("02", "task vectors", n, long, 6 * tasks),
             self.suffix("02", "vectors inserted at every layer", n, 14 * layers * tasks, layers // 2),
             self.suffix("03", "cleaning", card["tvc_prompts"], tasks * (l1 + layers + 3) * card["tvc_steps"] / 2 / l1, rest, l1),
             self.suffix("04", "latents one by one", n, 8 * 150 * tasks, rest),
-            self.encode("04", "activation mass", n, long, 4 * tasks),
+            self.trunk("04", "activation mass", n, long, 4 * tasks, encode=self.saes[:1]),
             self.answers("04", "executors taken away", 4, long, 25 * tasks),
             self.gradient("05", "node effects", card["effect_prompts"], circuit, 2 * tasks, below),
-            self.answers("05", "ablation", card["circuit_prompts"], circuit, keep * tasks, layers=below, wide=True),
+            self.answers("05", "ablation", card["circuit_prompts"], circuit, ablated * tasks, layers=below, wide=True,
+                         saes=whole / ablated * sum(d.flops for d in self.circuit)),
         ]  # fmt: skip
 
     def logits(self, b: int, s: int) -> float:
@@ -180,25 +137,33 @@ class _Costs:
     def latents(self) -> int:
         return max((d.d_sae for d in self.saes), default=0)
 
-    def answers(self, notebook, what, b, s, times, copies=2, layers=None, wide=False) -> Step:
+    def tables(self, count: int) -> int:
+        """Bytes of `count` tables of all nodes. They are whole on the first device."""
+        return 4 * count * self.tasks * len(Role) * sum(d.d_sae for d in self.circuit)
+
+    def answers(self, notebook, what, b, s, times, copies=2, layers=None, wide=False, saes=0) -> Step:
+        """To the logits. `saes`: FLOPs a token of the SAEs in place; `wide`: they are spliced in to take latents away."""
         temp = lambda b: max(2 * self.logits(b, s), self.block(b, s))
         flops = b * s * token_flops(self.config, s, layers=layers)
         extra = (copies - 2) * self.logits(b, s) + (4 * b * s * self.latents() * 4 if wide else 0)
-        return self.step(notebook, what, b, s, times, flops, temp, forward, layers, int(extra))
+        # effects by two metrics (2 each) and means over all tasks, a ranking, eight random ones, and one of a setting
+        fixed = self.tables(15) if wide else 0
+        return self.step(notebook, what, b, s, times, flops, temp, forward, layers, int(extra), b * s * saes, fixed)
 
-    def collect(self, notebook, what, b, s, times, sites) -> Step:
-        return self.trunk(notebook, what, b, s, times, sites * b * s * self.config.d_model * self.size)
-
-    def means(self, notebook, what, b, s, times) -> Step:
-        return self.trunk(notebook, what, b, s, times)
-
-    def encode(self, notebook, what, b, s, times) -> Step:
-        return self.trunk(notebook, what, b, s, times, 2 * b * s * self.latents() * 4)
-
-    def trunk(self, notebook, what, b, s, times, extra=0) -> Step:
-        """Residuals alone, without logits."""
+    def trunk(self, notebook, what, b, s, times, sites=0, encode=()) -> Step:
+        """Residuals alone, without logits: the number of `sites` is kept, and SAEs encode one each."""
         flops = b * s * token_flops(self.config, s, logits=False)
-        return self.step(notebook, what, b, s, times, flops, lambda b: self.block(b, s), residuals, extra=extra)
+        extra = sites * b * s * self.config.d_model * self.size + (2 * b * s * self.latents() * 4 if encode else 0)
+        saes = b * s * sum(d.encode_flops for d in encode)
+        return self.step(notebook, what, b, s, times, flops, lambda b: self.block(b, s), residuals, extra=extra, saes=saes)
+
+    def rates(self, notebook, what, rows, s) -> list[Step]:
+        """Each SAE alone encodes the activations of all rows at once."""
+        if not self.saes:
+            return []
+        flops = rows * s * sum(d.encode_flops for d in self.saes) / len(self.saes)
+        per_row = max(4 * s * (d.d_in + d.d_sae) for d in self.saes)
+        return [Step(notebook, what, rows, s, len(self.saes), flops, rows * per_row, per_row, None, 0, extra_flops=flops)]
 
     def suffix(self, notebook, what, b, times, depth, lanes=0) -> Step:
         """From an arrow to the answer through the last `depth` layers; with `lanes`, that many gradients at once."""
@@ -211,7 +176,11 @@ class _Costs:
         """Backwards through the last `depth` layers only: below the first SAE no gradient is asked for."""
         flops = b * s * (token_flops(self.config, s) + token_flops(self.config, s, layers=depth))
         extra = 2 * b * s * self.latents() * 4
-        return self.step(notebook, what, b, s, times, flops, lambda b: self.backward(b, s, depth), gradient, depth, extra)
+        saes = b * s * sum(d.flops + d.decode_flops for d in self.circuit)
+        # the tables of this metric and of another, two each, and a ranking
+        return self.step(
+            notebook, what, b, s, times, flops, lambda b: self.backward(b, s, depth), gradient, depth, extra, saes, self.tables(5)
+        )  # fmt: skip
 
     def backward(self, b: int, s: int, depth: int) -> float:
         """The logits thrice, and what each of `depth` layers keeps for its gradient."""
@@ -224,9 +193,10 @@ class _Costs:
         c = self.config
         return max(b * s * self.mlp(), 12 * b * c.n_heads * s * s / self.split) + 4 * b * s * c.d_model * 4
 
-    def step(self, notebook, what, b, s, times, flops, temp, function, depth=None, extra=0) -> Step:
-        per_row = int(temp(b + 1) - temp(b) + extra / b)
-        return Step(notebook, what, b, s, times, flops, int(temp(b)) + extra, per_row, function, depth or self.config.n_layers, extra)
+    def step(self, notebook, what, b, s, times, flops, temp, function, depth=None, extra=0, saes=0, fixed=0) -> Step:
+        per_row, temp = int(temp(b + 1) - temp(b) + extra / b), int(temp(b)) + extra + fixed
+        depth = depth or self.config.n_layers
+        return Step(notebook, what, b, s, times, flops + saes, temp, per_row, function, depth, extra, saes, fixed)
 
 
 def forward(model, tokens):
