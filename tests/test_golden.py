@@ -1,7 +1,7 @@
 """SAE files of every format, read by us, give what the original library computed; and what we write, sae-lens reads so.
 
-The scripts in tests/golden made the files: sae-lens, dictionary_learning and sparsify themselves, and for saex, which cannot be
-installed any more, its formulas written out in numpy.
+The scripts in tests/golden made the files: sae-lens, dictionary_learning and sparsify themselves, and for saex and circuit-tracer, which
+cannot be installed, their formulas written out.
 """
 
 import json
@@ -29,6 +29,7 @@ SITES = {
     "l16-test-run-3-4e-05": "resid_pre.16", "skip_transcoder": "mlp_in.3 mlp_out.3", "flat_standard": "resid_post.6", "gated": "resid_pre.3",
     "flat_gated": "resid_post.6", "batchtopk": "resid_pre.3", "it-l16-residual-test-run-1-2.00E-05": "resid_pre.16",
     "AutoEncoderTopK_early": "resid_post.3", "gated-z": "z.3", "gated-mlp_in-skip": "mlp_in.3 mlp_out.3",
+    "skip-transcoders": "mlp_in.4 mlp_out.4", "short_standard": "resid_pre.3",
 }  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def load(folder, **kwargs):
 
 def test_there_is_one_for_every_format_and_architecture():
     assert {path.relative_to(GOLDEN).parts[0] for path in FOLDERS} == {
-        "sae_lens", "google", "fnlp", "mwhanna", "dictionary_learning", "sparsify", "nev", "written",
+        "sae_lens", "google", "fnlp", "mwhanna", "dictionary_learning", "sparsify", "nev", "circuit_tracer", "written",
     }  # fmt: skip
     assert {load(path).architecture for path in FOLDERS} == {"standard", "gated", "jumprelu", "topk", "batchtopk"}
 

@@ -1,6 +1,5 @@
 """Bad SAE files of every format: one clear error each, naming the file."""
 
-import json
 import os
 import pickle
 import zipfile
@@ -14,17 +13,12 @@ from icl_lib.models import Site
 from icl_lib.saes import SAE, load_sae, load_suite, save_sae
 from icl_lib.saes.formats import dictionary_learning, gemma_scope, layer_files, llama_scope, saex, sparsify
 from icl_lib.saes.formats.torch_file import read_torch
-from tests.test_sae_formats import make, transcoder
+from tests.test_sae_formats import edit_config, make, transcoder
 
 
 def edit_weights(folder, file="sae_weights.safetensors", **changes):
     w = load_file(folder / file)
     save_file({k: v for k, v in (w | changes).items() if v is not None}, folder / file)
-
-
-def edit_config(folder, file="cfg.json", **changes):
-    cfg = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps({k: v for k, v in (cfg | changes).items() if v is not None}))
 
 
 def cut(path):
@@ -53,6 +47,8 @@ def cut(path):
         (lambda p: edit_weights(p, scaling_factor=np.full(24, 2, np.float32)), "scaling_factor other than 1"),
         (lambda p: (p / "cfg.json").write_text("[]"), "holds list, expected an object"),
         (lambda p: edit_config(p, metadata={"hook_name": "blocks.1.hook_nothing"}), "must name a site"),
+        (lambda p: edit_config(p, metadata={"hook_name": "model.layers.3.mlp.act_fn"}), "must name a site"),
+        (lambda p: edit_config(p, metadata={"hook_name": "model.layers.3.mlp", "model_name": "gemma-2-9b"}), "before a second norm"),
     ],
 )
 def test_bad_files(damage, message, getkey, tmp_path):
@@ -61,6 +57,15 @@ def test_bad_files(damage, message, getkey, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         load_sae(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_transcoder_of_one_module_is_refused(getkey, tmp_path):
+    """By a module SAELens means what it returns, so that input and output would be the same."""
+    save_sae(transcoder(getkey, architecture="standard"), tmp_path)
+    edit_config(tmp_path, metadata={"hook_name": "model.layers.1.mlp", "hook_name_out": "model.layers.1.mlp"})
+    with pytest.raises(ValueError, match=r"for a transcoder, but its input and its output are both blocks.1.hook_mlp_out: pass site="):
+        load_sae(tmp_path)
+    assert load_sae(tmp_path, site=(Site("mlp_in", 1), Site("mlp_out", 1))).is_transcoder
 
 
 def test_missing_and_unstorable(getkey, tmp_path):
@@ -223,6 +228,8 @@ def test_every_kind_of_tensor_is_read_like_torch_does(tmp_path):
         ("sparsify", lambda p: cut(p / "sae.safetensors"), "cut short"),
         ("sparsify", lambda p: edit_config(p, transcode=True, site_in=None), "other than layers.N.mlp"),
         ("llama_scope", lambda p: edit_config(p, "hyperparams.json", act_fn="topk"), "act_fn 'topk'"),
+        ("llama_scope", lambda p: edit_config(p, "hyperparams.json", norm_activation="token-wise"), "'token-wise'; we read dataset-wise"),
+        ("llama_scope", lambda p: edit_config(p, "hyperparams.json", norm_activation="inference"), "'inference'; we read dataset-wise"),
         ("llama_scope", lambda p: edit_config(p, "hyperparams.json", dataset_average_activation_norm={"in": 1.0}), "with in and out"),
         ("llama_scope", lambda p: edit_config(p, "hyperparams.json", hook_point_in="blocks.1.hook_nothing"), "must name a site"),
         ("saex", lambda p: edit_weights(p, s_gate=None), "both s_gate and b_gate or neither"),

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from icl_lib.circuits.effects import KINDS, Effects
+from icl_lib.models.sharding import to_host
 from icl_lib.tasks import Role
 
 NODE_COLUMNS = ["layer", "kind", "latent", "role", "effect"]
@@ -56,9 +57,9 @@ class Circuit:
         """
         if effects.metric.ndim:
             raise ValueError("a circuit belongs to one task: take effects.task(i) from effects of stacked tasks")
-        parts = [_rows(np.asarray(t), s.layer, KINDS[s.name], False) for s, t in effects.latents.items()]
+        parts = [_rows(to_host(t), s.layer, KINDS[s.name], False) for s, t in effects.latents.items()]
         if errors:
-            parts += [_rows(np.asarray(t)[:, None], s.layer, KINDS[s.name], True) for s, t in effects.errors.items()]
+            parts += [_rows(to_host(t)[:, None], s.layer, KINDS[s.name], True) for s, t in effects.errors.items()]
         nodes = pd.concat(parts).sort_values("effect", ascending=False, kind="stable")
         circuit = cls(nodes.set_axis(node_names(nodes)))
         return circuit if n is None else circuit.top(n)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from icl_lib.circuits.effects import Effects, Suite
 from icl_lib.models import Site
+from icl_lib.models.sharding import to_host
 
 UNRANKED = 2**30  # rank of a node that does not help; larger than any count of nodes
 ALL = 2**31 - 1  # upper end of a range of ranks that takes every node
@@ -41,7 +42,7 @@ def rank_nodes(effects: Effects) -> Ranking:
     if effects.metric.ndim != 1:
         raise ValueError("rank_nodes takes the effects of stacked tasks; compute them with stack_prompts([prompts, ...])")
     sites = list(effects.latents)
-    tables = {site: np.asarray(effects.latents[site]) for site in sites}
+    tables = {site: to_host(effects.latents[site]) for site in sites}
     n_tasks = len(next(iter(tables.values())))
     values = np.concatenate([tables[site].reshape(n_tasks, -1) for site in sites], axis=1)
     ranks = np.full(values.shape, UNRANKED, np.int32)
@@ -87,7 +88,7 @@ def random_ranking(ranking: Ranking, effects: Effects, n: Int[Array | np.ndarray
     rank = {}
     for site_key, (site, table) in zip(jax.random.split(key, len(ranking.rank)), ranking.rank.items(), strict=True):
         circuit = np.asarray(table) < np.asarray(limit)[:, None, None]
-        free = (np.asarray(effects.means[site]) > 0) & ~circuit
+        free = (to_host(effects.means[site]) > 0) & ~circuit
         score = np.where(free, np.asarray(jax.random.uniform(site_key, table.shape)), -1.0)
         place = np.argsort(np.argsort(-score, axis=-1, kind="stable"), axis=-1, kind="stable")  # in the order of the draw
         taken = np.sort(np.where(circuit, np.asarray(table), UNRANKED), axis=-1)  # ranks of this site and role, then none

@@ -51,20 +51,18 @@ class Checkpoints:
         """Step, arrays and JSON of the last checkpoint; None if there is none yet.
 
         `abstract` has the shapes, dtypes and shardings to restore to. Raises `CheckpointError` naming the fields in which
-        the configuration differs.
+        the configuration differs, or the checkpoint if it cannot be read.
         """
         step = self.latest()
         if step is None:
             return None
-        read = lambda **items: self._manager.restore(step, args=ocp.args.Composite(**items))
-        job = self._try(f"read step {step} of", lambda: read(job=ocp.args.JsonRestore()))["job"]
+        job = self._read(step, "job", ocp.args.JsonRestore())
         if differing := differences(job["config"], self.config):
             raise CheckpointError(
                 f"the checkpoint in {self.folder} (step {step}) was made with another configuration: {'; '.join(differing)}. "
                 "Set these back to go on with it, or choose another folder to start anew"
             )
-        arrays = self._try(f"read step {step} of", lambda: read(arrays=ocp.args.StandardRestore(abstract)))["arrays"]
-        return step, arrays, job["data"]
+        return step, self._read(step, "arrays", ocp.args.StandardRestore(abstract)), job["data"]
 
     def wait(self) -> None:
         """Until all is on disk. Raises `CheckpointError` if a save failed."""
@@ -76,6 +74,18 @@ class Checkpoints:
             self._manager.close()
         except Exception as err:
             logging.getLogger(__name__).warning("closing the checkpoints in %s: %s", self.folder, err)
+
+    def _read(self, step: int, item: str, how) -> Any:
+        """One item of a checkpoint. A damaged one is left where it is: whether it is the disk or the file, we cannot know."""
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
+        except Exception as err:  # orbax and tensorstore raise many kinds
+            earlier = [other for other in self._manager.all_steps() if other < step]
+            raise CheckpointError(
+                f"could not read step {step} of {self.folder}: {_brief(err)}. If it stays so, the checkpoint is damaged: delete the folder "
+                f"{self.folder / f'{step:09d}'} and start again with the same settings: the job goes on "
+                + (f"from step {max(earlier)}" if earlier else "from the beginning, for there is none before it")
+            ) from err
 
     def _try(self, what: str, action):
         try:

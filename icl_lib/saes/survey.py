@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from icl_lib.models import Transformer, record
+from icl_lib.models.sharding import to_host
 from icl_lib.saes.activations import batches, check_tokens, token_mask
 from icl_lib.saes.sae import SAE
 
@@ -35,7 +36,7 @@ def firing_rates(
     fired = [jnp.zeros(sae.d_sae) for sae in suite.values()]
     for rows, keep in batches(tokens, mask, batch_size):
         fired = _count(model, tuple(suite.values()), rows, jnp.asarray(keep), fired)
-    return {key: np.asarray(n) / mask.sum() for key, n in zip(suite, fired, strict=True)}
+    return {key: to_host(n) / mask.sum() for key, n in zip(suite, fired, strict=True)}
 
 
 @eqx.filter_jit

@@ -1,6 +1,7 @@
 """Golden files made by sae-lens 6.54: SAEs saved by it, and public formats that it loads, each with what it computes.
 
-Run where sae-lens is installed, from anywhere: `python tests/golden/from_sae_lens.py`, or with `more` for those of `more()` alone.
+Run where sae-lens is installed, from anywhere: `python tests/golden/from_sae_lens.py`, or with `more` or `short` for those of
+`more()` or `short()` alone.
 Beside each SAE lies `expected.npz`: inputs x, features f and reconstructions x_hat. Weights are random; biases are large enough that
 leaving one out shows.
 """
@@ -125,6 +126,29 @@ def more() -> None:
     trained_by_sae_lens("matryoshka_batchtopk", "matryoshka_batchtopk", matryoshka_widths=[8, 24])
 
 
+def short() -> None:
+    """Files of version 6 that leave to sae-lens' defaults all that they can."""
+    torch.manual_seed(2)
+    for architecture in ("standard", "gated", "jumprelu", "topk"):
+        weights = plain()
+        more = {"threshold": torch.rand(F)} if architecture == "jumprelu" else {}
+        if architecture == "gated":
+            more = {"b_gate": weights.pop("b_enc"), "r_mag": 0.3 * torch.randn(F), "b_mag": 0.5 * torch.randn(F)}
+        short_config(architecture, weights | more, **({"k": 4} if architecture == "topk" else {}))
+
+
+def short_config(architecture: str, weights: dict[str, torch.Tensor], **settings) -> None:
+    folder = HERE / "sae_lens" / f"short_{architecture}"
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"architecture": architecture, "d_in": D, "d_sae": F, "dtype": "float32"} | settings
+    config |= {"metadata": METADATA | {"sae_lens_version": "6.54.0"}}
+    (folder / "cfg.json").write_text(json.dumps(config, indent=1) + "\n")
+    save_file(weights, folder / "sae_weights.safetensors")
+    sae = SAE.load_from_disk(folder)
+    assert sae.cfg.apply_b_dec_to_input
+    expected(folder, sae, torch.randn(TOKENS, D))
+
+
 def gemma_scope(kind: str, inside: str, lower_case: bool = False) -> None:
     repo = f"google/gemma-scope-2b-pt-{kind}"
     folder = HERE / repo / inside
@@ -181,7 +205,8 @@ def main() -> None:
     (folder / "wandb-config.yaml").write_text(f"d_model: {{value: {D}}}\nd_feature: {{value: {F}}}\nbatch_size: {{value: 1}}\n")
     through_loader("mwhanna/qwen3-0.6b-transcoders-lowl0", "layer_7.safetensors", "layer_7.safetensors")
     more()
+    short()
 
 
 if __name__ == "__main__":
-    more() if sys.argv[1:] == ["more"] else main()
+    {"more": more, "short": short}.get("".join(sys.argv[1:]), main)()

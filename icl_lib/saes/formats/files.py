@@ -31,9 +31,9 @@ _PLACES = (
     (r"resid_(?:pre|in)_?layer_?(\d+)", "resid_pre"),
     (r"(?:attn|attention)_out_?layer_?(\d+)", "attn_out"),
     (r"mlp_out_?layer_?(\d+)", "mlp_out"),
-    (r"(?:model\.)?layers[._](\d+)", "resid_post"),
-    (r"(?:model\.)?layers[._](\d+)\.(?:self_attn|attention|attn)", "attn_out"),
-    (r"(?:model\.)?layers[._](\d+)\.mlp", "mlp_out"),
+    (r"(?:model\.|gpt_neox\.)?layers[._](\d+)", "resid_post"),
+    (r"(?:model\.|gpt_neox\.)?layers[._](\d+)\.(?:self_attn|attention|attn)", "attn_out"),
+    (r"(?:model\.|gpt_neox\.)?layers[._](\d+)\.mlp", "mlp_out"),
 )
 
 

@@ -71,6 +71,15 @@ def on_hub(name: str) -> str:
     return f"google/{match[1]}/{match[2]}" if match else name
 
 
+def refuse_all(name: str) -> None:
+    """Raises `ValueError` if `name` is a part of Gemma Scope with more than one SAE at a site, hundreds of gigabytes at worst."""
+    if _RELEASE.search(f"{name}/") and not _PLACE.search(name):
+        example = "google/gemma-scope-2b-pt-res/layer_{layer}/width_16k/canonical"
+        raise ValueError(
+            f"no folder {name!r} here, and in Gemma Scope it holds many SAEs for each site: name one of each layer, as in {example}"
+        )
+
+
 def others(name: str) -> str:
     """What else there is for the layer and width in `name`, as the end of a sentence; nothing if it is none of Gemma Scope's."""
     release, place = _RELEASE.search(name), _PLACE.search(name)

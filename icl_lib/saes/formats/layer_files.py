@@ -16,6 +16,7 @@ from icl_lib.saes.formats.files import Sites
 from icl_lib.saes.sae import SAE
 
 NAME = re.compile(r"layer_(\d+)\.safetensors")
+PATTERNS = tuple(f"layer_{'[0-9]' * digits}.safetensors" for digits in (1, 2, 3))  # the same, as the hub takes it
 _SPEC = {"W_enc": "W_enc F d", "b_enc": "b_enc F", "W_dec": "W_dec F o", "b_dec": "b_dec o"}
 _SKIP = {"W_skip": "W_skip o d"}
 

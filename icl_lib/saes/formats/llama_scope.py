@@ -26,6 +26,11 @@ def read(folder: Path, site: Sites | None = None, variant: str | None = None) ->
     cfg = files.read_json(path)
     if cfg.get("act_fn", "jumprelu") != "jumprelu" or cfg.get("apply_decoder_bias_to_pre_encoder", False):
         raise ValueError(f"{path} has act_fn {cfg.get('act_fn')!r}; we read the published jumprelu SAEs, which take x as it is")
+    if (norm := cfg.get("norm_activation", "dataset-wise")) != "dataset-wise":
+        raise ValueError(
+            f"{path} has norm_activation {norm!r}; we read dataset-wise, as published: "
+            "no fixed weights scale each token or batch by its own norm"
+        )
     theta, norms = cfg.get("jump_relu_threshold"), cfg.get("dataset_average_activation_norm")
     if not isinstance(theta, int | float) or not isinstance(norms, dict) or not all(norms.get(key, 0) > 0 for key in ("in", "out")):
         raise ValueError(

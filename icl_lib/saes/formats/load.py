@@ -21,6 +21,7 @@ _MARKS = {
 }  # fmt: skip
 _FILES = [*saelens.FILES, *gemma_scope.FILES, *llama_scope.FILES, *sparsify.FILES, *dictionary_learning.FILES]
 _SUFFIXES = (".safetensors", ".npz", ".pt")
+_ANYWHERE = [f"{below}{file}" for below in ("", "*/") for file in [*dict.fromkeys(_FILES), *layer_files.PATTERNS]]
 
 
 def load_sae(
@@ -79,10 +80,9 @@ def _locate(name: str, revision: str | None) -> Path:
     if found := _match(Path(name)):
         return found
     name = gemma_scope.on_hub(name)
-    parts = name.strip("/").split("/")
-    if len(parts) < 2 or name.startswith(("/", ".", "~")):
+    repo, inside = _split(name)
+    if not repo:
         raise FileNotFoundError(f"no folder {name!r} with an SAE in it: pass one, or owner/repository/path on the hub")
-    repo, inside = "/".join(parts[:2]), "/".join(parts[2:])
     one_file = inside.endswith(_SUFFIXES)
     patterns = [inside] if one_file else [f"{inside}/{file}".lstrip("/") for file in dict.fromkeys(_FILES)]
     if inside.endswith(".pt"):
@@ -90,10 +90,49 @@ def _locate(name: str, revision: str | None) -> Path:
     root = fetch_folder(repo, revision, patterns, "the files of an SAE")
     if found := _match(root / inside):
         return found
-    raise FileNotFoundError(
-        f"the repository {repo} has no {inside or 'SAE at its root'}{f' at {revision}' if revision else ''}: "
-        f"https://huggingface.co/{repo}/tree/{revision or 'main'} shows what it has{gemma_scope.others(name)}"
-    )
+    raise FileNotFoundError(_absent(repo, inside or "SAE at its root", revision) + gemma_scope.others(name))
+
+
+def is_one(name: str) -> bool:
+    """Whether a name can only be that of a single SAE: a file, one of Gemma Scope's, or a pattern of which the first match counts."""
+    last = Path(name).name
+    return last.endswith(_SUFFIXES) or "*" in last or last == "canonical"
+
+
+def fetch_suite(name: str, revision: str | None) -> Path:
+    """The folder of that name, or a snapshot of all SAE files at and below `owner/repository/path` on the hub.
+
+    Raises `FileNotFoundError` if it is neither, and `ValueError` for what is published with many SAEs at one site.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    gemma_scope.refuse_all(name)
+    repo, inside = _split(gemma_scope.on_hub(name))
+    if not repo or Path(repo).is_dir():
+        raise FileNotFoundError(
+            f"no folder {name!r}: a suite is a folder of SAEs, owner/repository/path on the hub, or either with {{layer}} in its name"
+        )
+    try:
+        root = fetch_folder(repo, revision, [f"{inside}/{pattern}".lstrip("/") for pattern in _ANYWHERE], "SAEs")
+    except FileNotFoundError as error:
+        if not inside:
+            raise
+        raise FileNotFoundError(f"no folder {name!r} here; on the hub, {inside} of {repo} is not to be had either: {error}") from error
+    if not (root / inside).is_dir():
+        raise FileNotFoundError(f"no folder {name!r} here, and " + _absent(repo, inside, revision))
+    return root / inside
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Repository on the hub and path in it; empty for what can only be a folder here."""
+    parts = name.strip("/").split("/")
+    return ("", "") if len(parts) < 2 or name.startswith(("/", ".", "~")) else ("/".join(parts[:2]), "/".join(parts[2:]))
+
+
+def _absent(repo: str, what: str, revision: str | None) -> str:
+    at = f" at {revision}" if revision else ""
+    return f"the repository {repo} has no {what}{at}: https://huggingface.co/{repo}/tree/{revision or 'main'} shows what it has"
 
 
 def _match(path: Path) -> Path | None:

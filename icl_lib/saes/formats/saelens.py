@@ -3,12 +3,14 @@
 Source: the loaders of sae-lens 6.54, with which tests/golden compares.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.flax import save_file
 
+from icl_lib.models import Site
 from icl_lib.saes.formats import files
 from icl_lib.saes.formats.files import Sites, Weights
 from icl_lib.saes.sae import SAE
@@ -49,7 +51,8 @@ def read(folder: Path, site: Sites | None = None, variant: str | None = None) ->
         if not np.allclose(found.pop("scaling_factor"), 1):
             raise ValueError(f"{folder / WEIGHTS} has a scaling_factor other than 1: fine-tuned features are not part of our SAEs")
     w = files.take(found, spec, folder / WEIGHTS, d=d_in, F=d_sae, o=cfg.get("d_out", d_in))
-    if cfg.get("apply_b_dec_to_input", False) and not transcoder:
+    # SAELens' default is true, and no transcoder of its applies it, whose b_dec is as wide as the output
+    if cfg.get("apply_b_dec_to_input", True) and not transcoder:
         w = files.fold_input_shift(w, w["b_dec"])
     if form == "topk" and cfg.get("rescale_acts_by_decoder_norm", False):
         w = files.fold_feature_scale(w, np.linalg.norm(w["W_dec"], axis=1), folder)
@@ -105,11 +108,7 @@ def _new_style(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
         head = cfg.get("hook_head_index", cfg.get("hook_point_head_index"))
         activation = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
         meta = {k: cfg[k] for k in ("model_name", "dataset_path", "context_size", "prepend_bos", "neuronpedia_id") if k in cfg}
-        cfg = (
-            {"architecture": "standard", "apply_b_dec_to_input": True}
-            | cfg
-            | {"metadata": meta | {"hook_name": hook, "hook_head_index": head}}
-        )
+        cfg = {"architecture": "standard"} | cfg | {"metadata": meta | {"hook_name": hook, "hook_head_index": head}}
         if activation == "topk":
             cfg |= {"architecture": "topk", "k": (cfg.get("activation_fn_kwargs") or {}).get("k")}
         elif activation != "relu":
@@ -126,11 +125,25 @@ def _new_style(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _sites(cfg: dict[str, Any], path: Path, transcoder: bool) -> Sites:
     meta = cfg["metadata"]
-    site_in = files.hook(meta.get("hook_name"), path)
+    model = str(meta.get("model_name"))
+    site_in = _site(meta.get("hook_name"), model, path)
     out = meta.get("hook_name_out") or cfg.get("hook_name_out")
     if transcoder and not out:
         raise ValueError(f"{path} is for a transcoder but names no hook_name_out: pass site=(input, output)")
-    return site_in, files.hook(out, path) if out else site_in
+    site_out = _site(out, model, path) if out else site_in
+    if transcoder and site_in == site_out:
+        raise ValueError(f"{path} is for a transcoder, but its input and its output are both {site_in}: pass site=(input, output)")
+    return site_in, site_out
+
+
+def _site(name: Any, model: str, path: Path) -> Site:
+    """The site of a TransformerLens hook, or of a module of Hugging Face's, by which SAELens means what the module returns."""
+    found = files.place(str(name))
+    if found is None:
+        return files.hook(name, path)
+    if found.name in ("attn_out", "mlp_out") and re.search(r"gemma-?[23](?!b)", model):  # not of gemma-2b, the first
+        raise ValueError(f"{path}: {name} of {model} lies before a second norm, and our site behind it: pass site= if another one is meant")
+    return found
 
 
 def _unscaled(w: Weights, cfg: dict[str, Any], folder: Path) -> Weights:

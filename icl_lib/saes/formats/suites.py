@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from icl_lib.models import ModelConfig, Site
 from icl_lib.models.sharding import to_host
 from icl_lib.saes.formats import layer_files, saelens, sparsify
-from icl_lib.saes.formats.load import detect, load_sae
+from icl_lib.saes.formats.load import detect, fetch_suite, is_one, load_sae
 from icl_lib.saes.sae import SAE
 
 _LAYER = re.compile(r"\{layer(?::(\d+)-(\d+))?\}")
@@ -32,8 +32,9 @@ def load_suite(
 ) -> dict[Site, SAE]:
     """SAEs keyed by the site they encode, in the order of sites.
 
-    `source` is a folder, of which all SAEs in any format of `load_sae` are taken; or a name for `load_sae` with `{layer}` in it,
-    such as "google/gemma-scope-2b-pt-res/layer_{layer}/width_16k/canonical"; or a list of these. `layers` are the numbers to
+    `source` is a folder, or `owner/repository/path` on the hub (all of whose SAEs are then downloaded, at `revision`), of which all
+    SAEs in any format of `load_sae` are taken; or a name for `load_sae`, of a single SAE or with `{layer}` in it, such as
+    "google/gemma-scope-2b-pt-res/layer_{layer}/width_16k/canonical"; or a list of these. `layers` are the numbers to
     put there (default: all of the model; of `{layer:0-16}` those from 0 to 16, where there is no SAE for the others) and in a
     folder the layers of the sites to keep. `sites` are the names of the sites to
     keep, such as ["resid_pre"]; others are read and dropped one by one. With a mesh (that of the model: `mesh_of`) each device
@@ -46,7 +47,7 @@ def load_suite(
     layers, kept = None if layers is None else tuple(layers), None if sites is None else frozenset(sites)
     sources = [source] if isinstance(source, str | Path) else list(source)
     suite: dict[Site, SAE] = {}
-    for pattern, name in [(str(each), name) for each in sources for name in _names(str(each), config, layers)]:
+    for pattern, name in [(str(each), name) for each in sources for name in _names(str(each), config, layers, revision)]:
         sae = _renamed(load_sae(name, revision, variant), config)
         if layers is not None and not has_layer(pattern) and sae.site_in.layer not in layers:
             continue
@@ -124,17 +125,17 @@ def with_layer(pattern: str, layer: int | str) -> str:
     return _LAYER.sub(str(layer), pattern)
 
 
-def _names(source: str, config: ModelConfig | None, layers: tuple[int, ...] | None) -> list[str]:
+def _names(source: str, config: ModelConfig | None, layers: tuple[int, ...] | None, revision: str | None) -> list[str]:
     """Names for `load_sae` of what one source stands for."""
     if has_layer(source):
         if layers is None and config is None:
             raise ValueError(f"{source!r} has a {{layer}} in it: say which with layers=[...], or pass the model's config for all")
         return [with_layer(source, layer) for layer in layers_of(source, range(config.n_layers) if layers is None else layers)]
-    folder = Path(source)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {source!r}: a suite is a folder of SAEs, or names with {{layer}} in them, here or on the hub")
-    if detect(folder):
+    if is_one(source) and not Path(source).is_dir():
         return [source]
+    folder = fetch_suite(source, revision)
+    if detect(folder):
+        return [str(folder)]
     inside = sorted(path for path in folder.rglob("*") if len(path.relative_to(folder).parts) <= _DEEPEST)
     found = [path for path in inside if (path.is_dir() and detect(path)) or layer_files.NAME.fullmatch(path.name)]
     if not found:
