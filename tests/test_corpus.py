@@ -8,19 +8,23 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from icl_lib.saes.corpus import CorpusError, TextCorpus, open_text
+from icl_lib.saes.corpus import CorpusEnded, CorpusError, TextCorpus, open_text, rewind
 from icl_lib.tiny.language import BOS
 from icl_lib.tiny.stream import LanguageCorpus
 
 WORDS = [f"w{i}" for i in range(50)]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    vocabulary = {word: i + 3 for i, word in enumerate(WORDS)} | {"<pad>": 0, "<eos>": 1, "<bos>": 2}
+def make_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i + 3 for i, word in enumerate(words)} | {"<pad>": 0, "<eos>": 1, "<bos>": 2}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(WORDS)
 
 
 def documents(n: int, seed: int = 0) -> list[str]:
@@ -49,7 +53,7 @@ def test_contexts_are_the_text_in_order(folder, tokenizer):
     expected = packed([t for shard in range(3) for t in documents(40, shard)], 16)
     rows = np.concatenate([corpus.batch(7) for _ in range(len(expected) // 7)])
     np.testing.assert_array_equal(rows, expected[: len(rows)])
-    with pytest.raises(CorpusError, match=rf"ended after {len(rows)} contexts of 16 tokens.*read 1 time\).*more epochs"):
+    with pytest.raises(CorpusEnded, match=rf"ended after {len(rows)} contexts of 16 tokens.*are needed next \(read 1 time\)"):
         corpus.batch(7)
 
 
@@ -85,7 +89,10 @@ def test_state_goes_on_with_the_next_context(tmp_path, tokenizer, kind):
         for _ in range(cut):
             first.batch(5)
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        second.load_state_dict(json.loads(json.dumps(second.state_dict())))  # nothing was read in between
         np.testing.assert_array_equal(second.batch(5), rows[5 * cut : 5 * cut + 5])
+        rewind(second)
+        np.testing.assert_array_equal(second.batch(5), rows[:5])
 
 
 def test_processes_share_the_documents(folder, tokenizer, monkeypatch):
@@ -113,6 +120,9 @@ def test_text_that_cannot_serve(tmp_path, tokenizer):
     (tmp_path / "blank.txt").write_text("\n\n\n\n")
     with pytest.raises(CorpusError, match="ended after 0 contexts|is empty"):
         TextCorpus(open_text(tmp_path / "blank.txt"), tokenizer, 8, bos_id=2).batch(1)
+    (tmp_path / "null.jsonl").write_text('{"text": null}\n{"text": ""}\n')
+    with pytest.raises(CorpusError, match="null.jsonl is empty: there is no text in column 'text' of its first 1000 documents"):
+        TextCorpus(open_text(tmp_path / "null.jsonl"), tokenizer, 8, bos_id=2, name="null.jsonl")
     with pytest.raises(CorpusError, match=r"one kind \(.txt, .json, .jsonl, .parquet\); found: .jsonl, .txt"):
         open_text(tmp_path)
     (tmp_path / "short.txt").write_text("w1 w2 w3")
@@ -120,6 +130,84 @@ def test_text_that_cannot_serve(tmp_path, tokenizer):
         TextCorpus(open_text(tmp_path / "short.txt"), tokenizer, 64, bos_id=2).batch(1)
     with pytest.raises(CorpusError, match="BOS and at least one token"):
         TextCorpus(open_text(tmp_path / "short.txt"), tokenizer, 1, bos_id=2)
+
+
+def test_documents_without_text_are_left_out(tmp_path, tokenizer):
+    lines = [None, "", "w1 w2", None, "w3", *documents(100), None]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    rows = TextCorpus(open_text(tmp_path / "a.jsonl"), tokenizer, 8, bos_id=2).batch(100)
+    np.testing.assert_array_equal(rows, packed([line for line in lines if line], 8)[:100])
+
+
+def good(n: int = 20) -> str:
+    return "".join(json.dumps({"text": text}) + "\n" for text in documents(n))
+
+
+@pytest.mark.parametrize(
+    "kind, content, message",
+    [
+        ("jsonl", good() + '{"text": "w1\n', "b.jsonl cannot be read: JSON parse error"),
+        ("jsonl", '{"body": "w1"}\n', "b.jsonl cannot be read: .*column names don't match|b.jsonl has no column of text named 'text'"),
+        ("json", '[{"text": "w1"}, {"te', "b.json cannot be read: "),
+        ("txt", b"w1 caf\xe9", "b.txt cannot be read: 'utf-8' codec can't decode byte 0xe9"),
+        ("parquet", b"garbage" * 99, "b.parquet cannot be read( as .parquet)?: .*not a parquet file"),
+    ],
+    ids=["broken", "column", "cut", "latin", "garbage"],
+)
+def test_a_broken_file_is_named(tmp_path, tokenizer, kind, content, message):
+    """Whether it is the only file, so that it is met at once, or the second one of three, met after some reading."""
+    alone, folder = tmp_path / "alone", tmp_path / "folder"
+    for path in (alone, folder):
+        path.mkdir()
+        (path / f"b.{kind}").write_bytes(content if isinstance(content, bytes) else content.encode())
+    for name in "ac":
+        if kind == "parquet":
+            Dataset.from_dict({"text": documents(20)}).to_parquet(str(folder / f"{name}.parquet"))
+        else:
+            (folder / f"{name}.{kind}").write_text("w1 w2\n\nw3" if kind == "txt" else good())
+    for path in (alone, folder):
+        with pytest.raises(CorpusError, match=message) as caught:
+            corpus = TextCorpus(open_text(path), tokenizer, 8, bos_id=2)
+            while True:
+                corpus.batch(1)
+        assert str(path / f"b.{kind}") in str(caught.value)
+
+
+def test_a_document_that_is_not_text(tmp_path, tokenizer):
+    """(In a file after the first one, `datasets` makes text of it: "5".)"""
+    path = tmp_path / "b.jsonl"
+    for value, message in (("5", "int, 5: correct it or leave it out"), ('["w1"]', r"list, \['w1'\]: correct it")):
+        path.write_text(good(100) + f'{{"text": {value}}}\n')
+        corpus = TextCorpus(open_text(path), tokenizer, 8, bos_id=2)
+        with pytest.raises(CorpusError, match=f"b.jsonl has a document whose 'text' is not text but {message}"):
+            while True:
+                corpus.batch(1)
+
+
+def test_a_broken_file_is_named_in_the_share_of_a_process(tmp_path, tokenizer, monkeypatch):
+    for name in "abcd":
+        (tmp_path / f"{name}.jsonl").write_text(good() + '{"text": "w1\n' * (name == "d"))
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    corpus = TextCorpus(open_text(tmp_path), tokenizer, 8, bos_id=2)
+    with pytest.raises(CorpusError, match="d.jsonl cannot be read"):
+        while True:
+            corpus.batch(1)
+
+
+def test_a_description_tells_texts_and_tokenizers_apart(folder, tokenizer):
+    make = lambda path, tokenizer=tokenizer, **kw: TextCorpus(open_text(path), tokenizer, 16, bos_id=2, name="text", **kw)
+    corpus, files = make(folder), sorted(folder.iterdir())
+    description = corpus.describe()
+    assert json.loads(json.dumps(description)) == description == make(files[0], epochs=2).describe(), "the same first documents"
+    np.testing.assert_array_equal(corpus.batch(3), packed(documents(40), 16)[:3], "describing reads nothing")
+    assert corpus.describe() == description
+    differing = lambda other: {k for k, v in other.describe().items() if v != description[k]}
+    assert differing(make(files[1])) == {"text"}
+    assert differing(make(folder, make_tokenizer(WORDS[::-1]))) == {"tokenizer"}
+    padded = make_tokenizer(WORDS)
+    padded(["w1", "w2 w3"], padding=True, truncation=True, max_length=4)  # which the tokenizer keeps as its own setting
+    assert differing(make(folder, padded)) == set()
 
 
 def test_a_hub_that_cannot_be_reached_names_the_way_out(monkeypatch):
@@ -141,6 +229,10 @@ def test_embedded_language_is_a_corpus_too():
     again.append(other.batch(350))
     np.testing.assert_array_equal(np.concatenate(again), rows)
     assert (LanguageCorpus(24, seed=4).batch(600) != rows).any()
+    unread = LanguageCorpus(24, seed=3)
+    for _ in range(2):
+        rewind(unread)
+        np.testing.assert_array_equal(unread.batch(300), rows[:300])
     fresh = LanguageCorpus(24, seed=3)
     fresh.load_state_dict(LanguageCorpus(24, seed=3).state_dict())
     np.testing.assert_array_equal(fresh.batch(2), rows[:2])

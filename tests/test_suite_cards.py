@@ -1,6 +1,10 @@
 """Cards of suites: those of the repository, one run from a folder of text to a folder of SAEs, and cards that cannot be."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import datasets
 import jax
@@ -147,5 +151,48 @@ def test_cards_that_cannot_be(card_file):
         run(read_suite_card(card_file(changes={"rate": 0.1})))
     with pytest.raises(CorpusError, match=r"text.jsonl has no column of text named 'body'; its columns are text \(str\)"):
         run(read_suite_card(card_file(text_column="body")))
-    with pytest.raises(CorpusError, match="text.jsonl ended after .* contexts are needed next .read 1 time.*more epochs"):
+    with pytest.raises(
+        CorpusError, match="text.jsonl ended after .* contexts are needed next .read 1 time.; there is no checkpoint yet: .*more epochs"
+    ):
         run(read_suite_card(card_file(steps=10_000)))
+    with pytest.raises(CardError, match="`devices_per_model`: Input should be greater than 0"):
+        read_suite_card(card_file(devices_per_model=0))
+    with pytest.raises(CardError, match=r"`devices_per_model`: 2 does not divide the 1 cpu device"):
+        run(read_suite_card(card_file(devices_per_model=2)))
+
+
+def test_a_broken_text_ends_the_command_with_one_line(card_file, monkeypatch, capsys):
+    path = card_file()
+    with open(path.parent / "text.jsonl", "a") as file:
+        file.write('{"text": "w1\n')
+    monkeypatch.setattr("sys.argv", ["train", str(path)])
+    monkeypatch.setattr(train.devices, "setup", lambda run_dir: {})
+    assert train.main() == 2
+    captured = capsys.readouterr()
+    assert re.fullmatch(r"\S+text.jsonl cannot be read: JSON parse error: .*\n", captured.err), captured.err
+
+
+def test_a_model_divided_over_two_devices(card_file):
+    """Each holds half of the model and half of every SAE, in a process of its own where the CPU plays two devices."""
+    sizes = dict(steps=4, sparsity={"resid_pre": [0.1]}, d_sae=[24], held_out=4)
+    run(read_suite_card(card_file(**sizes)))
+    path = card_file(**sizes, devices_per_model=2, run_dir=str(card_file().parent / "divided"))
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false"
+    done = subprocess.run([sys.executable, __file__, str(path)], env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_suite(path.parent / name / "saes")[Site("resid_pre", 1)] for name in ("run", "divided"))
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=1e-4, err_msg=name)
+    one, two = (pd.read_parquet(path.parent / name / "quality.parquet") for name in ("run", "divided"))
+    np.testing.assert_allclose(one[["l0", "fvu", "ce_sae"]], two[["l0", "fvu", "ce_sae"]], rtol=0.02)
+
+
+def run_divided(path: str) -> None:
+    card = read_suite_card(path)
+    of_model, of_saes = train.meshes(card)
+    assert dict(of_model.shape) == {"data": 1, "model": 2} and dict(of_saes.shape) == {"sae": 2}
+    run(card)
+
+
+if __name__ == "__main__":
+    run_divided(sys.argv[1])

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -28,7 +29,7 @@ from icl_lib.saes import jobs
 from icl_lib.saes.activations import token_mask
 from icl_lib.saes.buffer import ActivationBuffer
 from icl_lib.saes.checkpoints import CheckpointError, Checkpoints, abstract_like, differences
-from icl_lib.saes.corpus import TextCorpus, open_text
+from icl_lib.saes.corpus import CorpusEnded, TextCorpus, open_text
 from icl_lib.saes.formats import load_suite
 from icl_lib.saes.jobs import train_suite
 from icl_lib.saes.progress import Reporter
@@ -333,45 +334,81 @@ def test_every_kind_of_site_is_trained_and_written(tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "member, objective, changes",
-    [
-        (Member(Site("mlp_in", 0), 24, 3), "topk", {"k_aux": 4, "dead_after": 2, "skip": True}),
-        (Member(Site("resid_pre", 1), 24, 0.1), "gated", {"resample_every": 5, "dead_after": 2}),
-    ],
-    ids=["topk", "gated"],
-)
-def test_a_stopped_job_on_text_ends_with_the_same_bits(member, objective, changes, tmp_path):
-    """Text, auxiliary loss and resampling: stopped between two checkpoints, it ends as if it had not been.
+# Auxiliary loss and resampling; SAELens has no topk transcoder, which must come out of the job all the same
+ON_TEXT = {
+    "topk": (Member(Site("mlp_in", 0), 24, 3), {"k_aux": 4, "dead_after": 2, "skip": True}),
+    "gated": (Member(Site("resid_pre", 1), 24, 0.1), {"resample_every": 5, "dead_after": 2}),
+}
 
-    SAELens has no topk transcoder: it must come out of the job all the same.
-    """
-    rng = np.random.default_rng(0)
-    (tmp_path / "text.txt").write_text("\n\n".join(" ".join(f"w{i}" for i in rng.integers(0, 30, 20)) for _ in range(60)))
+
+def make_text(folder, epochs: int = 1, seed: int = 0) -> TextCorpus:
+    """Sixty documents of twenty words in a file of `folder`: 140 contexts of ten tokens."""
+    rng, path = np.random.default_rng(seed), folder / f"text{seed}.txt"
+    if not path.exists():
+        path.write_text("\n\n".join(" ".join(f"w{i}" for i in rng.integers(0, 30, 20)) for _ in range(60)))
     vocabulary = {"<unk>": 0} | {f"w{i}": i + 3 for i in range(30)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")))
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return TextCorpus(open_text(path), tokenizer, 10, bos_id=CONFIG.bos_id, epochs=epochs)
+
+
+def run_on_text(folder, corpus, objective: str, n_steps: int = 40, log=None) -> None:
+    member, changes = ON_TEXT[objective]
+    recipe = make_recipe(objective, n_steps=n_steps, batch_size=16, warmup=1, **changes)
     held_out = 2 if objective == "gated" else 0
-    recipe = make_recipe(objective, n_steps=20, batch_size=16, warmup=1, **changes)
+    run(folder, corpus, members=[member], recipe=recipe, save_every=6, log=log, log_seconds=0.0, held_out=held_out)
 
-    def job(folder, log=None):
-        corpus = TextCorpus(open_text(tmp_path / "text.txt"), tokenizer, 10, bos_id=CONFIG.bos_id)
-        run(folder, corpus=corpus, members=[member], recipe=recipe, save_every=6, log=log, log_seconds=0.0, held_out=held_out)
 
-    def stop(progress):
-        if progress.step >= 10:
+def stop_at(step: int):
+    """A log that interrupts the job as Ctrl-C would."""
+
+    def log(progress):
+        if progress.step >= step:
             raise KeyboardInterrupt
 
-    job(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        job(tmp_path / "stopped", stop)
-    assert not (tmp_path / "stopped" / "saes").exists() and len(list((tmp_path / "stopped" / "checkpoints").iterdir())) == 1
-    job(tmp_path / "stopped")
-    assert_same_bits(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
-    sae = load_suite(tmp_path / "stopped" / "saes", CONFIG)[member.site]
+    return log
+
+
+@pytest.mark.parametrize("objective", ON_TEXT)
+def test_a_stopped_job_on_text_ends_with_the_same_bits(objective, tmp_path):
+    """Stopped before the first checkpoint and between two, it ends as if it had not been.
+
+    With the corpus that has been read from (the cell of a notebook, again), or with a new one (the command, again).
+    """
+    one, stopped = make_text(tmp_path), tmp_path / "stopped"
+    corpus = (lambda: one) if objective == "gated" else (lambda: make_text(tmp_path))
+    run_on_text(tmp_path / "whole", make_text(tmp_path), objective)
+    for step, checkpoints in ((4, 0), (10, 1)):
+        with pytest.raises(KeyboardInterrupt):
+            run_on_text(stopped, corpus(), objective, log=stop_at(step))
+        assert not (stopped / "saes").exists() and len(list((stopped / "checkpoints").iterdir())) == checkpoints
+    for _ in range(2):  # the second call finds it finished
+        run_on_text(stopped, corpus(), objective)
+        assert_same_bits(weights(stopped), weights(tmp_path / "whole"))
+        tables = [pd.read_parquet(path) for path in sorted(tmp_path.glob("*/quality.parquet"))]
+        assert len(tables) == (2 if objective == "gated" else 0)
+        assert all(t.equals(tables[0]) and t.sparsity[0] == 0.1 for t in tables)
+    sae = load_suite(stopped / "saes", CONFIG)[ON_TEXT[objective][0].site]
     assert sae.architecture == objective and sae.is_transcoder == (objective == "topk") == (sae.W_skip is not None)
-    tables = [pd.read_parquet(path) for path in sorted(tmp_path.glob("*/quality.parquet"))]
-    assert len(tables) == held_out and all(t.equals(tables[0]) and t.sparsity[0] == 0.1 for t in tables)
+
+
+def test_text_that_ends_can_be_read_once_more(tmp_path):
+    """What the message advises works: more epochs go on from the checkpoint, to the bits of a run that had them from the start."""
+    with pytest.raises(CorpusEnded, match=r"read 1 time\); there is no checkpoint yet: give more text, more epochs or fewer steps"):
+        run(tmp_path / "short", make_text(tmp_path), contexts=60)
+    job = tmp_path / "job"
+    for _ in range(2):
+        with pytest.raises(
+            CorpusEnded, match=r"the last good checkpoint, of step 60, is in \S+job/checkpoints, and with more epochs the same"
+        ):
+            run_on_text(job, make_text(tmp_path), "topk", n_steps=80)
+    with pytest.raises(CheckpointError, match="recipe.n_steps is 80 there, 60 here.*choose another folder"):
+        run_on_text(job, make_text(tmp_path), "topk", n_steps=60)
+    with pytest.raises(CheckpointError, match="corpus.text is '[0-9a-f]{16}' there, '[0-9a-f]{16}' here"):
+        run_on_text(job, make_text(tmp_path, epochs=2, seed=1), "topk", n_steps=80)
+    run_on_text(job, make_text(tmp_path, epochs=2), "topk", n_steps=80)
+    run_on_text(tmp_path / "whole", make_text(tmp_path, epochs=2), "topk", n_steps=80)
+    assert_same_bits(weights(job), weights(tmp_path / "whole"))
 
 
 def test_impossible_jobs(tmp_path):
@@ -386,16 +423,24 @@ def test_impossible_jobs(tmp_path):
         run(tmp_path, members=[Member(Site("resid_pre", 9), 24, 0.1)])
 
 
+def run_both(folder) -> None:
+    """Two jobs after each other, of 120 and 40 steps, that print what step of all they are at; then the second one anew, at once."""
+    run(folder / "numbers", log=lambda progress: print("step", progress.step, flush=True), log_seconds=0.0)
+    run_on_text(folder / "text", make_text(folder), "topk", log=lambda progress: print("step", 120 + progress.step, flush=True))
+    run_on_text(folder / "whole", make_text(folder), "topk")
+
+
 def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, finished):
     """SIGKILL at random moments, in the middle of a save as like as not; then the run that is left alone finishes."""
     rng = np.random.default_rng(int.from_bytes(os.urandom(4)))
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as conftest.py has it here: other programs have other last bits
-    command = [sys.executable, __file__, str(tmp_path / "run")]
+    command = [sys.executable, __file__, str(tmp_path)]
+    make_text(tmp_path)
     reached, kills = 0, 0
     for attempt in itertools.count():
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        target = None if attempt == 3 else reached + rng.integers(1, 30)
+        target = [reached + rng.integers(1, 30), reached + rng.integers(1, 30), 120 + rng.integers(2, 30), None][attempt]
         for line in process.stdout:
             step = int(line.split()[1])
             assert step > reached - 21, "it goes on from a checkpoint at most two saves ago"
@@ -407,8 +452,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, finished):
         if process.returncode != -signal.SIGKILL:
             break
     assert process.returncode == 0 and kills >= 2
-    assert_same_bits(weights(tmp_path / "run"), weights(finished))
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "run" / "curves.parquet"), pd.read_parquet(finished / "curves.parquet"))
+    assert_same_bits(weights(tmp_path / "numbers"), weights(finished))
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "numbers" / "curves.parquet"), pd.read_parquet(finished / "curves.parquet"))
+    assert_same_bits(weights(tmp_path / "text"), weights(tmp_path / "whole"))
 
 
 class Share(Numbers):
@@ -451,4 +497,4 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         run_one_of_two(sys.argv[1], int(sys.argv[2]), sys.argv[3])
     else:
-        run(sys.argv[1], log=lambda progress: print(progress, flush=True), log_seconds=0.0)
+        run_both(Path(sys.argv[1]))

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from icl_lib.models import Site, Transformer, record
+from icl_lib.models.sharding import mesh_of
 from icl_lib.models.sites import GLOBAL_SITES, LAYER_SITES, check_sites
 from icl_lib.saes.activations import check_tokens, token_mask
 from icl_lib.saes.corpus import Corpus
@@ -29,7 +30,8 @@ class ActivationBuffer:
     """A ring of `passes` language-model passes over `contexts` contexts each, for `sites`, in `dtype`.
 
     A pass gives contexts x (seq - 1) rows. Where BOS and padding leave fewer tokens, some of them are there twice.
-    With a `mesh` rows lie across all of its devices, and each process reads its share of the contexts.
+    With a `mesh` rows lie across all of its devices, and each process reads its share of the contexts. The model may be divided
+    over the same devices, in the same order (`make_mesh`); a context then goes to each device that has a part of one copy.
     """
 
     def __init__(
@@ -55,11 +57,12 @@ class ActivationBuffer:
         self._local = contexts // n_processes
         self._recent: collections.deque[np.ndarray] = collections.deque(maxlen=passes)
         self._n_passes = 0
-        self._bad = self._place(np.full(len(self.sites), -1, np.int32), PartitionSpec())
-        rows = PartitionSpec(None if mesh is None else mesh.axis_names)
+        self._bad = _place(np.full(len(self.sites), -1, np.int32), None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+        self._rows = None if mesh is None else NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._tokens = self._sharding_of_tokens(contexts)
         widths = [model.config.width(site.name) for site in self.sites]
         self.rows: dict[Site, Array] = {
-            site: self._zeros((passes * self._pass_rows, width), dtype, rows) for site, width in zip(self.sites, widths, strict=True)
+            site: self._zeros((passes * self._pass_rows, width), dtype) for site, width in zip(self.sites, widths, strict=True)
         }
 
     @property
@@ -110,19 +113,27 @@ class ActivationBuffer:
 
     def _run(self, tokens: np.ndarray, number: int, step: int) -> None:
         slot = number % (self._recent.maxlen or 1)
-        placed = self._place(tokens, PartitionSpec(None if self._mesh is None else self._mesh.axis_names))
         at, now = np.int32(slot * self._pass_rows), np.int32(step)
-        self.rows, self._bad = _refill((self._model, placed, self.sites, at, now), self.rows, self._bad)
+        inputs = (self._model, _place(tokens, self._tokens), self.sites, at, now, self._rows)
+        self.rows, self._bad = _refill(inputs, self.rows, self._bad)
 
-    def _place(self, x: np.ndarray, spec: PartitionSpec) -> Array:
-        if self._mesh is None:
-            return jnp.asarray(x)
-        return jax.make_array_from_process_local_data(NamedSharding(self._mesh, spec), x)
+    def _sharding_of_tokens(self, contexts: int) -> NamedSharding | None:
+        """Contexts over the copies of the model, so that the devices of one copy work on the same ones."""
+        of_model = mesh_of(self._model)
+        if self._mesh is None or of_model is None:
+            return self._rows
+        sharding = NamedSharding(of_model, PartitionSpec("data"))
+        mine = {str(where) for where in sharding.addressable_devices_indices_map((contexts,)).values()}
+        if len(mine) * jax.process_count() != of_model.shape["data"]:
+            raise TrainingError(
+                f"the devices of one copy of the model must be in one process: its mesh is {dict(of_model.shape)}, and there are "
+                f"{jax.process_count()} processes of {jax.local_device_count()} devices: divide it over fewer"
+            )
+        return sharding
 
-    def _zeros(self, shape: tuple[int, ...], dtype: str, spec: PartitionSpec) -> Array:
+    def _zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Made on its shards; no device ever holds all of it."""
-        sharding = None if self._mesh is None else NamedSharding(self._mesh, spec)
-        return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+        return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=self._rows)()
 
 
 def _order(site: Site) -> tuple[int, int]:
@@ -133,7 +144,7 @@ def _order(site: Site) -> tuple[int, int]:
 @eqx.filter_jit(donate="all-except-first")
 def _refill(inputs, rows: dict[Site, Array], bad: Array):
     """`rows` with one pass written at row `at`; `bad` with the step of the first pass of each site that is not finite."""
-    model, tokens, sites, at, step = inputs
+    model, tokens, sites, at, step, place = inputs
     cache: dict[Site, Array] = {}
     model(tokens, tap=record(sites, cache))
     n = tokens.size - tokens.shape[0] * (model.config.bos_id is not None)
@@ -143,7 +154,13 @@ def _refill(inputs, rows: dict[Site, Array], bad: Array):
     new = {s: cache[s].reshape(-1, r.shape[1])[index].astype(r.dtype) for s, r in rows.items()}
     finite = jnp.stack([jnp.all(jnp.isfinite(new[s])) for s in sites])
     written = {s: jax.lax.dynamic_update_slice(r, new[s], (at, jnp.zeros_like(at))) for s, r in rows.items()}
+    if place is not None:  # where they were: left alone, the compiler might prefer the places of a divided model's activations
+        written = jax.lax.with_sharding_constraint(written, place)
     return written, jnp.where((bad < 0) & ~finite, step, bad)
+
+
+def _place(x: np.ndarray, sharding: NamedSharding | None) -> Array:
+    return jnp.asarray(x) if sharding is None else jax.make_array_from_process_local_data(sharding, x)
 
 
 def _allgather(x: np.ndarray) -> np.ndarray:

@@ -22,10 +22,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from icl_lib.models import Transformer
+from icl_lib.models.sharding import mesh_of
 from icl_lib.saes.activations import needed_sites
 from icl_lib.saes.buffer import ActivationBuffer
 from icl_lib.saes.checkpoints import Checkpoints
-from icl_lib.saes.corpus import Corpus
+from icl_lib.saes.corpus import Corpus, CorpusEnded, rewind
 from icl_lib.saes.formats import save_suite
 from icl_lib.saes.formats.files import replace_file
 from icl_lib.saes.metrics import quality_table
@@ -64,16 +65,16 @@ def train_suite(
     model's), and after each pass every SAE takes `steps_per_pass` steps of `recipe.batch_size` rows: with n tokens a pass, a
     token is drawn steps_per_pass x batch_size / n times on average. `mesh` and `shard` are those of `Suite`.
     The first `held_out` contexts of the corpus are not trained on: the SAEs are judged by them at the end (not where several
-    processes train: call `quality_table` on the suite they wrote).
+    processes train: call `quality_table` on the suite they wrote). Wherever the corpus stands, it is read from its start (`rewind`).
 
     Writes into `folder`: `checkpoints/` every `save_every` steps and at the end (the last `keep`), `curves.parquet`,
     `quality.parquet` (the table of `quality_table`, with sparsity), and `saes/` in SAELens layout, one folder a member (topk
     transcoders as sparsify writes them). `log` gets a line every `log_seconds` (None: silent).
 
     Raises `TrainingError` before any step if model, corpus, members and recipe do not fit, or if `folder` holds a run of another
-    configuration (`CheckpointError`, naming the fields); later, with step and site, if an activation or a loss is not finite, and
-    `CheckpointError` if a checkpoint, or `OSError` if a result, cannot be written. The last good checkpoint stays, and the next call
-    goes on from it.
+    configuration (`CheckpointError`, naming the fields); later, with step and site, if an activation or a loss is not finite,
+    `CorpusEnded` if there is too little text, and `CheckpointError` if a checkpoint, or `OSError` if a result, cannot be written. The
+    last good checkpoint stays, and the next call goes on from it.
     """
     if corpus.seq > model.config.n_ctx:
         raise TrainingError(
@@ -85,13 +86,16 @@ def train_suite(
     sites = needed_sites(m.site for m in members)
     suite = Suite(tuple(members), recipe, {s: model.config.width(s.name) for s in sites}, mesh, shard)
     buffer = ActivationBuffer(model, corpus, suite.sites, contexts=contexts, passes=passes, dtype=dtype, mesh=mesh)
-    held = corpus.batch(held_out) if held_out else None
     passes_of = {"contexts": contexts, "passes": passes, "steps_per_pass": steps_per_pass, "held_out": held_out, "dtype": dtype}
     config = _config(model, corpus, suite, seed, passes_of)
     job = _Job(suite, buffer, Checkpoints(Path(folder) / "checkpoints", config, keep), Curves(suite.members, recipe.n_steps))
     try:
+        rewind(corpus)
+        held = corpus.batch(held_out) if held_out else None
         job.start(jax.random.key(seed))
         job.run(steps_per_pass, save_every, log, log_seconds)
+    except CorpusEnded as err:
+        raise CorpusEnded(f"{err}; {job.kept()}{job.remedy()}") from None
     finally:
         job.checkpoints.close()
     trained = finish(job.state, suite, metadata)
@@ -153,7 +157,7 @@ class _Job:
             if (bad := np.flatnonzero(~np.asarray(finite))).size:
                 site = self.suite.members[group[bad[0]]].site
                 raise TrainingError(
-                    f"a weight of the SAE at {site} is not finite after step {self.step - 1}: lower the learning rate; {self._kept()}"
+                    f"a weight of the SAE at {site} is not finite after step {self.step - 1}: lower the learning rate; {self.kept()}"
                 )
         data, tokens = self.buffer.state()
         self.checkpoints.save(self.step, {"state": self.state, "tokens": tokens}, {"buffer": data, "curves": self.curves.points})
@@ -172,7 +176,7 @@ class _Job:
         try:
             stop_if_bad(means, self.suite)
         except TrainingError as err:
-            raise TrainingError(f"{err}; {self._kept()}") from None
+            raise TrainingError(f"{err}; {self.kept()}") from None
 
     def _check_data(self) -> None:
         if (bad := self.buffer.first_bad()) is not None:
@@ -180,14 +184,20 @@ class _Job:
             dtype = self.buffer.rows[site].dtype
             raise TrainingError(
                 f"activations at {site} are not finite in {dtype}, from the pass at step {step} on: check the model's weights, "
-                f"or take a dtype of wider range (float16 overflows at 65504); {self._kept()}"
+                f"or take a dtype of wider range (float16 overflows at 65504); {self.kept()}"
             )
 
-    def _kept(self) -> str:
+    def kept(self) -> str:
         last = self.checkpoints.latest()
         return (
             "there is no checkpoint yet" if last is None else f"the last good checkpoint, of step {last}, is in {self.checkpoints.folder}"
         )
+
+    def remedy(self) -> str:
+        """What helps where the text has ended: the steps, and which text it is, belong to the configuration of a checkpoint."""
+        if self.checkpoints.latest() is None:
+            return ": give more text, more epochs or fewer steps"
+        return ", and with more epochs the same call goes on from it. With another text or fewer steps, choose another folder to start anew"
 
 
 @jax.jit
@@ -205,6 +215,8 @@ def _config(model: Transformer, corpus: Corpus, suite: Suite, seed: int, passes:
     """All that decides the result, as JSON. The model is known by its sizes and by a sum over its weights."""
     members = {f"{m.site} d_sae={m.d_sae} sparsity={m.sparsity:g}": True for m in suite.members}
     mesh = None if suite.mesh is None else {name: int(size) for name, size in suite.mesh.shape.items()} | {"shard": suite.shard}
+    if mesh and (of_model := mesh_of(model)) is not None and of_model.shape["model"] > 1:
+        mesh["model"] = of_model.shape["model"]
     return {
         "model": dataclasses.asdict(model.config) | {"dtype": str(model.embed.dtype), "weights": _fingerprint(model)},
         "corpus": corpus.describe(),

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pandas as pd
 import pydantic
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
 
 from icl_lib.models import Site, load_config, load_model, load_tokenizer
 from icl_lib.models.sharding import make_mesh
@@ -50,6 +50,7 @@ class SuiteCard(pydantic.BaseModel):
     batch_size: int  # rows in a step
     changes: dict[str, float | int | bool | str] = {}  # to the fields of the recipe
     shard: str = "latent"  # over several devices: "latent" divides each SAE, "sae" gives each device some
+    devices_per_model: pydantic.PositiveInt = 1  # that one copy of the language model is divided among, where one cannot hold it
 
     contexts: int = 32  # in a pass of the language model
     passes: int = 16  # that the activation buffer holds
@@ -102,16 +103,31 @@ def corpus(card: SuiteCard, bos_id: int | None) -> Corpus:
     return TextCorpus(stream, tokenizer, card.context, bos_id=bos_id, text_column=card.text_column, epochs=card.epochs, name=name)
 
 
+def meshes(card: SuiteCard) -> tuple[Mesh | None, Mesh | None]:
+    """That of the language model and that of the SAEs, over the same devices in the same order; None where there is one device.
+
+    Raises `CardError` if the devices do not divide into copies of the model.
+    """
+    n, each = jax.device_count(), card.devices_per_model
+    if jax.local_device_count() % each:
+        raise CardError(
+            f"`devices_per_model`: {each} does not divide the {jax.local_device_count()} {jax.default_backend()} device(s) of a process"
+        )
+    if n == 1:
+        return None, None
+    of_model = make_mesh(data=n // each, model=each)
+    return of_model, Mesh(of_model.devices.ravel(), (AXIS,), axis_types=(AxisType.Auto,))
+
+
 def run(card: SuiteCard) -> Path:
-    """Train the suite; on several devices each runs the model on its share of the contexts. Gives the folder of the SAEs."""
+    """Train the suite; on several devices each copy of the model has its share of the contexts. Gives the folder of the SAEs."""
     config = load_config(resolve(card.model), card.revision)
     suite, how = members(card, config.n_layers), recipe(card)
     for member in suite:
         config.check_layer(member.site.layer, "layer of the card")
-    several = jax.device_count() > 1
-    mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,)) if several else None
+    of_model, mesh = meshes(card)
     text = corpus(card, config.bos_id)
-    model = load_model(resolve(card.model), card.revision, card.dtype, make_mesh(data=jax.device_count()) if several else None)
+    model = load_model(resolve(card.model), card.revision, card.dtype, of_model)
     train_suite(
         model, text, suite, how, run_folder(card.run_dir), seed=card.seed, contexts=card.contexts, passes=card.passes,
         steps_per_pass=card.steps_per_pass, held_out=card.held_out, save_every=card.save_every, keep=card.keep, mesh=mesh, shard=card.shard,
