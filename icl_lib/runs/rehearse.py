@@ -49,7 +49,8 @@ def small_layers(card: Mapping[str, Any], n_layers: int) -> tuple[dict[str, Any]
     """The card's layer keys for a small model, and how many layers that has.
 
     Kept are the layers of executors and detectors, the first and last of circuits, and the SAEs that these need. They are mapped in
-    proportion, and where that would put two on one they are moved apart: the order stays, neighbours stay neighbours.
+    proportion and moved apart where they come too close: the order stays, neighbours stay neighbours, and others keep a layer between
+    them as far as there is room.
     """
     executor, detector, circuit = card["layer_executor"], card["layer_detector"], card["circuit_layers"]
     residual = next(p for p in card["saes"] if not has_layer(p) or sites_of(p, 0)[0].name.startswith("resid"))
@@ -60,7 +61,7 @@ def small_layers(card: Mapping[str, Any], n_layers: int) -> tuple[dict[str, Any]
     n = min(n_layers, max(MOST_LAYERS, len(named)))
     places = [round(layer * (n - 1) / max(1, n_layers - 1)) for layer in named]
     for i in range(1, len(named)):
-        places[i] = max(places[i], places[i - 1] + 1)
+        places[i] = max(places[i], places[i - 1] + min(2, named[i] - named[i - 1]))
     places = [min(place, n - len(named) + i) for i, place in enumerate(places)]
     at = dict(zip(named, places, strict=True))
     keys = {"layer_executor": at[executor], "layer_detector": at[detector]}
