@@ -33,12 +33,11 @@ from icl_lib.features.examples import token_windows, top_examples
 from icl_lib.figures.style import plain_log
 from icl_lib.models import Site, load_model, load_tokenizer, mesh_of
 from icl_lib.runs import Ledger, Store, compute_dtype, devices, resolve
-from icl_lib.saes import harvest, load_suite, quality_table, save_sae
+from icl_lib.saes import TextCorpus, harvest, load_suite, open_text, quality_table, save_sae
 from icl_lib.saes.metrics import frequency, fvu
 from icl_lib.saes.recipes import SHORT_RUN, make_recipe
 from icl_lib.saes.survey import pareto_front
 from icl_lib.saes.training import Member, Suite, finish, init_state, run_steps, stop_if_bad
-from icl_lib.tasks import Template, load_tasks, make_prompts, stack_prompts
 from icl_lib.tiny.language import Language
 from icl_lib.tiny.retrain import held_out_corpus, suite_corpus
 
@@ -48,8 +47,7 @@ model: str = "assets/icl-tiny"  # folder or hub id of the model
 saes: list[str] = ["assets/icl-tiny/saes"]  # folder of the SAE suite, or folders and hub paths with {layer} in them
 sae_layers: list[int] = [0, 1, 2, 3, 4, 5]  # layers whose SAEs are loaded, counted as their files do
 sae_variant: str = ""  # "paper" reads the ICL-SFC authors' own SAEs in the form of their experiments; empty: as trained
-tasks: str = "embedded"  # embedded, paper, function_vectors, or a folder of task files
-prefix: str = "Follow the pattern:\n"  # what stands before the pairs of a prompt; chat models may want a turn opened
+text: str = "embedded language"  # text on which SAEs are judged: the embedded model's own, a data set's hub id, or a file or folder of text
 run_dir: str = "runs/tiny"  # where results go, from the repository root
 seed: int = 0  # seed of corpora, training and choices
 layer_executor: int = 4  # layer whose residual SAE is looked at closely
@@ -75,19 +73,20 @@ suite = load_suite(resolve(saes), lm.config, sae_layers, variant=sae_variant or 
 
 # %% [markdown]
 """
-What SAEs are judged on: rows of the language drawn from a seed of their own, which neither the model nor the SAEs were trained on.
+What SAEs are judged on: rows of the language drawn from a seed of their own, which neither the model nor the SAEs were trained on. For another
+model than `icl-tiny` the card names a text, of which rows of 128 tokens are taken.
 """
 
 
 # %%
 def rows(n, seed=None):
-    """Token rows the SAEs have not seen (or, with a seed, others of the same kind); for other models than icl-tiny, prompts."""
-    if card == "tiny":
+    """Token rows on which SAEs are judged, or, with a seed, others to train on."""
+    if text == "embedded language":
         return held_out_corpus(lm, n) if seed is None else suite_corpus(lm, n, seed)
-    every = list(load_tasks(tasks).values())
-    options = dict(n_prompts=1 + n // len(every), n_shots=8, seed=seed or 0, template=Template(prefix=prefix))
-    drawn = stack_prompts([make_prompts(t, tokenizer, **options) for t in every]).tokens  # (task, prompt, seq)
-    return np.asarray(drawn).swapaxes(0, 1).reshape(-1, drawn.shape[-1])[:n]  # all tasks in any few rows
+    corpus = TextCorpus(open_text(resolve(text)), tokenizer, 128, bos_id=lm.config.bos_id, name=text)
+    if seed is not None:
+        corpus.batch(max(quality_rows, rate_rows))
+    return corpus.batch(n)
 
 
 # %% [markdown]
@@ -127,7 +126,7 @@ recipe = make_recipe("icl-sfc", n_steps=sweep_steps, batch_size=512, **short)
 
 
 def train_sweep(n_points=25):
-    """The SAEs by member, and the curves: steps (point,), L0 and FVU (point, member), each the mean of the steps up to the next point."""
+    """The SAEs by member, and the curves: steps (point,), then (point, member) L0 and FVU, means up to the next point, and dead latents."""
     acts = {site: jnp.asarray(a) for site, a in harvest(lm, rows(1000, seed + 1), [site], dtype="float16").items()}
     plan, points = Suite(members, recipe, {site: acts[site].shape[-1]}), []
     state = init_state(plan, acts, key=jax.random.key(seed))
@@ -135,7 +134,7 @@ def train_sweep(n_points=25):
     for first, last in zip(ends[:-1], ends[1:], strict=True):
         state, means = run_steps(state, acts, last - first, plan)
         stop_if_bad(means, plan)
-        points.append(((first + last) / 2, np.asarray(means.l0), np.asarray(means.fvu)))
+        points.append(((first + last) / 2, np.asarray(means.l0), np.asarray(means.fvu), 100 * np.asarray(means.dead)))
     return finish(state, plan), [np.array(column) for column in zip(*points, strict=True)]
 
 
@@ -148,19 +147,20 @@ One column a width, one line a penalty.
 
 # %%
 if members:
-    fig, panels = plt.subplots(2, len(sweep_widths), figsize=(9, 4.4), sharex=True, sharey="row", squeeze=False, layout="constrained")
+    fig, panels = plt.subplots(3, len(sweep_widths), figsize=(9, 5.8), sharex=True, sharey="row", squeeze=False, layout="constrained")
     colours = plt.get_cmap("cividis")(np.linspace(0, 0.9, len(sweep_sparsity)))
     for i, member in enumerate(members):
         column, colour = sweep_widths.index(member.d_sae), colours[sweep_sparsity.index(member.sparsity)]
-        for row in (0, 1):
+        for row in range(3):
             panels[row, column].plot(curves[0], curves[row + 1][:, i], color=colour, label=f"λ = {member.sparsity:g}")
     for column, width in enumerate(sweep_widths):
         panels[0, column].set_title(f"{width} latents")
-        panels[1, column].set_xlabel("training step")
+        panels[2, column].set_xlabel("training step")
     plain_log(panels[0, 0].yaxis)
     plain_log(panels[1, 0].yaxis)
-    panels[0, 0].set_ylabel("L0 (active latents per token)")
-    panels[1, 0].set_ylabel("FVU (0 perfect, 1 the mean)")
+    panels[0, 0].set_ylabel("L0 (active latents)")
+    panels[1, 0].set_ylabel("FVU (1: the mean)")
+    panels[2, 0].set_ylabel("dead latents (%)")
     panels[0, -1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     plt.show()
 
@@ -169,6 +169,7 @@ if members:
 L0 falls for about 300 steps, to between 5 and 126. FVU goes up for a moment while the penalty comes on, most of all in the widest, and
 comes down as the dictionary learns to say the same with fewer words. At each penalty a wider dictionary ends with a lower FVU, but also with more
 active latents: at $\\lambda = 0.05$ four times the width takes more than twice the latents. So the two have to be read together, on text that is new to the SAEs, below.
+Latents die in one of the twelve only, the widest with the largest penalty: two of 1,024 for a moment, until ghost gradients bring them back.
 """
 
 # %% [markdown]
@@ -199,6 +200,7 @@ trained them is `make retrain`. We judge them on rows that neither model nor SAE
 - **CE recovered**: we put the reconstruction in place of the activation and let the model go on.
   $(CE_{abl} - CE_{sae})/(CE_{abl} - CE_{clean})$, with zero and with mean ablation; 1 means that the model does not notice.
 - **dead**: part of the latents that never fired on the larger set of rows; **dense**: part that fires on more than a tenth of tokens.
+- **decoder cosine**: that of a latent's direction with the most similar other one, median over latents; near 1, two latents say the same.
 """
 
 # %%
@@ -219,7 +221,7 @@ table["dense"] = [float((rates[sae.site_in] > 0.1).mean()) for sae in suite.valu
 store.save_table("sae_quality", table)
 
 # %%
-columns = ["kind", "layer", "d_sae", "l0", "fvu", "ce_recovered_zero", "ce_recovered_mean", "dead", "dense"]
+columns = ["kind", "layer", "d_sae", "l0", "fvu", "ce_recovered_zero", "ce_recovered_mean", "dead", "dense", "decoder_cosine"]
 digits = {"l0": 1, "ce_recovered_zero": 3, "ce_recovered_mean": 3}
 figures.style_table(table[columns], caption=f"{len(suite)} SAEs on fresh rows", digits=digits, shade=["l0", "fvu"])
 
@@ -270,7 +272,7 @@ nothing that four digits show.
 
 The SAEs trained above, by the same measures on the same rows, beside the suite's own SAE of that layer (star; it was trained longer and on
 more tokens). To the left and below is better in the first panel, to the left and above in the second. A wider dictionary has more words to
-choose from, so we expect it to be ahead at equal L0. They are saved for notebooks 03 and 04, which ask what task vectors and executors look
+choose from, so we expect it to be ahead at equal L0. The grey band joins the SAEs that no other beats in both. They are saved for notebooks 03 and 04, which ask what task vectors and executors look
 like in each.
 """
 
@@ -283,7 +285,9 @@ if members:
     for folder, one in zip(sweep["folder"], trained.values(), strict=True):
         save_sae(one, store.run_dir / folder)
     store.save_table("sae_sweep", sweep, meta={"model": model, "site": str(site)})
-    shown = ["d_sae", "sparsity", "l0", "fvu", "ce_recovered_zero", "ce_recovered_mean", "dead", "dense"]
+    shown = ["d_sae", "sparsity", "l0", "fvu", "ce_recovered_zero", "ce_recovered_mean", "dead", "dense", "decoder_cosine"]
+    sign = {"fvu": 1, "ce_recovered_zero": -1}  # the lower the better, and the other way round
+    fronts = {column: sweep.loc[pareto_front(sweep["l0"], s * sweep[column])].sort_values("l0") for column, s in sign.items()}
 digits |= {"sparsity": 2}
 figures.style_table(sweep[shown], caption=f"SAEs trained here, {site}", digits=digits, shade=["l0", "fvu"]) if members else None
 
@@ -292,6 +296,7 @@ if members:
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained")
     for ax, column, label in ((left, "fvu", "FVU (0 perfect, 1 the mean)"), (right, "ce_recovered_zero", "CE recovered, zero ablation")):
         figures.width_lines(sweep, column, ax=ax)
+        ax.plot(fronts[column]["l0"], fronts[column][column], color="grey", linewidth=5, alpha=0.3, zorder=0, label="Pareto front")
         ax.plot(own["l0"], own[column], "*", color=figures.OKABE_ITO["vermillion"], markersize=11, label=f"the suite's ({own['d_sae']})")
         ax.set_ylabel(label)
     left.legend()
@@ -299,8 +304,6 @@ if members:
 
 # %% tags=["nbval-check-output"]
 if members:
-    sign = {"fvu": 1, "ce_recovered_zero": -1}
-    fronts = {column: sweep.loc[pareto_front(sweep["l0"], s * sweep[column])] for column, s in sign.items()}
     for column, front in fronts.items():
         print(f"SAEs by width on the front of L0 and {column}: {front['d_sae'].value_counts().sort_index().to_dict()}")
 
@@ -391,7 +394,7 @@ the text (the median latent, one in five, one in fifty), and not by how well the
 """
 
 # %%
-if card == "tiny":
+if text == "embedded language":
     language, rng = Language(), random.Random(seed)
     windows = token_windows([language.text(rng, 4000)], tokenizer, 32, lm.config.bos_id)
 else:

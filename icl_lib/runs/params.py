@@ -230,7 +230,7 @@ def _possible(p: Parameter, v: Any) -> None:
             raise ValueError(f"{v!r} is none of {', '.join(map(repr, _CHOICES[p.name]))}")
         # SAEs below runs/ are made by the run itself, and a pattern names many files: both are looked for when they are loaded
         later = p.name == "saes" and (v.startswith("runs/") or "{" in v)
-        if p.name in ("model", "saes", "tasks") and v.startswith(LOCAL) and not later and not Path(resolve(v)).exists():
+        if p.name in ("model", "saes", "tasks", "text") and v.startswith(LOCAL) and not later and not Path(resolve(v)).exists():
             raise ValueError(f"{v} does not exist (looked for {resolve(v)}); give a folder or a hub id")
     elif isinstance(v, float) and not math.isfinite(v):
         raise ValueError(f"{v} is not a finite number")

@@ -11,6 +11,7 @@ asserted, because nothing is true of random weights; all else is.
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import re
@@ -104,9 +105,16 @@ def prepare(card: Mapping[str, Any], folder: Path, **sizes: int) -> Path:
     small |= {"tvc_l1": sorted({card["tvc_l1"][0], card["tvc_l1"][-1]}), "card": f"rehearsal of {card['card']}"}
     write_saes(small, hub, model, tasks, load_tokenizer(hub / card["model"]), template)
     small |= {"model": str(hub / card["model"]), "tasks": str(folder / "tasks"), "run_dir": str(folder / "run")}
-    small |= {"saes": [str(hub / pattern) for pattern in small["saes"]]}
+    small |= {"saes": [str(hub / pattern) for pattern in small["saes"]], "text": str(_write_text(tasks, folder / "text.txt"))}
     path = folder / "card.yaml"
     path.write_text(yaml.safe_dump(small, sort_keys=False))
+    return path
+
+
+def _write_text(tasks: Mapping[str, Task], path: Path) -> Path:
+    """The pairs of all tasks as a text, a paragraph for each ten."""
+    pairs = [f"{x} -> {y}" for pairs in itertools.zip_longest(*(task.pairs for task in tasks.values())) for x, y in filter(None, pairs)]
+    path.write_text("\n\n".join(", ".join(pairs[i : i + 10]) for i in range(0, len(pairs), 10)))
     return path
 
 

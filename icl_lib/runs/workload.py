@@ -32,6 +32,7 @@ from icl_lib.tasks.tasks import task_files
 # Tokens of a pair with its arrow and newline, of the longest task of each source: prompts are padded to that.
 PAIR_TOKENS = {"embedded": 6, "paper": 16, "function_vectors": 40}
 _PREFIX_TOKENS = 12
+_TEXT_TOKENS = 128  # of a row on which notebook 01 judges SAEs (those of the embedded model's language are shorter)
 N_TASKS = {"embedded": 28, "paper": 23, "function_vectors": 53}
 
 
@@ -100,7 +101,7 @@ class _Costs:
         long = self.seq(card["n_shots"])
         n, layers, rest = card["n_prompts"], c.n_layers, c.n_layers - card["layer_executor"]
         sites, l1 = len(self.saes), len(card["tvc_l1"])
-        circuit = self.seq(card["circuit_shots"])
+        circuit, text = self.seq(card["circuit_shots"]), _TEXT_TOKENS
         below = c.n_layers - min(card["circuit_layers"])
         # passes with all latents: curves of what is kept, both ends of three settings; the others take out a thousand at most
         whole = 2 * 6 + 3 * 2
@@ -109,9 +110,9 @@ class _Costs:
         return [
             self.answers("00", "accuracy by shots", n, self.seq(card["max_shots"]), tasks),
             self.answers("00", "controls", n, self.seq(5), 15 * tasks),
-            self.trunk("01", "activations of all SAE sites", 16, self.seq(8), (card["rate_rows"] + 500) / 16, sites),
-            *self.rates("01", "firing rates", card["rate_rows"], self.seq(8)),
-            self.answers("01", "quality with each SAE in place", 16, self.seq(8), quality * card["quality_rows"] / 16, copies=3,
+            self.trunk("01", "activations of all SAE sites", 16, text, (card["rate_rows"] + 500) / 16, sites),
+            *self.rates("01", "firing rates", card["rate_rows"], text),
+            self.answers("01", "quality with each SAE in place", 16, text, quality * card["quality_rows"] / 16, copies=3,
                          saes=2 / quality * sum(d.flops for d in self.saes)),
             self.trunk("02", "task vectors", n, long, 6 * tasks),
             self.suffix("02", "vectors inserted at every layer", n, 14 * layers * tasks, layers // 2),

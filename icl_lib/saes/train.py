@@ -21,8 +21,7 @@ from icl_lib.saes.corpus import Corpus, TextCorpus, open_text
 from icl_lib.saes.jobs import train_suite
 from icl_lib.saes.recipes import OBJECTIVES, Recipe, TrainingError, make_recipe
 from icl_lib.saes.suite import AXIS, Member
-
-LANGUAGE = "embedded language"  # the text that a card names to train on the embedded model's own
+from icl_lib.tiny.language import LANGUAGE
 
 
 class SuiteCard(pydantic.BaseModel):

@@ -19,6 +19,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from icl_lib.tasks import Task, Template, load_tasks
 from icl_lib.tasks.tasks import WORDS, read_table
 
+LANGUAGE = "embedded language"  # how cards name the embedded model's own text
+
 SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>"]
 PAD, EOS, BOS, UNK = range(4)
 
