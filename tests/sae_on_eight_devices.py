@@ -15,6 +15,7 @@ import numpy as np
 from icl_lib.models import Site, Transformer, tiny_config
 from icl_lib.models.sharding import make_mesh, shard_model
 from icl_lib.saes import train_suite, training
+from icl_lib.saes.buffer import ActivationBuffer, _refill
 from icl_lib.saes.recipes import make_recipe
 from icl_lib.saes.training import Member, Suite, finish, init_state, run_steps
 
@@ -62,6 +63,17 @@ def check_start() -> None:
     print("start latent", flush=True)
 
 
+def check_buffer() -> None:
+    """A pass is written into a buffer that lies on eight devices without any of them holding the whole."""
+    model = shard_model(Transformer.init(tiny_config(), key=jax.random.key(0)), make_mesh(data=8))
+    buffer = ActivationBuffer(model, Rows(), [MLP[0]], contexts=8, passes=32, dtype="float32", mesh=MESH)
+    inputs = (model, jnp.zeros((8, 8), jnp.int32), buffer.sites, np.int32(0), np.int32(0), buffer._rows)
+    text = _refill.lower(inputs, buffer.rows, buffer._bad).compile().compiled.as_text()
+    n, d = buffer.rows[MLP[0]].shape
+    assert f"f32[{n // 8},{d}]" in text and f"f32[{n},{d}]" not in text
+    print("buffer", flush=True)
+
+
 class Rows:
     """A corpus of random tokens."""
 
@@ -107,5 +119,6 @@ if __name__ == "__main__":
     check("jumprelu", 0.1, "latent", threshold=0.1, bandwidth=0.1)
     check("standard", 0.1, "latent")
     check_start()
+    check_buffer()
     check_job()
     print("all equal")

@@ -153,10 +153,17 @@ def _refill(inputs, rows: dict[Site, Array], bad: Array):
     index = order[jnp.arange(n, dtype=jnp.int32) % jnp.maximum(1, jnp.sum(keep, dtype=jnp.int32))]
     new = {s: cache[s].reshape(-1, r.shape[1])[index].astype(r.dtype) for s, r in rows.items()}
     finite = jnp.stack([jnp.all(jnp.isfinite(new[s])) for s in sites])
-    written = {s: jax.lax.dynamic_update_slice(r, new[s], (at, jnp.zeros_like(at))) for s, r in rows.items()}
-    if place is not None:  # where they were: left alone, the compiler might prefer the places of a divided model's activations
-        written = jax.lax.with_sharding_constraint(written, place)
+    if place is None:
+        written = {s: jax.lax.dynamic_update_slice(r, new[s], (at, jnp.zeros_like(at))) for s, r in rows.items()}
+    else:  # where they were: left alone, the compiler might prefer the places of a divided model's activations
+        written = jax.lax.with_sharding_constraint({s: _written(r, new[s], at) for s, r in rows.items()}, place)
     return written, jnp.where((bad < 0) & ~finite, step, bad)
+
+
+def _written(rows: Array, new: Array, at: Array) -> Array:
+    """`rows` with `new` from row `at` on, where rows are divided: for a slice each device would have to hold all of them for a moment."""
+    i = jnp.arange(len(rows), dtype=jnp.int32) - at
+    return jnp.where(((i >= 0) & (i < len(new)))[:, None], new[jnp.clip(i, 0, len(new) - 1)], rows)
 
 
 def _place(x: np.ndarray, sharding: NamedSharding | None) -> Array:
