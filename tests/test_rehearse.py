@@ -23,6 +23,8 @@ from icl_lib.tasks.tasks import DATA_VARIABLE, POOLS
 
 CARDS = [path.stem for path in rehearse.cards()]
 TASK_DATA = root().parent / "shared" / "data"  # where a checkout comes with the published tasks
+CHAIN = ("02_task_vectors", "03_task_vector_cleaning", "04_executors_and_detectors")
+OTHERS = ("00_a_model_that_learns_in_context", "01_sparse_autoencoders", "05_sparse_feature_circuits")
 each_card = pytest.mark.parametrize("name", CARDS)
 
 
@@ -190,10 +192,12 @@ def test_without_a_card_those_there_are_are_named(capsys):
 
 
 def test_the_card_of_the_day_is_rehearsed(tmp_path):
-    """All notebooks of one card, each card every eighth day (all of them at once: `make rehearse-all`)."""
-    name = CARDS[datetime.date.today().toordinal() % len(CARDS)]
+    """One card, 04 with what it needs on one day and the other notebooks on the next (all of all cards: `make rehearse-all`)."""
+    day = datetime.date.today().toordinal() % (2 * len(CARDS))
+    name, notebooks = CARDS[day // 2], (CHAIN[-1:], OTHERS)[day % 2]
     sizes = {"n_shots": 2, "n_prompts": 2, "max_shots": 2, "effect_prompts": 2, "circuit_shots": 2}
     small = rehearse.prepare(_card(name), tmp_path / name, **sizes)
-    good, text = rehearse.run(small)
+    good, text = rehearse.run(small, notebooks)
     assert good, f"{name}: {text[-3000:]}"
-    assert len(list((tmp_path / name / "run" / "ledger").glob("*.json"))) == 6
+    written = {path.stem for path in (tmp_path / name / "run" / "ledger").glob("*.json")}
+    assert written >= set((CHAIN, OTHERS)[day % 2]), text[-3000:]
