@@ -34,6 +34,7 @@ from icl_lib.figures.style import plain_log
 from icl_lib.models import Site, load_model, load_tokenizer, mesh_of
 from icl_lib.runs import Ledger, Store, compute_dtype, devices, resolve
 from icl_lib.saes import TextCorpus, harvest, load_suite, open_text, quality_table, save_sae
+from icl_lib.saes.corpus import rewind
 from icl_lib.saes.metrics import frequency, fvu
 from icl_lib.saes.recipes import SHORT_RUN, make_recipe
 from icl_lib.saes.survey import pareto_front
@@ -79,11 +80,16 @@ model than `icl-tiny` the card names a text, of which rows of 128 tokens are tak
 
 
 # %%
+corpus = None  # the embedded model's own language
+if text != "embedded language":
+    corpus = TextCorpus(open_text(resolve(text)), tokenizer, 128, bos_id=lm.config.bos_id, name=text)
+
+
 def rows(n, seed=None):
     """Token rows on which SAEs are judged, or, with a seed, others to train on."""
-    if text == "embedded language":
+    if corpus is None:
         return held_out_corpus(lm, n) if seed is None else suite_corpus(lm, n, seed)
-    corpus = TextCorpus(open_text(resolve(text)), tokenizer, 128, bos_id=lm.config.bos_id, name=text)
+    rewind(corpus)
     if seed is not None:
         corpus.batch(max(quality_rows, rate_rows))
     return corpus.batch(n)
@@ -394,7 +400,7 @@ the text (the median latent, one in five, one in fifty), and not by how well the
 """
 
 # %%
-if text == "embedded language":
+if corpus is None:
     language, rng = Language(), random.Random(seed)
     windows = token_windows([language.text(rng, 4000)], tokenizer, 32, lm.config.bos_id)
 else:
