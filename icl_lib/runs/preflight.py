@@ -52,7 +52,7 @@ class Estimate:
     steps: list[Step]
     disk: int  # bytes that are still to be downloaded
     host: int  # bytes of activations that notebook 01 keeps in host memory
-    here: bool  # the devices are this machine's, and the figures of every step the compiler's
+    here: bool  # the devices are this machine's, and the figures of every step in which the model runs the compiler's
 
     def host_bytes(self, step: Step) -> int:
         """Host memory while a step runs: the activations that notebook 01 keeps, and on a CPU all else too."""

@@ -79,8 +79,8 @@ def resample(
     """Dead latents start again at inputs that are poorly explained; their moments at 0.
 
     A token is drawn with probability proportional to its squared loss. The decoder row points along the target less b_dec, at the
-    mean norm of living rows, and the encoder along the centred input, at `RESAMPLED_NORM` of theirs; a threshold starts anew. Not for topk and batchtopk, whose
-    auxiliary loss revives. Source: Bricken et al. (2023), "Towards Monosemanticity", Appendix.
+    mean norm of living rows, and the encoder along the centred input, at `RESAMPLED_NORM` of theirs; a threshold starts anew. Not for
+    topk and batchtopk, whose auxiliary loss revives. Source: Bricken et al. (2023), "Towards Monosemanticity", Appendix.
     """
     centre = jnp.mean(x, axis=0)
     pre = matmul(x, params.W_enc) + params.b_enc[None]
