@@ -12,7 +12,7 @@ unexport MPLBACKEND
 
 demo: $(VENV)/.installed
 	$(BIN)/snakemake --configfile $(CARD) --cores $(CORES) --rerun-incomplete --keep-going --quiet all; \
-	status=$$?; $(BIN)/python -m icl_lib.runs.report $(CARD) && exit $$status
+	status=$$?; $(BIN)/python -m icl_lib.commands.report $(CARD) && exit $$status
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(NBVAL) tests notebooks
@@ -21,7 +21,7 @@ lab: $(VENV)/.installed
 	$(BIN)/jupyter lab notebooks
 
 retrain: $(VENV)/.installed
-	$(BIN)/python -m icl_lib.tiny.retrain
+	$(BIN)/python -m icl_lib.commands.retrain
 
 # common.py and sae_peers.py are parts of the others
 bench: $(VENV)/.installed-bench
@@ -29,17 +29,17 @@ bench: $(VENV)/.installed-bench
 
 # the card on small stand-ins, offline (torch writes some SAE formats): `make rehearse CARD=gemma-2-9b`
 rehearse: $(VENV)/.installed-test
-	$(BIN)/python -m icl_lib.runs.rehearse $(CARD)
+	$(BIN)/python -m icl_lib.commands.rehearse $(CARD)
 
 rehearse-all: $(VENV)/.installed-test
-	$(BIN)/python -m icl_lib.runs.rehearse --all
+	$(BIN)/python -m icl_lib.commands.rehearse --all
 
 # what the card needs: `make preflight CARD=params/gemma-2-9b.yaml DEVICES=8xv5e`
 preflight: $(VENV)/.installed
-	$(BIN)/python -m icl_lib.runs.preflight $(CARD) --devices $(or $(DEVICES),cpu)
+	$(BIN)/python -m icl_lib.commands.preflight $(CARD) --devices $(or $(DEVICES),cpu)
 
 report: $(VENV)/.installed
-	$(BIN)/python -m icl_lib.runs.report $(CARD)
+	$(BIN)/python -m icl_lib.commands.report $(CARD)
 
 clean:
 	rm -rf runs .snakemake

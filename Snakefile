@@ -11,10 +11,11 @@ import sys
 
 import yaml
 
-from icl_lib.runs.checks import check_against_model
-from icl_lib.runs.params import CardError, all_declared, check_values, for_notebook, notebook_files, read_card
-from icl_lib.runs.paths import resolve, root, run_folder
-from icl_lib.runs.store import code_version, write_atomic
+from icl_lib.cards.checks import check_against_model
+from icl_lib.cards.card import CardError, all_declared, check_values, for_notebook, notebook_files, read_card
+from icl_lib.files.paths import resolve, root, run_folder
+from icl_lib.files.hashes import code_version
+from icl_lib.files.write import write_bytes
 
 workdir: str(root())
 
@@ -48,7 +49,7 @@ def part_of_card(name):
     path = RUN / "params" / f"{name}.yaml"
     text = yaml.safe_dump(for_notebook(CARD, NOTEBOOKS[name]))
     if not path.is_file() or path.read_text() != text:
-        write_atomic(path, text.encode())
+        write_bytes(path, text.encode())
     return path
 
 

@@ -34,7 +34,12 @@ def measure(run_dir: str) -> dict:
     traced = time.perf_counter()
     lowered.compile()
     done = time.perf_counter()
-    return {"start": imported - start, "trace_and_lower": traced - imported, "compile": done - traced, "total": done - imported}
+    return {
+        "start": imported - start,
+        "trace_and_lower": traced - imported,
+        "compile": done - traced,
+        "total": done - imported,
+    }
 
 
 def main():
@@ -49,7 +54,9 @@ def main():
     misses = []
     with tempfile.TemporaryDirectory() as folder:
         for which, bar in BARS.items():
-            run = subprocess.run([sys.executable, __file__, "--child", folder], stdout=subprocess.PIPE, text=True, check=True)
+            run = subprocess.run(
+                [sys.executable, __file__, "--child", folder], stdout=subprocess.PIPE, text=True, check=True
+            )
             seconds = {key: round(value, 2) for key, value in json.loads(run.stdout).items()}
             write_line("compile_time", model=MODEL, batch=BATCH, seq=SEQ, dtype=DTYPE, which=which, seconds=seconds)
             misses += [which] if seconds["total"] >= bar else []

@@ -137,7 +137,9 @@ def main():
     for what, run in runs.items():
         median = compare(run, args.repeats)
         rate = matmul_rate(dtype, n)
-        work = flops(config, batch, seq) - (2 * batch * seq * config.d_vocab * config.d_model if what == "residuals" else 0)
+        work = flops(config, batch, seq) - (
+            2 * batch * seq * config.d_vocab * config.d_model if what == "residuals" else 0
+        )
         ratio = median["transformers"] / median["ours"] if "transformers" in median else None
         misses |= {what: round(ratio, 2)} if args.size == "small" and ratio is not None and ratio < BAR else {}
         write_line(

@@ -34,8 +34,8 @@ def measure(name: str, layers: int, rows: int, seq: int, what: str) -> dict:
     import jax.numpy as jnp
 
     from icl_lib.models.families import abstract, known_config
-    from icl_lib.runs import workload
-    from icl_lib.runs.preflight import _shallow
+    from icl_lib.planning import workload
+    from icl_lib.planning.preflight import _shallow
 
     config = _shallow(known_config(name), layers)
     costs = workload._Costs({"saes": [], "sae_layers": [], "tasks": "paper"}, config, 1, 4)
@@ -86,7 +86,9 @@ def main() -> None:
     for case in SMALL if options.small else CASES:
         for what in ("forward", "gradient") if options.small else ("forward", "gradient", "residuals", "cleaning"):
             command = [sys.executable, __file__, "--case", json.dumps([*case, what])]
-            line = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1])
+            line = json.loads(
+                subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
+            )
             if options.small:
                 print(json.dumps(line), flush=True)
             else:

@@ -16,18 +16,18 @@ def ours(objective: str, d: int, d_sae: int, batch: int):
     import jax
 
     from icl_lib.models import Site
-    from icl_lib.saes import training
-    from icl_lib.saes.recipes import make_recipe
+    from icl_lib.training import steps
+    from icl_lib.training.recipes import make_recipe
 
     site, key = Site("resid_pre", 0), jax.random.key(0)
     recipe = make_recipe(objective, n_steps=10_000, batch_size=batch, beta1=0.9)  # the peers keep a first moment too
-    suite = training.Suite([training.Member(site, d_sae, K if recipe.top else 1e-3)], recipe, {site: d})
+    suite = steps.Suite([steps.Member(site, d_sae, K if recipe.top else 1e-3)], recipe, {site: d})
     buffer = {site: jax.random.normal(key, (4 * batch, d))}
-    state = training.init_state(suite, buffer, key=key)
+    state = steps.init_state(suite, buffer, key=key)
 
     def steps(n):
         nonlocal state
-        state, means = training.run_steps(state, buffer, n, suite)
+        state, means = steps.run_steps(state, buffer, n, suite)
         jax.block_until_ready(means)
 
     return steps
@@ -49,7 +49,9 @@ def sae_lens(objective: str, d: int, d_sae: int, batch: int):
     from sae_lens.training.sae_trainer import SAETrainer
 
     names = {"standard": "Standard", "gated": "Gated", "jumprelu": "JumpReLU", "topk": "TopK", "batchtopk": "BatchTopK"}
-    sparsity = {"topk": {"k": K}, "batchtopk": {"k": K}, "jumprelu": {"l0_coefficient": 1e-3}}.get(objective, {"l1_coefficient": 1e-3})
+    sparsity = {"topk": {"k": K}, "batchtopk": {"k": K}, "jumprelu": {"l0_coefficient": 1e-3}}.get(
+        objective, {"l1_coefficient": 1e-3}
+    )
     config = getattr(s, names[objective] + "TrainingSAEConfig")(d_in=d, d_sae=d_sae, device="cpu", **sparsity)
     sae, draw = getattr(s, names[objective] + "TrainingSAE")(config), rows(d, batch)
     settings = SAETrainerConfig(10_000 * batch, batch, lr_end=3e-5, logger=LoggingConfig(log_to_wandb=False))
@@ -72,7 +74,14 @@ def dictionary_learning(objective: str, d: int, d_sae: int, batch: int):
     }  # fmt: skip
     sparsity = {"k": K} if "topk" in objective else {}
     trainer = trainers[objective](
-        steps=10_000, activation_dim=d, dict_size=d_sae, layer=0, lm_name="none", device="cpu", decay_start=8000, **sparsity
+        steps=10_000,
+        activation_dim=d,
+        dict_size=d_sae,
+        layer=0,
+        lm_name="none",
+        device="cpu",
+        decay_start=8000,
+        **sparsity,
     )
     draw, done = rows(d, batch), itertools.count()
 

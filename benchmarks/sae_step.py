@@ -32,7 +32,12 @@ class Worker:
     def __init__(self, python: str, library: str, objective: str, shape: str, env: dict):
         command = [python, str(Path(__file__).parent / "sae_peers.py"), library, objective, shape]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | env,
         )
 
     def ready(self) -> None:
@@ -63,20 +68,32 @@ def compare(objective: str, shape: str, repeats: int, peers_python: str, preload
             workers[peer + "+avx512"] = Worker(peers_python, peer, objective, shape, preload)
     for worker in workers.values():
         worker.ready()
-    n = max(4, int(2e11 / (12 * batch * d * d_sae)))  # about a second a turn, or four steps: `train_suite` takes more at a time
+    n = max(
+        4, int(2e11 / (12 * batch * d * d_sae))
+    )  # about a second a turn, or four steps: `train_suite` takes more at a time
     times: dict[str, list] = {name: [] for name in workers}
     for _ in range(repeats):
         for name, worker in workers.items():
             times[name].append(worker.steps(n))
     for worker in workers.values():
         worker.close()
-    line = {"objective": objective, "d_model": d, "d_sae": d_sae, "batch": batch, "repeats": repeats, "avx512": bool(preload)}
+    line = {
+        "objective": objective,
+        "d_model": d,
+        "d_sae": d_sae,
+        "batch": batch,
+        "repeats": repeats,
+        "avx512": bool(preload),
+    }
     for i, clock in enumerate(("", "_cpu")):
         median = {name: statistics.median(t[i] for t in each) for name, each in times.items()}
         limit = 6 * median.pop("matmul")
         fastest = min(seconds for name, seconds in median.items() if name != "ours")
         line |= {f"{name}{clock}": round(batch / seconds, 1) for name, seconds in median.items()}
-        line |= {f"ratio{clock}": round(fastest / median["ours"], 3), f"limit_share{clock}": round(limit / median["ours"], 3)}
+        line |= {
+            f"ratio{clock}": round(fastest / median["ours"], 3),
+            f"limit_share{clock}": round(limit / median["ours"], 3),
+        }
     write_line("sae_step", **line)
 
 

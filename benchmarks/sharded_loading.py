@@ -16,7 +16,12 @@ import tempfile
 import time
 from pathlib import Path
 
-CASES = [("bfloat16", "bfloat16", 8), ("bfloat16", "float32", 8), ("float32", "bfloat16", 8), ("bfloat16", "bfloat16", 1)]
+CASES = [
+    ("bfloat16", "bfloat16", 8),
+    ("bfloat16", "float32", 8),
+    ("float32", "bfloat16", 8),
+    ("bfloat16", "bfloat16", 1),
+]
 BAR = 0.5
 
 
@@ -88,12 +93,20 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             size = write_checkpoint(Path(folder), stored)
             for _, dtype, devices in (case for case in CASES if case[0] == stored):
-                env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+                env = os.environ | {
+                    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                    "JAX_PLATFORMS": "cpu",
+                }
                 command = [sys.executable, __file__, "--child", folder, dtype]
                 run = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
                 figures = {key: round(value, 3) for key, value in json.loads(run.stdout).items()}
                 write_line(
-                    "sharded_loading", stored=stored, loaded=dtype, simulated_devices=devices, file_gb=round(size / 1e9, 3), **figures
+                    "sharded_loading",
+                    stored=stored,
+                    loaded=dtype,
+                    simulated_devices=devices,
+                    file_gb=round(size / 1e9, 3),
+                    **figures,
                 )
                 misses += [figures] if devices == 8 and figures["peak_above_arrays_gb"] >= BAR else []
     sys.exit(f"above the bar of {BAR} GB: {misses}" if misses else 0)

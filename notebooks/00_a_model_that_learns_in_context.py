@@ -34,14 +34,23 @@ import pandas as pd
 from icl_lib import figures
 from icl_lib.figures.style import heatmap
 from icl_lib.models import fetch, gate, generate, load_model, load_tokenizer
-from icl_lib.runs import Ledger, Store, compute_dtype, devices, resolve
+from icl_lib.runs import Ledger, Store, compute_dtype, devices
+from icl_lib.files.paths import resolve
 from icl_lib.tasks import (
-    Role, Task, Template, accuracy_table, answer_accuracy, answer_nll, load_tasks, make_prompts, published_accuracy, stack_prompts,
+    Role,
+    Task,
+    Template,
+    answer_accuracy,
+    answer_nll,
+    load_tasks,
+    make_prompts,
+    stack_prompts,
     token_logprobs,
-)  # fmt: skip
-from icl_lib.tiny.language import Language
-from icl_lib.tiny.pretrain import loss_fn
-from icl_lib.tiny.retrain import held_out_corpus
+)
+from icl_lib.behaviours import accuracy_table, published_accuracy
+from icl_lib.embedded.icl_tiny.language import Language
+from icl_lib.embedded.icl_tiny.pretrain import loss_fn
+from icl_lib.embedded.icl_tiny.retrain import held_out_corpus
 
 # %% tags=["parameters"]
 card: str = "tiny"  # name of the experiment card
@@ -67,7 +76,9 @@ lm = load_model(resolve(model), dtype=compute_dtype(), mesh="auto")
 tokenizer = load_tokenizer(resolve(model))
 suite, template = load_tasks(tasks), Template(prefix=prefix)
 names, groups = list(suite), [task.group for task in suite.values()]
-print(f"{lm.config.n_layers} layers, d_model {lm.config.d_model}, {lm.config.d_vocab} tokens, context of {lm.config.n_ctx}")
+print(
+    f"{lm.config.n_layers} layers, d_model {lm.config.d_model}, {lm.config.d_vocab} tokens, context of {lm.config.n_ctx}"
+)
 
 # %% [markdown]
 """
@@ -85,7 +96,13 @@ for name, task in suite.items():
         owners[x].append(name)
 rivals = {name: np.median([len(owners[x]) - 1 for x, _ in task.pairs]) for name, task in suite.items()}
 rows = [
-    {"task": t.name, "group": t.group, "pairs": len(t.pairs), "example": " → ".join(t.pairs[0]), "other tasks": int(rivals[t.name])}
+    {
+        "task": t.name,
+        "group": t.group,
+        "pairs": len(t.pairs),
+        "example": " → ".join(t.pairs[0]),
+        "other tasks": int(rivals[t.name]),
+    }
     for t in suite.values()
 ]
 figures.style_table(pd.DataFrame(rows), caption=f"{len(suite)} tasks")
@@ -109,7 +126,9 @@ notebooks ask at which roles a latent fires.
 # %%
 shown = "location_language" if "location_language" in suite else names[0]
 example = make_prompts(suite[shown], tokenizer, n_prompts=1, n_shots=4, seed=seed, template=template)
-figures.prompt_roles(tokenizer.convert_ids_to_tokens(example.tokens[0].tolist()), [Role(r) for r in example.roles[0].tolist()])
+figures.prompt_roles(
+    tokenizer.convert_ids_to_tokens(example.tokens[0].tolist()), [Role(r) for r in example.roles[0].tolist()]
+)
 plt.show()
 
 # %% [markdown]
@@ -151,13 +170,15 @@ if record.is_file():
 # %%
 if card == "tiny":
     held_out = float(eqx.filter_jit(loss_fn)(lm, jnp.asarray(held_out_corpus(lm, 128))))
-    print(f"loss on fresh rows: {held_out:.2f} nats per token; a uniform guess would be {np.log(lm.config.d_vocab):.1f}")
+    print(
+        f"loss on fresh rows: {held_out:.2f} nats per token; a uniform guess would be {np.log(lm.config.d_vocab):.1f}"
+    )
 
 # %% [markdown]
 """
 The loss falls from 10 to about 1.4 nats in 400 steps and slowly on from there, although the residual noise comes on at step 450. That
 noise, which stretches a row's residual at one layer and adds what its tokens always have, is there so that the model can take a vector added
-to it as more of the same (`icl_lib/tiny/pretrain.py`). On rows that the model has never seen the loss is 1.34, so the language is learned and
+to it as more of the same (`icl_lib/embedded/icl_tiny/pretrain.py`). On rows that the model has never seen the loss is 1.34, so the language is learned and
 not the rows. Much of what is left is chance: which input a prompt or which noun a list goes on with.
 """
 
@@ -172,7 +193,9 @@ the next cell stops.
 
 # %%
 difference = gate.check(lm, tokenizer, fetch(resolve(model)))
-print("no logits are recorded for this model" if difference is None else f"the recorded logits, within {difference:.2g}")
+print(
+    "no logits are recorded for this model" if difference is None else f"the recorded logits, within {difference:.2g}"
+)
 
 # %% [markdown]
 """
@@ -203,7 +226,9 @@ sizes = [k for k in (12, 24) if k <= max_shots] or [max_shots]
 overview = accuracy_table(lm, tokenizer, suite, n_pairs=sizes, n_prompts=n_prompts, seed=seed, template=template)
 published = published_accuracy(model)
 if published is not None:
-    overview = overview.merge(published.rename(columns=lambda c: c if c == "task" else f"{c} published"), on="task", how="left")
+    overview = overview.merge(
+        published.rename(columns=lambda c: c if c == "task" else f"{c} published"), on="task", how="left"
+    )
 store.save_table("accuracy_table", overview)
 figures.style_table(overview, caption="accuracy at all arrows of prompts of k pairs")
 
@@ -348,7 +373,9 @@ def query_scores(lm, prompts):
 # %%
 zero_shot = dict(n_prompts=4 * n_prompts, n_shots=0, seed=seed, template=template)
 _, scores = query_scores(lm, stack_prompts([make_prompts(shared(n, xs), tokenizer, **zero_shot) for _, n, xs in cells]))
-belief = np.full((len(domains), len(names)), np.nan)  # mean probability of each task's answer, NaN where it does not compete
+belief = np.full(
+    (len(domains), len(names)), np.nan
+)  # mean probability of each task's answer, NaN where it does not compete
 for (i, name, _), p in zip(cells, np.exp(-np.asarray(scores)).mean(axis=1), strict=True):
     belief[i, names.index(name)] = p
 
@@ -394,7 +421,9 @@ def any_task(task):
 def examples(kind, task, n_shots):
     """Prompts of a task with right outputs, outputs shuffled within the task, or outputs of any task."""
     if kind == "any task":
-        return make_prompts(task, tokenizer, n_shots=n_shots, **options | {"pool": any_task(task), "query_pool": "evaluation"})
+        return make_prompts(
+            task, tokenizer, n_shots=n_shots, **options | {"pool": any_task(task), "query_pool": "evaluation"}
+        )
     return make_prompts(task, tokenizer, n_shots=n_shots, corrupt=kind == "shuffled", **options)
 
 
@@ -408,7 +437,9 @@ kinds, control_shots = ["right", "shuffled", "any task"], [k for k in (0, 1, 2, 
 control = {kind: [] for kind in kinds}  # (accuracy | nll, task, shots) each
 for k in control_shots:
     batch = [examples(kind, task, k) for kind in kinds for task in suite.values()]
-    scores = np.asarray(jnp.stack(query_scores(lm, stack_prompts(batch)))).mean(axis=2).reshape(2, len(kinds), len(suite))
+    scores = (
+        np.asarray(jnp.stack(query_scores(lm, stack_prompts(batch)))).mean(axis=2).reshape(2, len(kinds), len(suite))
+    )
     for i, kind in enumerate(kinds):
         control[kind].append(scores[:, i])
 control = {kind: np.stack(scores, axis=-1) for kind, scores in control.items()}

@@ -29,18 +29,21 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from icl_lib import figures
-from icl_lib.features.examples import token_windows, top_examples
+from icl_lib.text.tokens import token_windows
+from icl_lib.features.examples import top_examples
 from icl_lib.figures.style import plain_log
 from icl_lib.models import Site, load_model, load_tokenizer, mesh_of
-from icl_lib.runs import Ledger, Store, compute_dtype, devices, resolve
-from icl_lib.saes import TextCorpus, harvest, load_suite, open_text, quality_table, save_sae
-from icl_lib.saes.corpus import rewind
-from icl_lib.saes.metrics import frequency, fvu
-from icl_lib.saes.recipes import SHORT_RUN, make_recipe
+from icl_lib.runs import Ledger, Store, compute_dtype, devices
+from icl_lib.files.paths import resolve
+from icl_lib.text import TextCorpus, open_text
+from icl_lib.saes import harvest, load_suite, quality_table, save_sae
+from icl_lib.text.corpus import rewind
+from icl_lib.saes.quality import frequency, fvu
+from icl_lib.training.recipes import SHORT_RUN, make_recipe
 from icl_lib.saes.survey import pareto_front
-from icl_lib.saes.training import Member, Suite, finish, init_state, run_steps, stop_if_bad
-from icl_lib.tiny.language import Language
-from icl_lib.tiny.retrain import held_out_corpus, suite_corpus
+from icl_lib.training.steps import Member, Suite, finish, init_state, run_steps, stop_if_bad
+from icl_lib.embedded.icl_tiny.language import Language
+from icl_lib.embedded.icl_tiny.retrain import held_out_corpus, suite_corpus
 
 # %% tags=["parameters"]
 card: str = "tiny"  # name of the experiment card
@@ -52,7 +55,11 @@ text: str = "embedded language"  # text on which SAEs are judged: the embedded m
 run_dir: str = "runs/tiny"  # where results go, from the repository root
 seed: int = 0  # seed of corpora, training and choices
 layer_executor: int = 4  # layer whose residual SAE is looked at closely
-sweep_widths: list[int] = [256, 512, 1024]  # widths of the SAEs trained in notebook 01, which 03 and 04 try as well; [] trains none
+sweep_widths: list[int] = [
+    256,
+    512,
+    1024,
+]  # widths of the SAEs trained in notebook 01, which 03 and 04 try as well; [] trains none
 sweep_sparsity: list[float] = [0.02, 0.05, 0.12, 0.3]  # their sparsity penalties, each at every width
 sweep_steps: int = 600  # their training steps
 quality_rows: int = 48  # rows of fresh text on which the model runs with each SAE in place
@@ -127,7 +134,11 @@ all parts on these SAEs, here and in notebooks 03 and 04.
 # %%
 site = Site("resid_pre", layer_executor)
 members = [Member(site, width, penalty) for width in sweep_widths for penalty in sweep_sparsity]
-short = SHORT_RUN | {"learning_rate": 3e-3, "sparsity_warmup": sweep_steps // 5, "dead_after": 100}  # published for 150,000 steps
+short = SHORT_RUN | {
+    "learning_rate": 3e-3,
+    "sparsity_warmup": sweep_steps // 5,
+    "dead_after": 100,
+}  # published for 150,000 steps
 recipe = make_recipe("icl-sfc", n_steps=sweep_steps, batch_size=512, **short)
 
 
@@ -153,7 +164,9 @@ One column a width, one line a penalty.
 
 # %%
 if members:
-    fig, panels = plt.subplots(3, len(sweep_widths), figsize=(9, 5.8), sharex=True, sharey="row", squeeze=False, layout="constrained")
+    fig, panels = plt.subplots(
+        3, len(sweep_widths), figsize=(9, 5.8), sharex=True, sharey="row", squeeze=False, layout="constrained"
+    )
     colours = plt.get_cmap("cividis")(np.linspace(0, 0.9, len(sweep_sparsity)))
     for i, member in enumerate(members):
         column, colour = sweep_widths.index(member.d_sae), colours[sweep_sparsity.index(member.sparsity)]
@@ -192,7 +205,9 @@ sae = next(iter(trained.values()), suite[site])
 f, folded = sae.encode(x), sae.fold().encode(x)
 differ = float(jnp.abs(f - folded).max() / f.max())
 flipped = float(jnp.mean((f > 0) != (folded > 0)))
-assert differ < 1e-3 and flipped < 1e-4, f"fold() changed features by {differ:.1e} of the largest, {flipped:.1e} of them on or off"
+assert differ < 1e-3 and flipped < 1e-4, (
+    f"fold() changed features by {differ:.1e} of the largest, {flipped:.1e} of them on or off"
+)
 print(f"{sae.architecture} -> {sae.fold().architecture}: equal up to rounding")
 
 # %% [markdown]
@@ -227,7 +242,18 @@ table["dense"] = [float((rates[sae.site_in] > 0.1).mean()) for sae in suite.valu
 store.save_table("sae_quality", table)
 
 # %%
-columns = ["kind", "layer", "d_sae", "l0", "fvu", "ce_recovered_zero", "ce_recovered_mean", "dead", "dense", "decoder_cosine"]
+columns = [
+    "kind",
+    "layer",
+    "d_sae",
+    "l0",
+    "fvu",
+    "ce_recovered_zero",
+    "ce_recovered_mean",
+    "dead",
+    "dense",
+    "decoder_cosine",
+]
 digits = {"l0": 1, "ce_recovered_zero": 3, "ce_recovered_mean": 3}
 figures.style_table(table[columns], caption=f"{len(suite)} SAEs on fresh rows", digits=digits, shade=["l0", "fvu"])
 
@@ -241,7 +267,9 @@ figures.sae_quality(table, recovered="ce_recovered_zero", bar=0.95)
 plt.show()
 
 # %% tags=["nbval-check-output"]
-kinds = table.groupby("kind").agg(n=("layer", "size"), l0=("l0", "mean"), worst=("ce_recovered_zero", "min"), dead=("dead", "max"))
+kinds = table.groupby("kind").agg(
+    n=("layer", "size"), l0=("l0", "mean"), worst=("ce_recovered_zero", "min"), dead=("dead", "max")
+)
 print(kinds.round({"l0": 0, "worst": 2, "dead": 2}).to_string())
 
 # %% [markdown]
@@ -257,7 +285,10 @@ if len(streams):
     print(f"residual: with the SAE at most {streams['replaced'].max():.3f} nats more")
 if len(others):
     print(f"attention and MLP from layer 2 on: without the activation at most {others['removed'].max():.3f} nats more")
-    for which, at in (("lowest", others["ce_recovered_zero"].idxmin()), ("highest", others["ce_recovered_zero"].idxmax())):
+    for which, at in (
+        ("lowest", others["ce_recovered_zero"].idxmin()),
+        ("highest", others["ce_recovered_zero"].idxmax()),
+    ):
         kind, layer, ratio, replaced = others.loc[at, ["kind", "layer", "ce_recovered_zero", "replaced"]]
         print(f"{which} CE recovered there: {ratio:.1f}, {kind} of layer {layer}, with the SAE {replaced:+.4f} nats")
 
@@ -291,19 +322,51 @@ if members:
     for folder, one in zip(sweep["folder"], trained.values(), strict=True):
         save_sae(one, store.run_dir / folder)
     store.save_table("sae_sweep", sweep, meta={"model": model, "site": str(site)})
-    shown = ["d_sae", "sparsity", "l0", "fvu", "ce_recovered_zero", "ce_recovered_mean", "dead", "dense", "decoder_cosine"]
+    shown = [
+        "d_sae",
+        "sparsity",
+        "l0",
+        "fvu",
+        "ce_recovered_zero",
+        "ce_recovered_mean",
+        "dead",
+        "dense",
+        "decoder_cosine",
+    ]
     sign = {"fvu": 1, "ce_recovered_zero": -1}  # the lower the better, and the other way round
-    fronts = {column: sweep.loc[pareto_front(sweep["l0"], s * sweep[column])].sort_values("l0") for column, s in sign.items()}
+    fronts = {
+        column: sweep.loc[pareto_front(sweep["l0"], s * sweep[column])].sort_values("l0") for column, s in sign.items()
+    }
 digits |= {"sparsity": 2}
-figures.style_table(sweep[shown], caption=f"SAEs trained here, {site}", digits=digits, shade=["l0", "fvu"]) if members else None
+figures.style_table(
+    sweep[shown], caption=f"SAEs trained here, {site}", digits=digits, shade=["l0", "fvu"]
+) if members else None
 
 # %%
 if members:
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained")
-    for ax, column, label in ((left, "fvu", "FVU (0 perfect, 1 the mean)"), (right, "ce_recovered_zero", "CE recovered, zero ablation")):
+    for ax, column, label in (
+        (left, "fvu", "FVU (0 perfect, 1 the mean)"),
+        (right, "ce_recovered_zero", "CE recovered, zero ablation"),
+    ):
         figures.width_lines(sweep, column, ax=ax)
-        ax.plot(fronts[column]["l0"], fronts[column][column], color="grey", linewidth=5, alpha=0.3, zorder=0, label="Pareto front")
-        ax.plot(own["l0"], own[column], "*", color=figures.OKABE_ITO["vermillion"], markersize=11, label=f"the suite's ({own['d_sae']})")
+        ax.plot(
+            fronts[column]["l0"],
+            fronts[column][column],
+            color="grey",
+            linewidth=5,
+            alpha=0.3,
+            zorder=0,
+            label="Pareto front",
+        )
+        ax.plot(
+            own["l0"],
+            own[column],
+            "*",
+            color=figures.OKABE_ITO["vermillion"],
+            markersize=11,
+            label=f"the suite's ({own['d_sae']})",
+        )
         ax.set_ylabel(label)
     left.legend()
     plt.show()
@@ -334,9 +397,19 @@ residual = [at for at in suite if at.name == "resid_pre"]
 fig, ax = plt.subplots(figsize=(6.4, 3))
 colours = plt.get_cmap("cividis")(np.linspace(0, 0.9, len(residual)))
 for at, colour in zip(residual, colours, strict=True):
-    ax.hist(np.log10(rates[at][rates[at] > 0]), bins=np.linspace(-5, 0, 41), histtype="step", color=colour, label=f"layer {at.layer}")
+    ax.hist(
+        np.log10(rates[at][rates[at] > 0]),
+        bins=np.linspace(-5, 0, 41),
+        histtype="step",
+        color=colour,
+        label=f"layer {at.layer}",
+    )
 ax.axvline(-1, color="black", linestyle=":", linewidth=1)
-ax.set(xlabel="log10 of the part of tokens on which a latent fires (dotted: dense)", ylabel="latents", title="residual SAEs")
+ax.set(
+    xlabel="log10 of the part of tokens on which a latent fires (dotted: dense)",
+    ylabel="latents",
+    title="residual SAEs",
+)
 ax.legend()
 plt.show()
 
@@ -374,7 +447,11 @@ for kind, part in table.groupby("kind"):
     right.plot(part["ce_recovered_zero"], part["ce_recovered_mean"], "o", color=figures.KIND_COLOURS[kind], label=kind)
 low = min(table["ce_recovered_mean"].min(), table["ce_recovered_zero"].min())
 right.plot([low, 1], [low, 1], color="black", linewidth=0.8)
-right.set(xlabel="CE recovered, zero ablation", ylabel="CE recovered, mean ablation", title="below the line: zero ablation flatters")
+right.set(
+    xlabel="CE recovered, zero ablation",
+    ylabel="CE recovered, mean ablation",
+    title="below the line: zero ablation flatters",
+)
 right.legend()
 plt.show()
 
@@ -470,11 +547,20 @@ The claims of this notebook, for the ledger of the run.
 
 # %%
 n_layers, spots = lm.config.n_layers, table[table["kind"] == "residual"]
-complete = all(set(part["layer"]) == set(range(n_layers)) for _, part in table.groupby("kind")) and table["kind"].nunique() == 3
+complete = (
+    all(set(part["layer"]) == set(range(n_layers)) for _, part in table.groupby("kind"))
+    and table["kind"].nunique() == 3
+)
 good = (spots["ce_recovered_zero"] >= 0.95) & (spots["l0"] <= 40)
 claims = [
     ("suite", 54, len(suite), "3 kinds x all layers", complete),
-    ("ce_recovered", None, spots["ce_recovered_zero"].min(), "residual SAEs: CE recovered >= 0.95 at L0 <= 40", good.all()),
+    (
+        "ce_recovered",
+        None,
+        spots["ce_recovered_zero"].min(),
+        "residual SAEs: CE recovered >= 0.95 at L0 <= 40",
+        good.all(),
+    ),
     ("largest_l0", None, spots["l0"].max(), "residual SAEs: L0 <= 40", (spots["l0"] <= 40).all()),
     ("dead", None, table["dead"].max(), "dead latents <= 10 % in every SAE", (table["dead"] <= 0.1).all()),
 ]

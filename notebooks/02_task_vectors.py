@@ -31,7 +31,8 @@ import pandas as pd
 
 from icl_lib import figures
 from icl_lib.models import Site, load_model, load_tokenizer, mesh_of
-from icl_lib.runs import Ledger, Store, compute_dtype, resolve, setup
+from icl_lib.runs import Ledger, Store, compute_dtype, setup
+from icl_lib.files.paths import resolve
 from icl_lib.saes import load_suite
 from icl_lib.tasks import Template, load_tasks, make_prompts, stack_prompts
 from icl_lib.vectors import (
@@ -65,7 +66,9 @@ setup(run_dir)
 store, ledger = Store(run_dir), Ledger(Store(run_dir), notebook="02_task_vectors")
 lm = load_model(resolve(model), dtype=compute_dtype(), mesh="auto")
 tokenizer = load_tokenizer(resolve(model))
-suite = load_suite(resolve(saes), lm.config, sae_layers, variant=sae_variant or None, sites=["resid_pre"], mesh=mesh_of(lm))
+suite = load_suite(
+    resolve(saes), lm.config, sae_layers, variant=sae_variant or None, sites=["resid_pre"], mesh=mesh_of(lm)
+)
 suite = {site: sae.fold() for site, sae in suite.items()}
 task_set, template = load_tasks(tasks), Template(prefix=prefix)
 names, groups = list(task_set), [task.group for task in task_set.values()]
@@ -84,12 +87,16 @@ third. Within a task the three share no input word. (A pair of opposites may be 
 def prompts(pool, n_shots, offset=0, **kinds):
     """Prompts of every task from one pool, stacked."""
     options = dict(n_prompts=n_prompts, seed=seed + offset, pool=pool, template=template, **kinds)
-    return stack_prompts([make_prompts(t, tokenizer, n_shots=t.shots(n_shots, list_shots), **options) for t in task_set.values()])
+    return stack_prompts(
+        [make_prompts(t, tokenizer, n_shots=t.shots(n_shots, list_shots), **options) for t in task_set.values()]
+    )
 
 
 extraction = prompts("extraction", n_shots)
 choosing, held_out = prompts("optimisation", 0, offset=1), prompts("evaluation", 0, offset=2)
-print(f"{len(names)} tasks in {len(set(groups))} groups, {n_prompts} prompts each; extraction with {n_shots} shots, the others with none")
+print(
+    f"{len(names)} tasks in {len(set(groups))} groups, {n_prompts} prompts each; extraction with {n_shots} shots, the others with none"
+)
 
 # %% [markdown]
 r"""
@@ -117,7 +124,9 @@ ax.legend()
 plt.show()
 
 # %% tags=["nbval-check-output"]
-print(f"task-specific share: {share.mean(axis=0)[1]:.2f} at layer 1, {share.mean(axis=0)[-1]:.2f} at layer {layers[-1]}")
+print(
+    f"task-specific share: {share.mean(axis=0)[1]:.2f} at layer 1, {share.mean(axis=0)[-1]:.2f} at layer {layers[-1]}"
+)
 
 # %% [markdown]
 """
@@ -143,7 +152,9 @@ elbow, the task vector works after it, and the sparse versions lose much of its 
 def sparse(code, vectors=vectors):
     """`code(sae, v)` of every task's vector (task, d) at every layer: (task, layer, d). NaN where there is no SAE."""
     rows = {site.layer: code(sae, vectors[:, site.layer]) for site, sae in suite.items()}
-    return jnp.stack([rows.get(i, jnp.full_like(next(iter(rows.values())), jnp.nan)) for i in range(lm.config.n_layers)], axis=1)
+    return jnp.stack(
+        [rows.get(i, jnp.full_like(next(iter(rows.values())), jnp.nan)) for i in range(lm.config.n_layers)], axis=1
+    )
 
 
 def ito(k):
@@ -167,7 +178,9 @@ def effect(v, where=at_held_out, zero=base):
 
 change = {method: effect(v) for method, v in methods.items()}
 by_choosing = effect(vectors, at_choosing, base_nll(lm, at_choosing)).mean(axis=0)
-best = min((site.layer for site in suite), key=lambda i: by_choosing[i])  # of those with an SAE; on other words than reported
+best = min(
+    (site.layer for site in suite), key=lambda i: by_choosing[i]
+)  # of those with an SAE; on other words than reported
 
 # %%
 figures.layer_curves(layers, change, mark=best)
@@ -217,7 +230,9 @@ redrawn = pd.DataFrame([paired(100 * i) for i in range(1, 6)])
 
 # %% tags=["nbval-check-output"]
 for method, behind in redrawn.items():
-    print(f"{method:18s} minus task vector, five draws: {behind.mean():+.3f} ± {behind.std():.3f} (sd), worse in {(behind > 0).sum()}")
+    print(
+        f"{method:18s} minus task vector, five draws: {behind.mean():+.3f} ± {behind.std():.3f} (sd), worse in {(behind > 0).sum()}"
+    )
 
 # %% [markdown]
 """
@@ -249,7 +264,9 @@ figures.style_table(table.sort_values("task vector"), caption=caption, shade=["t
 
 # %% tags=["nbval-check-output"]
 helped = change["task vector"][:, best] < 0
-print(f"the task vector lowers the loss on {helped.sum()} of {len(names)} tasks; not on: {', '.join(np.array(names)[~helped]) or 'none'}")
+print(
+    f"the task vector lowers the loss on {helped.sum()} of {len(names)} tasks; not on: {', '.join(np.array(names)[~helped]) or 'none'}"
+)
 
 # %% [markdown]
 """
@@ -319,7 +336,9 @@ plt.show()
 # %% tags=["nbval-check-output"]
 for control, values in controls.items():
     helps = (values[:, best] < 0).sum()
-    print(f"{control:22s} layer {best}: {values[:, best].mean():+.2f}, lowers the loss on {helps} of {len(names)} tasks")
+    print(
+        f"{control:22s} layer {best}: {values[:, best].mean():+.2f}, lowers the loss on {helps} of {len(names)} tasks"
+    )
 
 # %% [markdown]
 """
@@ -396,7 +415,14 @@ step = float(tv[elbow] - tv[elbow + 1]) / float(tv.max() - tv.min())
 tv_best, control = at_best["task vector"], float(controls["another task's vector"][:, best].mean())
 numbers = [
     ("task_vector_best_layer", "Fig 3a", -0.546, tv_best, "at most -0.40", tv_best <= -0.4),
-    ("elbow_share_of_range", "Fig 3a", 0.53, step, "one step between layers is at least half of the range", step >= 0.5),
+    (
+        "elbow_share_of_range",
+        "Fig 3a",
+        0.53,
+        step,
+        "one step between layers is at least half of the range",
+        step >= 0.5,
+    ),
     ("other_task_control", "Sec 2.3", None, control, "another task's vector does not help", control >= 0),
 ]
 for method, published in (("SAE reconstruction", -0.250), ("ITO(5)", -0.309), ("ITO(20)", -0.506)):
@@ -404,7 +430,14 @@ for method, published in (("SAE reconstruction", -0.250), ("ITO(5)", -0.309), ("
     numbers.append((f"{method}_best_layer", "Fig 3a", published, ours, "worse than the task vector", ours > tv_best))
 draws_behind = float((redrawn["ITO(5)"] > 0).mean())
 numbers.append(
-    ("ITO(5)_redrawn", "Fig 3a", None, draws_behind, "worse than the task vector in most of five draws of prompts", draws_behind > 0.5)
+    (
+        "ITO(5)_redrawn",
+        "Fig 3a",
+        None,
+        draws_behind,
+        "worse than the task vector in most of five draws of prompts",
+        draws_behind > 0.5,
+    )
 )
 for name, item, published, ours, criterion, holds in numbers:
     ledger.record(name, item=item, published=published, ours=ours, criterion=criterion, holds=holds)
@@ -412,7 +445,13 @@ ledger.write()
 verdicts = ledger.table().set_index("key")["holds"]
 print(verdicts.to_string())
 # claims about the embedded model. Other models only record their verdicts.
-required = ["task_vector_best_layer", "elbow_share_of_range", "SAE reconstruction_best_layer", "ITO(5)_best_layer", "other_task_control"]
+required = [
+    "task_vector_best_layer",
+    "elbow_share_of_range",
+    "SAE reconstruction_best_layer",
+    "ITO(5)_best_layer",
+    "other_task_control",
+]
 assert card != "tiny" or verdicts[required].all(), verdicts[required]
 
 # %% [markdown]

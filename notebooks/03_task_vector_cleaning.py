@@ -34,7 +34,8 @@ import pandas as pd
 from icl_lib import figures
 from icl_lib.figures.style import plain_log
 from icl_lib.models import Site, load_model, load_tokenizer, mesh_of
-from icl_lib.runs import Ledger, Store, compute_dtype, resolve, setup
+from icl_lib.runs import Ledger, Store, compute_dtype, setup
+from icl_lib.files.paths import resolve
 from icl_lib.saes import load_sae, load_suite
 from icl_lib.tasks import Template, load_tasks, make_prompts, stack_prompts
 from icl_lib.vectors import base_nll, clean, cut, inserted_nll, pursuit_path, select_l1
@@ -56,7 +57,11 @@ tvc_lr: float = 10.0  # learning rate of Adam, in units of activation per step
 tvc_patience: int = 50  # steps without a smaller L0 before it stops
 tvc_steps: int = 150  # most steps
 tvc_prompts: int = 12  # prompts per task on which a vector is cleaned
-sweep_widths: list[int] = [256, 512, 1024]  # widths of the SAEs trained in notebook 01, which 03 and 04 try as well; [] trains none
+sweep_widths: list[int] = [
+    256,
+    512,
+    1024,
+]  # widths of the SAEs trained in notebook 01, which 03 and 04 try as well; [] trains none
 
 # %%
 figures.use_style()
@@ -64,7 +69,9 @@ setup(run_dir)
 store, ledger = Store(run_dir), Ledger(Store(run_dir), notebook="03_task_vector_cleaning")
 lm = load_model(resolve(model), dtype=compute_dtype(), mesh="auto")
 tokenizer = load_tokenizer(resolve(model))
-suite = load_suite(resolve(saes), lm.config, sae_layers, variant=sae_variant or None, sites=["resid_pre"], mesh=mesh_of(lm))
+suite = load_suite(
+    resolve(saes), lm.config, sae_layers, variant=sae_variant or None, sites=["resid_pre"], mesh=mesh_of(lm)
+)
 suite = {site: sae.fold() for site, sae in suite.items()}
 task_set, template = load_tasks(tasks), Template(prefix=prefix)
 names = list(task_set)
@@ -102,7 +109,9 @@ def prompts(pool, offset, n=n_prompts):
     return stack_prompts([make_prompts(task, tokenizer, pool=pool(task), **options) for task in task_set.values()])
 
 
-fitting = prompts(lambda task: [pair for i, pair in enumerate(task.pool("optimisation")) if i % 3], offset=3, n=tvc_prompts)
+fitting = prompts(
+    lambda task: [pair for i, pair in enumerate(task.pool("optimisation")) if i % 3], offset=3, n=tvc_prompts
+)
 choosing = prompts(lambda task: task.pool("optimisation")[::3], offset=4)
 held_out = prompts(lambda task: task.pool("evaluation"), offset=5)
 
@@ -173,7 +182,9 @@ finds a plateau, then a collapse where the penalty outweighs the loss.
 zero_choose, zero_test = (np.asarray(base_nll(lm, where).mean(axis=-1)) for where in (choose_cut, test_cut))
 relative = lambda loss, zero: (loss.T / zero - 1).T  # losses (task, ...), and with nothing inserted (task,)
 fraction = np.asarray(cleaned.l0) / encoded_l0[:, None]
-figures.sweep_panels(tvc_l1, -relative(tvc_choose, zero_choose), fraction, reference=-relative(tv_choose, zero_choose).mean())
+figures.sweep_panels(
+    tvc_l1, -relative(tvc_choose, zero_choose), fraction, reference=-relative(tv_choose, zero_choose).mean()
+)
 plt.show()
 
 # %% [markdown]
@@ -199,15 +210,22 @@ rule = lambda **kind: select_l1(cleaned.l0, jnp.asarray(tvc_choose), jnp.asarray
 picks = {"TVC": rule(), "TVC, one λ": rule(shared=True)}
 shared_l1 = tvc_l1[int(picks["TVC, one λ"][0])]
 l0s = {"SAE encoding": encoded_l0} | {name: of(cleaned.l0, index) for name, index in picks.items()}
-change = {"task vector": relative(tv_test, zero_test)} | {name: relative(of(tvc_test, index), zero_test) for name, index in picks.items()}
+change = {"task vector": relative(tv_test, zero_test)} | {
+    name: relative(of(tvc_test, index), zero_test) for name, index in picks.items()
+}
 final, l0 = cleaned.take(picks["TVC"]), l0s["TVC"]
 print(
     "penalties chosen: "
-    + ", ".join(f"{n} tasks {value:g}" for value, n in zip(tvc_l1, np.bincount(picks["TVC"], minlength=len(tvc_l1)), strict=True))
+    + ", ".join(
+        f"{n} tasks {value:g}"
+        for value, n in zip(tvc_l1, np.bincount(picks["TVC"], minlength=len(tvc_l1)), strict=True)
+    )
 )
 print(f"one λ for all: {shared_l1:g}")
 for name in picks:
-    print(f"{name:10s} L0 {l0s[name].mean():4.1f} of {encoded_l0.mean():.1f}; relative loss change {change[name].mean():+.2f}")
+    print(
+        f"{name:10s} L0 {l0s[name].mean():4.1f} of {encoded_l0.mean():.1f}; relative loss change {change[name].mean():+.2f}"
+    )
 print(f"task vector: relative loss change {change['task vector'].mean():+.2f}")
 
 # %%
@@ -284,7 +302,9 @@ one = "TVC, one λ"
 wins_one = change[one] < ito_at(codes, 0.0, l0s[one])
 print(f"at equal L0 TVC beats ITO on {wins.sum()} of {len(names)} tasks, and ITO with the bias on {wins_bias.sum()}")
 print(f"with one λ TVC beats ITO at equal L0 on {wins_one.sum()}")
-print(f"mean change: TVC {change['TVC'].mean():+.2f}, ITO {ito_equal.mean():+.2f}, ITO with the bias {ito_bias_equal.mean():+.2f}")
+print(
+    f"mean change: TVC {change['TVC'].mean():+.2f}, ITO {ito_equal.mean():+.2f}, ITO with the bias {ito_bias_equal.mean():+.2f}"
+)
 print(f"not better than ITO on: {', '.join(np.array(names)[~wins]) or 'none'}")
 
 # %% [markdown]
@@ -350,7 +370,9 @@ def overlap(f, g):
     return float(np.where(union > 0, (f & g).sum(axis=-1) / np.maximum(union, 1), 1.0).mean())
 
 
-again = cut(lm, prompts(lambda task: [pair for i, pair in enumerate(task.pool("optimisation")) if i % 3], offset=6), best)
+again = cut(
+    lm, prompts(lambda task: [pair for i, pair in enumerate(task.pool("optimisation")) if i % 3], offset=6), best
+)
 runs = {"other prompts": (again, tvc_lr), "lr / 3": (fit_cut, tvc_lr / 3), "lr x 3": (fit_cut, tvc_lr * 3)}
 results = {"as above": cleaned.take(picks["TVC, one λ"])} | {
     name: clean(lm, sae, vector, where, l1=shared_l1, **(options | {"lr": lr})) for name, (where, lr) in runs.items()
@@ -390,7 +412,9 @@ dictionaries = store.load_table("sae_sweep", expect={"model": model}) if sweep_w
 
 def cleaned_in(folder):
     """Cleaning with another SAE: latents that encode and survive, their numbers and the relative loss changes, means over tasks."""
-    sae = dataclasses.replace(load_sae(store.run_dir / folder).fold(), metadata=())  # without what differs, one compilation serves a width
+    sae = dataclasses.replace(
+        load_sae(store.run_dir / folder).fold(), metadata=()
+    )  # without what differs, one compilation serves a width
     start = sae.encode(vectors_here)
     lr = 0.5 * float(start.sum() / (start > 0).sum())
     result = clean(lm, sae, vectors_here, fit_here, l1=shared_l1, **(options | {"lr": lr}))
@@ -452,14 +476,23 @@ encoded_in, survives_in = (f_start > 0).sum(axis=0), np.asarray(final.f > 0).sum
 fig, ax = plt.subplots(figsize=(4.6, 3.0))
 bins = np.arange(1, len(names) + 2) - 0.5
 ax.hist([encoded_in[encoded_in > 0], survives_in[survives_in > 0]], bins=bins, label=["SAE encoding", "TVC"])
-ax.set(xlim=(0.4, encoded_in.max() + 0.6), xlabel="tasks that have the latent", ylabel="latents", title=f"layer {best}, {len(names)} tasks")
+ax.set(
+    xlim=(0.4, encoded_in.max() + 0.6),
+    xlabel="tasks that have the latent",
+    ylabel="latents",
+    title=f"layer {best}, {len(names)} tasks",
+)
 ax.legend()
 plt.show()
 
 # %%
-show = [name for name in ("country_capital", "antonyms", "en_fr", "present_gerund", "person_language") if name in names] or names[:5]
+show = [
+    name for name in ("country_capital", "antonyms", "en_fr", "present_gerund", "person_language") if name in names
+] or names[:5]
 before = lambda t: f"{encoded_l0[t]} latents"
-after = lambda t: ", ".join(f"{i} ({f_start[t, i]:.0f} → {final.f[t, i]:.0f})" for i in np.argsort(-np.asarray(final.f[t]))[: l0[t]])
+after = lambda t: ", ".join(
+    f"{i} ({f_start[t, i]:.0f} → {final.f[t, i]:.0f})" for i in np.argsort(-np.asarray(final.f[t]))[: l0[t]]
+)
 rows = [(name, before(names.index(name)), after(names.index(name))) for name in show]
 columns = ["task", "encoding", "left: latent (activation before → after)"]
 figures.style_table(pd.DataFrame(rows, columns=columns), caption="What cleaning leaves of five task vectors")
@@ -502,12 +535,33 @@ lead = [float(at_elbow[method][elbow] - at_elbow["TVC"][elbow]) for method in ("
 numbers = [
     ("tvc_l0", "Fig 3b", 3.78, float(l0.mean()), "at most 0.3 x encoded L0", ratio <= 0.3),
     ("encoded_l0", "Fig 3b", 10.87, float(encoded_l0.mean()), "more than TVC leaves", ratio < 1),
-    ("tvc_minus_tv", "Fig 3a", -0.003, margin, "relative loss change at most 0.05 above the task vector's", margin <= 0.05),
+    (
+        "tvc_minus_tv",
+        "Fig 3a",
+        -0.003,
+        margin,
+        "relative loss change at most 0.05 above the task vector's",
+        margin <= 0.05,
+    ),
     ("tvc_nll", "Fig 3a", None, nll_tvc, f"no worse than the task vector's {nll_tv:.2f}", nll_tvc <= nll_tv),
     ("latents_removed", "Sec 3.1", "50 to 70 %", f"{100 * (1 - ratio):.0f} %", "at least half", ratio <= 0.5),
-    ("lead_at_elbow", "Fig 3a", [0.27, 0.23], lead, "at least 0.15 ahead of SAE reconstruction and ITO(20)", min(lead) >= 0.15),
+    (
+        "lead_at_elbow",
+        "Fig 3a",
+        [0.27, 0.23],
+        lead,
+        "at least 0.15 ahead of SAE reconstruction and ITO(20)",
+        min(lead) >= 0.15,
+    ),
     ("beats_ito_at_equal_l0", "App D.1", None, share, "on at least 80 % of the tasks", share >= 0.8),
-    ("beats_ito_with_bias_at_equal_l0", "App D.1", None, share_bias, "on at least 80 % of the tasks", share_bias >= 0.8),
+    (
+        "beats_ito_with_bias_at_equal_l0",
+        "App D.1",
+        None,
+        share_bias,
+        "on at least 80 % of the tasks",
+        share_bias >= 0.8,
+    ),
 ]
 if sweep_widths:
     good = (dictionaries["left"] <= 0.5 * dictionaries["encoded"]) & (dictionaries["change"] <= change_here + 0.05)

@@ -37,10 +37,11 @@ from icl_lib.features import (
 )  # fmt: skip
 from icl_lib.figures.style import heatmap
 from icl_lib.models import Site, load_model, load_tokenizer, mesh_of, run_with_cache
-from icl_lib.runs import Ledger, Store, compute_dtype, devices, resolve
+from icl_lib.runs import Ledger, Store, compute_dtype, devices
+from icl_lib.files.paths import resolve
 from icl_lib.saes import load_sae, load_suite
 from icl_lib.tasks import Role, Template, load_tasks, make_prompts, stack_prompts
-from icl_lib.tiny.retrain import held_out_corpus
+from icl_lib.embedded.icl_tiny.retrain import held_out_corpus
 from icl_lib.vectors import (
     base_nll, clean, cut, gradient_pursuit, inserted_nll, latent_directions, negative_steering, output_vector,
 )  # fmt: skip
@@ -62,8 +63,14 @@ layer_executor: int = 4  # layer (resid_pre) whose latents are tried at the arro
 layer_detector: int = 3  # layer (resid_pre) whose latents are tried at the outputs
 scale_executor: float = -1.0  # length of an executor's direction; below 0: the best of a sweep on other pairs
 scale_detector: float = -1.0  # the same for detectors
-latent_scales: list[float] = []  # lengths of which each latent takes its best, as in the paper on Gemma-2; [] takes one for all
-sweep_widths: list[int] = [256, 512, 1024]  # widths of the SAEs trained in notebook 01, which 03 and 04 try as well; [] trains none
+latent_scales: list[
+    float
+] = []  # lengths of which each latent takes its best, as in the paper on Gemma-2; [] takes one for all
+sweep_widths: list[int] = [
+    256,
+    512,
+    1024,
+]  # widths of the SAEs trained in notebook 01, which 03 and 04 try as well; [] trains none
 detector_l1: float = 3.0e-3  # L1 penalty of the cleaning of detectors, in nats per unit of activation
 detector_lr: float = 0.3  # its learning rate
 detector_patience: int = 50  # its steps without a smaller L0 before it stops
@@ -75,7 +82,9 @@ devices.setup(run_dir)
 store = Store(run_dir, params={"card": card, "model": model, "saes": saes, "tasks": tasks, "seed": seed})
 ledger = Ledger(store, "04_executors_and_detectors")
 lm, tokenizer = load_model(resolve(model), dtype=compute_dtype(), mesh="auto"), load_tokenizer(resolve(model))
-suite = load_suite(resolve(saes), lm.config, sae_layers, variant=sae_variant or None, sites=["resid_pre"], mesh=mesh_of(lm))
+suite = load_suite(
+    resolve(saes), lm.config, sae_layers, variant=sae_variant or None, sites=["resid_pre"], mesh=mesh_of(lm)
+)
 task_list, template = list(load_tasks(tasks).values()), Template(prefix=prefix)
 names, groups, n_tasks = [task.name for task in task_list], [task.group for task in task_list], len(task_list)
 sae_executor, sae_detector = (suite[Site("resid_pre", layer)].fold() for layer in (layer_executor, layer_detector))
@@ -86,7 +95,9 @@ keys = dict(zip(("executors", "detectors", "links"), jax.random.split(jax.random
 def prompts(pool, n_shots, offset, n=n_prompts, **kinds):
     """Prompts of every task from one pool of its pairs, stacked."""
     options = {"n_prompts": n, "seed": seed + offset, "pool": pool, "template": template, **kinds}
-    return stack_prompts([make_prompts(task, tokenizer, n_shots=task.shots(n_shots, list_shots), **options) for task in task_list])
+    return stack_prompts(
+        [make_prompts(task, tokenizer, n_shots=task.shots(n_shots, list_shots), **options) for task in task_list]
+    )
 
 
 def served(latents):
@@ -115,17 +126,25 @@ much shorter changes nothing, much longer breaks everything.
 # %%
 cleaned, meta = store.load("cleaned", expect={"tasks": names, "layer": layer_executor})
 survives, encoded = cleaned["f"] > 0, cleaned["encoded"] > 0
-candidates = np.flatnonzero((survives if survives.any() else encoded).any(axis=0))  # cleaning may have left nothing but the bias
-choosing, testing = (cut(lm, prompts(pool, 0, offset), layer_executor) for pool, offset in (("optimisation", 1), ("evaluation", 2)))
+candidates = np.flatnonzero(
+    (survives if survives.any() else encoded).any(axis=0)
+)  # cleaning may have left nothing but the bias
+choosing, testing = (
+    cut(lm, prompts(pool, 0, offset), layer_executor) for pool, offset in (("optimisation", 1), ("evaluation", 2))
+)
 many_shots = prompts("evaluation", n_shots, 3)
 alive = active_latents(lm, sae_executor, many_shots.tokens)
 others = random_latents(alive, 100, candidates, key=keys["executors"])
-print(f"{len(candidates)} candidates of {sae_executor.d_sae} latents; {alive.sum()} fire in the prompts, {len(others)} serve as control")
+print(
+    f"{len(candidates)} candidates of {sae_executor.d_sae} latents; {alive.sum()} fire in the prompts, {len(others)} serve as control"
+)
 
 # %%
 lengths = length_sweep(lm, sae_executor, choosing, candidates, others)
 chosen = scale_executor if scale_executor > 0 else lengths.clearest
-length_of = lambda latents: best_lengths(lm, sae_executor, choosing, latents, latent_scales) if latent_scales else chosen
+length_of = lambda latents: (
+    best_lengths(lm, sae_executor, choosing, latents, latent_scales) if latent_scales else chosen
+)
 own_length = np.broadcast_to(length_of(candidates), candidates.shape)
 curves = lambda sweep: {"best candidate": sweep.best, "random, 95th percentile": sweep.control}
 figures.scale_sweep(lengths.lengths, curves(lengths), chosen=round(chosen, 1))
@@ -135,7 +154,11 @@ plt.show()
 # %% tags=["nbval-check-output"]
 def sweep_table(sweep):
     """Means over the tasks at each length, which is in units of the residual stream's norm."""
-    columns = {"length": sweep.lengths / sweep.norm, "best": sweep.best.mean(axis=0), "random": sweep.control.mean(axis=0)}
+    columns = {
+        "length": sweep.lengths / sweep.norm,
+        "best": sweep.best.mean(axis=0),
+        "random": sweep.control.mean(axis=0),
+    }
     return pd.DataFrame(columns | {"margin": sweep.margin}).round(2).to_string(index=False)
 
 
@@ -161,7 +184,9 @@ shared columns for tasks of one family.
 
 # %%
 effect = latent_decrease(lm, sae_executor, testing, candidates, own_length)
-figures.task_latent_heatmap(effect, names, candidates, n_latents=n_tasks, what=f"latent of layer {layer_executor}, the {n_tasks} strongest")
+figures.task_latent_heatmap(
+    effect, names, candidates, n_latents=n_tasks, what=f"latent of layer {layer_executor}, the {n_tasks} strongest"
+)
 plt.show()
 
 # %% [markdown]
@@ -172,7 +197,9 @@ decrease, for all candidates.
 
 # %%
 marks = {"encoded": encoded[:, candidates], "survives": survives[:, candidates]}
-figures.task_latent_heatmap(effect, names, candidates, normalised=False, **marks, what=f"latent of layer {layer_executor}, all candidates")
+figures.task_latent_heatmap(
+    effect, names, candidates, normalised=False, **marks, what=f"latent of layer {layer_executor}, all candidates"
+)
 plt.show()
 
 # %% [markdown]
@@ -189,8 +216,12 @@ brightest = candidates[effect.argmax(axis=1)]
 alone, in_group = serves_one(brightest, names), serves_one(brightest, groups)
 translating = np.array(groups) == "translation"
 directions_shared = ~serves_one(executors[translating], np.array(names)[translating])
-print(f"{len(served(executors))} executors serve {n_tasks} tasks; mean decrease by the executor alone {own_effect.mean():.2f}")
-print(f"brightest latent of a row: brightest of no other in {alone.sum()}, of rows of one group in {in_group.sum()} of {n_tasks}")
+print(
+    f"{len(served(executors))} executors serve {n_tasks} tasks; mean decrease by the executor alone {own_effect.mean():.2f}"
+)
+print(
+    f"brightest latent of a row: brightest of no other in {alone.sum()}, of rows of one group in {in_group.sum()} of {n_tasks}"
+)
 print(f"translations that share their executor with another one: {directions_shared.sum()} of {translating.sum()}")
 print("shared:", "; ".join(f"{i} {', '.join(of)}" for i, of in served(executors).items() if len(of) > 1))
 
@@ -228,7 +259,9 @@ if passes.any():
 for i in np.flatnonzero(~passes):
     print(f"{names[i]}: {own_effect[i]:.2f} by {executors[i]}, at best {effect[i].max():.2f} by {brightest[i]}")
 low, high = np.percentile(control, [5, 95], axis=1)
-print(f"random latents: median {np.median(control):.2f}; 5th percentiles down to {low.min():.1f}, 95th up to {high.max():.2f}")
+print(
+    f"random latents: median {np.median(control):.2f}; 5th percentiles down to {low.min():.1f}, 95th up to {high.max():.2f}"
+)
 
 # %% [markdown]
 """
@@ -276,18 +309,30 @@ if sweep_widths:
     resid_few = run_with_cache(lm, shown_few, [at])[1][at]
     pairs = [directions_in(folder, survivors[folder]) for folder in dictionaries["folder"]]
     ends_found, ends_drawn = (np.cumsum([len(pair[i]) for pair in pairs])[:-1] for i in (0, 1))
-    on_choosing = np.split(loss_decrease(lm, choosing_few, jnp.concatenate([found for found, _ in pairs])), ends_found, axis=1)
-    random_few = np.split(loss_decrease(lm, testing_few, jnp.concatenate([drawn for _, drawn in pairs])), ends_drawn, axis=1)
-    picked = jnp.stack([found[scores.argmax(axis=1)] for (found, _), scores in zip(pairs, on_choosing, strict=True)], axis=1)
+    on_choosing = np.split(
+        loss_decrease(lm, choosing_few, jnp.concatenate([found for found, _ in pairs])), ends_found, axis=1
+    )
+    random_few = np.split(
+        loss_decrease(lm, testing_few, jnp.concatenate([drawn for _, drawn in pairs])), ends_drawn, axis=1
+    )
+    picked = jnp.stack(
+        [found[scores.argmax(axis=1)] for (found, _), scores in zip(pairs, on_choosing, strict=True)], axis=1
+    )
     own_few = loss_decrease(lm, testing_few, picked)
-    dictionaries["tasks"] = [int(stands_out(own, drawn).sum()) for own, drawn in zip(own_few.T, random_few, strict=True)]
+    dictionaries["tasks"] = [
+        int(stands_out(own, drawn).sum()) for own, drawn in zip(own_few.T, random_few, strict=True)
+    ]
     dictionaries["effect"] = own_few.mean(axis=0)
     dictionaries["candidates"] = [len(found) for found, _ in pairs]
 
 # %%
 if sweep_widths:
     fig, panels = plt.subplots(1, 3, figsize=(9.6, 3.1), layout="constrained")
-    titles = {"tasks": f"tasks with an executor (of {n_tasks})", "effect": "mean loss decrease by the executor", "candidates": "candidates"}
+    titles = {
+        "tasks": f"tasks with an executor (of {n_tasks})",
+        "effect": "mean loss decrease by the executor",
+        "candidates": "candidates",
+    }
     for ax, (column, label) in zip(panels, titles.items(), strict=True):
         figures.width_lines(dictionaries, column, ax=ax)
         ax.set(ylabel=label, ylim=(0, None))
@@ -298,8 +343,12 @@ if sweep_widths:
 # %% tags=["nbval-check-output"]
 if sweep_widths:
     for what, digits in {"tasks": 0, "effect": 2, "candidates": 0}.items():
-        print(f"{what}:\n{dictionaries.pivot(index='d_sae', columns='sparsity', values=what).round(digits).to_string()}")
-    print(f"{(dictionaries['tasks'] >= max(18, 0.78 * n_tasks)).sum()} of {len(dictionaries)} dictionaries reach the bar")
+        print(
+            f"{what}:\n{dictionaries.pivot(index='d_sae', columns='sparsity', values=what).round(digits).to_string()}"
+        )
+    print(
+        f"{(dictionaries['tasks'] >= max(18, 0.78 * n_tasks)).sum()} of {len(dictionaries)} dictionaries reach the bar"
+    )
 
 # %% [markdown]
 """
@@ -321,7 +370,9 @@ found this test far less specific than adding.
 # %%
 distinct = np.unique(executors)
 tried = jnp.asarray(np.append(distinct, distinct[0]))
-scales = jnp.asarray(np.append(own_length[np.searchsorted(candidates, distinct)], 0.0), jnp.float32)  # the last one adds nothing
+scales = jnp.asarray(
+    np.append(own_length[np.searchsorted(candidates, distinct)], 0.0), jnp.float32
+)  # the last one adds nothing
 _, accuracy = negative_steering(lm, sae_executor, prompts("evaluation", n_shots, 3, n=4), layer_executor, tried, scales)
 accuracy = np.asarray(accuracy).mean(axis=-1)
 lost = accuracy[:, -1:] - accuracy[:, :-1]
@@ -337,14 +388,18 @@ Rows are sorted by the executor of their task, so that own executors lie near th
 rows = np.argsort(own.argmax(axis=1), kind="stable")
 fig, ax = plt.subplots(figsize=(8, 5.4), layout="constrained")
 columns = [str(i) for i in distinct]
-heatmap(ax, lost[rows], [names[i] for i in rows], columns, colour_label="accuracy lost (fraction of arrows)", signed=True)
+heatmap(
+    ax, lost[rows], [names[i] for i in rows], columns, colour_label="accuracy lost (fraction of arrows)", signed=True
+)
 ax.set(xlabel=f"executor of layer {layer_executor} taken away at all arrows")
 plt.show()
 
 # %% tags=["nbval-check-output"]
 elsewhere = np.nanmean(np.where(own, np.nan, lost), axis=0)
 worst = [f"{distinct[i]} ({elsewhere[i]:.2f})" for i in np.argsort(-elsewhere)[:2]]
-print(f"accuracy {accuracy[:, -1].mean():.2f}; lost by a task's own executor {lost[own].mean():.2f}, by others {lost[~own].mean():.2f}")
+print(
+    f"accuracy {accuracy[:, -1].mean():.2f}; lost by a task's own executor {lost[own].mean():.2f}, by others {lost[~own].mean():.2f}"
+)
 print(f"most is lost elsewhere to {' and '.join(worst)}")
 
 # %% [markdown]
@@ -381,7 +436,9 @@ def draw_mass(kind):
 
 def mass_table(kind, caption):
     """The means in per cent beside the paper's."""
-    return figures.style_table(figures.role_mass_table(mass[kind].mass[:, 1:], roles, published[kind]), caption=caption, digits=1)
+    return figures.style_table(
+        figures.role_mass_table(mass[kind].mass[:, 1:], roles, published[kind]), caption=caption, digits=1
+    )
 
 
 draw_mass("executor")
@@ -435,7 +492,11 @@ On pairs that were not used to fit: the loss with nothing at `Y`, with the raw v
 
 # %%
 zero = base_nll(lm, held_out)
-losses = {"nothing": zero, "output vector": inserted_nll(lm, held_out, outputs), "cleaned": inserted_nll(lm, held_out, found.vector)}
+losses = {
+    "nothing": zero,
+    "output vector": inserted_nll(lm, held_out, outputs),
+    "cleaned": inserted_nll(lm, held_out, found.vector),
+}
 losses = {name: np.asarray(nll).mean(axis=-1) for name, nll in losses.items()}
 order = np.argsort(losses["cleaned"])
 fig, ax = plt.subplots(figsize=(7.5, 3.2))
@@ -449,7 +510,9 @@ plt.show()
 # %% tags=["nbval-check-output"]
 helped, l0 = losses["cleaned"] < losses["nothing"], np.asarray(found.l0)
 print(", ".join(f"{name} {loss.mean():.2f} nats" for name, loss in losses.items()))
-print(f"L0 of the cleaned output vectors {l0.mean():.1f}, {l0.min()} to {l0.max()}; they help on {helped.sum()} of {n_tasks} tasks")
+print(
+    f"L0 of the cleaned output vectors {l0.mean():.1f}, {l0.min()} to {l0.max()}; they help on {helped.sum()} of {n_tasks} tasks"
+)
 
 # %% [markdown]
 """
@@ -476,7 +539,9 @@ plt.show()
 
 # %% tags=["nbval-check-output"]
 print(sweep_table(lengths_d))
-print(f"detector scale: {chosen_d / lengths_d.norm:.2g} x the norm of the residual stream at Y; {len(detector_candidates)} candidates")
+print(
+    f"detector scale: {chosen_d / lengths_d.norm:.2g} x the norm of the residual stream at Y; {len(detector_candidates)} candidates"
+)
 
 # %% [markdown]
 """
@@ -488,7 +553,11 @@ the detector's direction. One attention step away from the answer that does litt
 # %%
 effect_d = latent_decrease(lm, sae_detector, held_out, detector_candidates, chosen_d)
 figures.task_latent_heatmap(
-    effect_d, names, detector_candidates, n_latents=n_tasks, what=f"latent of layer {layer_detector}, the {n_tasks} strongest"
+    effect_d,
+    names,
+    detector_candidates,
+    n_latents=n_tasks,
+    what=f"latent of layer {layer_detector}, the {n_tasks} strongest",
 )
 plt.show()
 
@@ -499,16 +568,28 @@ The same without normalisation, for all candidates. Red dots are the latents tha
 
 # %%
 pursued = gradient_pursuit(outputs - sae_detector.b_dec, sae_detector.W_dec, 7) > 0
-marks_d = {"encoded": np.asarray(pursued)[:, detector_candidates], "survives": np.asarray(found.f > 0)[:, detector_candidates]}
+marks_d = {
+    "encoded": np.asarray(pursued)[:, detector_candidates],
+    "survives": np.asarray(found.f > 0)[:, detector_candidates],
+}
 figures.task_latent_heatmap(
-    effect_d, names, detector_candidates, normalised=False, **marks_d, what=f"latent of layer {layer_detector}, all candidates"
+    effect_d,
+    names,
+    detector_candidates,
+    normalised=False,
+    **marks_d,
+    what=f"latent of layer {layer_detector}, all candidates",
 )
 plt.show()
 
 # %% tags=["nbval-check-output"]
-detectors = detector_candidates[latent_decrease(lm, sae_detector, fitting, detector_candidates, chosen_d).argmax(axis=1)]
+detectors = detector_candidates[
+    latent_decrease(lm, sae_detector, fitting, detector_candidates, chosen_d).argmax(axis=1)
+]
 own_effect_d = effect_d[np.arange(n_tasks), np.searchsorted(detector_candidates, detectors)]
-print(f"{len(served(detectors))} detectors serve {n_tasks} tasks; mean decrease by the detector alone {own_effect_d.mean():.2f}")
+print(
+    f"{len(served(detectors))} detectors serve {n_tasks} tasks; mean decrease by the detector alone {own_effect_d.mean():.2f}"
+)
 print("shared:", "; ".join(f"{i} {', '.join(of)}" for i, of in served(detectors).items() if len(of) > 1))
 
 # %% [markdown]
@@ -528,10 +609,14 @@ plt.show()
 
 # %% tags=["nbval-check-output"]
 passes_d = stands_out(own_effect_d, control_d)
-print(f"{passes_d.sum()} of {n_tasks} tasks have a detector; without: {', '.join(np.array(names)[~passes_d]) or 'none'}")
+print(
+    f"{passes_d.sum()} of {n_tasks} tasks have a detector; without: {', '.join(np.array(names)[~passes_d]) or 'none'}"
+)
 print("weakest:", ", ".join(f"{names[i]} {own_effect_d[i]:.2f}" for i in np.argsort(own_effect_d)[:4]))
 low_d, high_d = np.percentile(control_d, [5, 95], axis=1)
-print(f"random latents: median {np.median(control_d):.2f}; 5th percentiles down to {low_d.min():.1f}, 95th up to {high_d.max():.2f}")
+print(
+    f"random latents: median {np.median(control_d):.2f}; 5th percentiles down to {low_d.min():.1f}, 95th up to {high_d.max():.2f}"
+)
 
 # %% [markdown]
 """
@@ -651,8 +736,13 @@ def peaks(sae, latents, rows):
 
 
 in_prompts = np.asarray(many_shots.tokens).reshape(-1, many_shots.tokens.shape[-1])
-for what, sae, latents in (("executors", sae_executor, np.unique(executors)), ("detectors", sae_detector, np.unique(detectors))):
-    print(f"{what}: peak in text / peak in prompts, median {np.median(peaks(sae, latents, text) / peaks(sae, latents, in_prompts)):.2f}")
+for what, sae, latents in (
+    ("executors", sae_executor, np.unique(executors)),
+    ("detectors", sae_detector, np.unique(detectors)),
+):
+    print(
+        f"{what}: peak in text / peak in prompts, median {np.median(peaks(sae, latents, text) / peaks(sae, latents, in_prompts)):.2f}"
+    )
 
 # %% [markdown]
 """
@@ -731,7 +821,10 @@ strengths = (2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 own_share = lambda effect: float(np.nan_to_num(effect[np.arange(n_tasks), *own_pairs]).mean())
 shares = [own_share(effect) for effect in links_on("optimisation", strengths=strengths).effect]
 used = next((i for i, taken in enumerate(shares) if taken >= 0.5), len(strengths) - 1)
-print("share of a task's own executor:", ", ".join(f"{taken:.2f} at s = {s:g}" for s, taken in zip(strengths, shares, strict=True)))
+print(
+    "share of a task's own executor:",
+    ", ".join(f"{taken:.2f} at s = {s:g}" for s, taken in zip(strengths, shares, strict=True)),
+)
 print(f"used: s = {strengths[used]:g}")
 
 # %%
@@ -755,7 +848,11 @@ def link_row(effect, peak):
     """Averages over same-task cells and the others in three ways, and the undivided share."""
     row = {"own": own_share(effect)}
     row["same task"], row["other pairs"] = contrast(display_strength(effect))
-    ways = {"ratio": display_strength(effect), "ratio, filtered": display_strength(effect, peak), "ratio, plain": mean_strength(effect)}
+    ways = {
+        "ratio": display_strength(effect),
+        "ratio, filtered": display_strength(effect, peak),
+        "ratio, plain": mean_strength(effect),
+    }
     return row | {way: np.divide(*contrast(matrix)) for way, matrix in ways.items()}
 
 
@@ -764,7 +861,10 @@ random_d = random_latents(alive_d, 12, detector_candidates, key=keys["links"])
 random_links = links_on("evaluation", random_d, strengths=strengths[used : used + 1])
 random_own = float(np.nan_to_num(random_links.effect[0][np.arange(n_tasks), :, own_pairs[1]]).mean())
 table = {f"s = {s:g}": link_row(*pair) for s, *pair in zip(strengths, links.effect, links.peak, strict=True)}
-table |= {"ablated": link_row(ablated.effect[0], ablated.peak[0]), f"random, s = {strengths[used]:g}": {"own": random_own}}
+table |= {
+    "ablated": link_row(ablated.effect[0], ablated.peak[0]),
+    f"random, s = {strengths[used]:g}": {"own": random_own},
+}
 link_table = pd.DataFrame(table).T
 figures.style_table(link_table, caption="What a detector takes from executors (evaluation pairs)")
 
@@ -772,7 +872,9 @@ figures.style_table(link_table, caption="What a detector takes from executors (e
 diagonal, rest = contrast(strength)
 own_link = link_table["own"].iloc[used]
 print(f"detector to executor: same task {diagonal:.2f}, other pairs {rest:.2f}, ratio {diagonal / rest:.1f}")
-print(f"of a task's own executor {100 * own_link:.0f} % goes with its detector, {100 * random_own:.0f} % with a random latent")
+print(
+    f"of a task's own executor {100 * own_link:.0f} % goes with its detector, {100 * random_own:.0f} % with a random latent"
+)
 
 # %% [markdown]
 """
@@ -794,7 +896,13 @@ which is the bar, with it, and as a plain mean; where our strength is not the pa
 """
 
 # %%
-arrays = {"executors": executors, "detectors": detectors, "effect": own_effect, "effect_detector": own_effect_d, "links": strength}
+arrays = {
+    "executors": executors,
+    "detectors": detectors,
+    "effect": own_effect,
+    "effect_detector": own_effect_d,
+    "links": strength,
+}
 layers, scales = [layer_executor, layer_detector], [chosen, chosen_d]
 store.save("executors", arrays, meta={"model": model, "tasks": names, "layers": layers, "scales": scales})
 numbers = []  # key, item, published, ours, criterion, holds
@@ -813,19 +921,64 @@ for kind, item in (("executor", "Table 1"), ("detector", "Table 2")):
 of = lambda count, total=n_tasks: f"{int(count)} of {total}"
 nothing, raw, kept = (float(loss.mean()) for loss in losses.values())
 enough = lambda good: good.sum() >= max(18, 0.78 * n_tasks)
-bar, few_columns = "20 % less loss, beyond 95 % of random latents, on 78 % of tasks, 18 at least", "fewer latents than tasks"
+bar, few_columns = (
+    "20 % less loss, beyond 95 % of random latents, on 78 % of tasks, 18 at least",
+    "fewer latents than tasks",
+)
 took, took_elsewhere = float(lost[own].mean()), float(lost[~own].mean())
 numbers += [
     ("executors", "Fig 5", "22 of 23", of(passes.sum()), bar, enough(passes)),
-    ("candidates", "Fig 5", "43 for 23", f"{len(candidates)} for {n_tasks}", "at most two a task", len(candidates) <= 2 * n_tasks),
-    ("distinct_executors", "Fig 5", "17 for 23", f"{len(columns_e)} for {n_tasks}", few_columns, len(columns_e) < n_tasks),
+    (
+        "candidates",
+        "Fig 5",
+        "43 for 23",
+        f"{len(candidates)} for {n_tasks}",
+        "at most two a task",
+        len(candidates) <= 2 * n_tasks,
+    ),
+    (
+        "distinct_executors",
+        "Fig 5",
+        "17 for 23",
+        f"{len(columns_e)} for {n_tasks}",
+        few_columns,
+        len(columns_e) < n_tasks,
+    ),
     ("column_of_one_task", "Fig 5", "13 of 23", of(alone.sum()), "more than half of the tasks", alone.mean() > 0.5),
-    ("column_of_one_group", "Fig 5", "23 of 23", of(in_group.sum()), "more than half of the tasks", in_group.mean() > 0.5),
-    ("best_executor", "App F", 0.867, float(own_effect.max()), "loss decrease of at least 0.5", own_effect.max() >= 0.5),
-    ("negative_steering", "App F.1", None, [took, took_elsewhere], "costs its own task more accuracy than others", took > took_elsewhere),
+    (
+        "column_of_one_group",
+        "Fig 5",
+        "23 of 23",
+        of(in_group.sum()),
+        "more than half of the tasks",
+        in_group.mean() > 0.5,
+    ),
+    (
+        "best_executor",
+        "App F",
+        0.867,
+        float(own_effect.max()),
+        "loss decrease of at least 0.5",
+        own_effect.max() >= 0.5,
+    ),
+    (
+        "negative_steering",
+        "App F.1",
+        None,
+        [took, took_elsewhere],
+        "costs its own task more accuracy than others",
+        took > took_elsewhere,
+    ),
     ("executor_mass", "Table 1", 89.8, 100 * arrow_mass, "at least 75 % on arrows", arrow_mass >= 0.75),
     ("detector_mass", "Table 2", 96.76, 100 * output_mass, "at least 80 % on outputs", output_mass >= 0.8),
-    ("cleaned_detectors", "App G", None, [nothing, raw, kept], "nats: nothing, raw, cleaned; cleaned lowest", kept < min(nothing, raw)),
+    (
+        "cleaned_detectors",
+        "App G",
+        None,
+        [nothing, raw, kept],
+        "nats: nothing, raw, cleaned; cleaned lowest",
+        kept < min(nothing, raw),
+    ),
     ("raw_outputs_fail", "App G", "usually", raw - nothing, "nats; not below 0", raw >= nothing),
     ("detector_l0", "App G", "3 to 7", float(l0.mean()), "mean within 3 to 7", 3 <= l0.mean() <= 7),
     ("detectors", "Fig 7", None, of(passes_d.sum()), bar, enough(passes_d)),
@@ -833,18 +986,33 @@ numbers += [
 ]
 if translating.sum() > 1:
     sharing = of(directions_shared.sum(), translating.sum())
-    numbers.append(("shared_translations", "Fig 5", "5 of 6", sharing, "at least half of the directions", directions_shared.mean() >= 0.5))
+    numbers.append(
+        (
+            "shared_translations",
+            "Fig 5",
+            "5 of 6",
+            sharing,
+            "at least half of the directions",
+            directions_shared.mean() >= 0.5,
+        )
+    )
 
 # %%
-tried = {used: "links", strengths.index(50.0): "links_at_50"} | {used: "links"}  # the paper's strength may be the one used
+tried = {used: "links", strengths.index(50.0): "links_at_50"} | {
+    used: "links"
+}  # the paper's strength may be the one used
 matrices = {}
 for i, key in tried.items():
     matrices[key, f"s = {strengths[i]:g}"] = display_strength(links.effect[i])
-    matrices[f"{key}_filtered", f"s = {strengths[i]:g}, the paper's filter"] = display_strength(links.effect[i], links.peak[i])
+    matrices[f"{key}_filtered", f"s = {strengths[i]:g}, the paper's filter"] = display_strength(
+        links.effect[i], links.peak[i]
+    )
 matrices["links_plain_mean", f"s = {strengths[used]:g}, plain mean"] = mean_strength(links.effect[used])
 for (key, how), matrix in matrices.items():
     pair, rest = contrast(matrix)
-    numbers.append((key, "Fig 8", [0.71, 0.147], [pair, rest], f"same task at least 3 x others; {how}", pair >= 3 * rest))
+    numbers.append(
+        (key, "Fig 8", [0.71, 0.147], [pair, rest], f"same task at least 3 x others; {how}", pair >= 3 * rest)
+    )
 
 # %% tags=["nbval-check-output"]
 for key, item, theirs, ours, criterion, holds in numbers:
@@ -854,7 +1022,9 @@ verdicts = ledger.table().set_index("key")["holds"]
 print(f"{verdicts.sum()} of {len(verdicts)} criteria hold; not: {', '.join(verdicts.index[~verdicts]) or 'none'}")
 # claims about the embedded model; other models only record their verdicts
 required = ["executors", "executor_mass", "detector_mass", "links"]
-assert card != "tiny" or verdicts[required].all(), f"claims that do not hold on the embedded model: {verdicts[required]}"
+assert card != "tiny" or verdicts[required].all(), (
+    f"claims that do not hold on the embedded model: {verdicts[required]}"
+)
 
 # %% [markdown]
 """

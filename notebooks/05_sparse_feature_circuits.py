@@ -30,7 +30,8 @@ import pandas as pd
 
 from icl_lib import circuits, figures
 from icl_lib.models import load_model, load_tokenizer, mesh_of
-from icl_lib.runs import Ledger, Store, compute_dtype, devices, resolve
+from icl_lib.runs import Ledger, Store, compute_dtype, devices
+from icl_lib.files.paths import resolve
 from icl_lib.saes import load_suite
 from icl_lib.tasks import Role, Template, load_tasks, make_prompts, pair_logit, pair_logprob, stack_prompts
 
@@ -47,18 +48,24 @@ seed: int = 0  # seed of every prompt sampler
 effect_prompts: int = 24  # prompts per task from which nodes are found
 circuit_prompts: int = 8  # prompts per task on which circuits are tested
 circuit_shots: int = 8  # examples in the prompts of circuits
-circuit_list_shots: int = 8  # at most so many of them where inputs are lists of words (algo_first, algo_second, algo_last)
+circuit_list_shots: int = (
+    8  # at most so many of them where inputs are lists of words (algo_first, algo_second, algo_last)
+)
 circuit_layers: list[int] = [2, 3, 4, 5]  # layers whose latents may be ablated
 
 # %%
 figures.use_style()
 devices.setup(run_dir)
-store = Store(run_dir, params={"card": card, "model": model, "saes": saes, "tasks": tasks, "seed": seed, "layers": circuit_layers})
+store = Store(
+    run_dir, params={"card": card, "model": model, "saes": saes, "tasks": tasks, "seed": seed, "layers": circuit_layers}
+)
 ledger = Ledger(store, "05_sparse_feature_circuits")
 lm = load_model(resolve(model), dtype=compute_dtype(), mesh="auto")
 tokenizer = load_tokenizer(resolve(model))
 suite = load_suite(resolve(saes), lm.config, sae_layers, variant=sae_variant or None, mesh=mesh_of(lm))
-suite = {at: sae for at, sae in suite.items() if at.name != "resid_post"}  # behind the last block, no role can be ablated any more
+suite = {
+    at: sae for at, sae in suite.items() if at.name != "resid_post"
+}  # behind the last block, no role can be ablated any more
 task_list = list(load_tasks(tasks).values())
 names, groups = [task.name for task in task_list], np.array([task.group for task in task_list])
 
@@ -94,11 +101,15 @@ held_out = stack_prompts([draw(task, "evaluation", circuit_prompts, seed + 101) 
 effects = circuits.node_effects(lm, suite, stack_prompts(found), circuit_layers, metric=pair_logit)
 ranking = circuits.rank_nodes(effects)
 active = sum((np.asarray(table) != 0).sum(axis=(1, 2)) for table in effects.latents.values())
-n_nodes = sum(table.shape[-1] for table in effects.latents.values()) * (len(Role) - 1)  # tokens of no role have no nodes
+n_nodes = sum(table.shape[-1] for table in effects.latents.values()) * (
+    len(Role) - 1
+)  # tokens of no role have no nodes
 print(f"{len(task_list)} tasks, {len(effects.latents)} SAEs in layers {circuit_layers}: {n_nodes:,} nodes")
 
 # %%
-print(f"nodes with any effect: {np.median(active):.0f} (median over tasks); with a positive effect: {np.median(ranking.n):.0f}")
+print(
+    f"nodes with any effect: {np.median(active):.0f} (median over tasks); with a positive effect: {np.median(ranking.n):.0f}"
+)
 
 # %% [markdown]
 """
@@ -135,7 +146,11 @@ for what, tables in parts.items():
         total = np.asarray(table).reshape(len(names), len(Role), -1).sum(axis=(1, 2))  # the summed effect of a site
         size[site.layer, site.name, what] = np.abs(total).mean()
 table = pd.Series(size).unstack().rename_axis(["layer", "SAE at"]).reset_index()
-figures.style_table(table, caption="Size of the summed effect on the logit (logits, mean over tasks)", digits={"latents": 2, "errors": 2})
+figures.style_table(
+    table,
+    caption="Size of the summed effect on the logit (logits, mean over tasks)",
+    digits={"latents": 2, "errors": 2},
+)
 
 # %% [markdown]
 """
@@ -162,7 +177,9 @@ for k, (metric, source) in enumerate({pair_logit: effects, pair_logprob: plain}.
     some = pd.concat([strong, weak.sample(min(100, len(weak)), random_state=seed)])
     alone = circuits.prepare(lm, suite, stack_prompts([found[shown]]), layers=circuit_layers, metric=metric)
     exact = circuits.brute_force_effects(alone, some)
-    ax = figures.ie_scatter(some.effect, exact, some.kind, unit=("logits", "nats")[k], ax=figure.add_subplot(1, 2, k + 1))
+    ax = figures.ie_scatter(
+        some.effect, exact, some.kind, unit=("logits", "nats")[k], ax=figure.add_subplot(1, 2, k + 1)
+    )
     ax.set_title(f"{('logit', 'log-probability')[k]}: {ax.get_title(loc='left')}")
     ax.get_legend().set_visible(k == 0)
     agree[metric.__name__] = float(np.corrcoef(some.effect, exact)[0, 1])
@@ -196,8 +213,13 @@ keep, inverse = curves["keep"], curves["inverse"]
 
 # %%
 curve_key, matrix_key = jax.random.split(jax.random.key(seed))
-sizes = np.minimum(np.array(counts)[:, None], np.asarray(ranking.n))  # (count, task): no circuit is larger than what helps
-draws = [circuits.random_ranking(ranking, effects, n, key=k) for n, k in zip(sizes, jax.random.split(curve_key, len(counts)), strict=True)]
+sizes = np.minimum(
+    np.array(counts)[:, None], np.asarray(ranking.n)
+)  # (count, task): no circuit is larger than what helps
+draws = [
+    circuits.random_ranking(ranking, effects, n, key=k)
+    for n, k in zip(sizes, jax.random.split(curve_key, len(counts)), strict=True)
+]
 one_count = lambda drawn, n, mode: np.asarray(circuits.faithfulness(setting, drawn, [n], mode))
 random = {mode: np.hstack([one_count(d, n, mode) for d, n in zip(draws, counts, strict=True)]) for mode in curves}
 figures.faithfulness_panels(counts, keep, inverse, keep_control=random["keep"], ablate_control=random["inverse"])
@@ -205,12 +227,20 @@ plt.show()
 
 # %%
 found_share = np.array([drawn.count(n) / n for drawn, n in zip(draws, sizes, strict=True)])
-means = {"kept": keep, "random kept": random["keep"], "ablated": inverse, "random ablated": random["inverse"], "drawn/asked": found_share.T}
+means = {
+    "kept": keep,
+    "random kept": random["keep"],
+    "ablated": inverse,
+    "random ablated": random["inverse"],
+    "drawn/asked": found_share.T,
+}
 print(pd.DataFrame({name: values.mean(axis=0) for name, values in means.items()}, index=counts).round(2).to_string())
 
 # %% tags=["nbval-check-output"]
 print(f"m of the whole model {np.mean(setting.full):.1f} nats, with all latents ablated {np.mean(setting.empty):.1f}")
-print(f"keeping 500 nodes: {keep[:, counts.index(500)].mean():.2f}, 500 random ones: {random['keep'][:, counts.index(500)].mean():.2f}")
+print(
+    f"keeping 500 nodes: {keep[:, counts.index(500)].mean():.2f}, 500 random ones: {random['keep'][:, counts.index(500)].mean():.2f}"
+)
 print(f"ablating 100 nodes leaves {inverse[:, counts.index(100)].mean():.2f}")
 
 # %% [markdown]
@@ -270,7 +300,12 @@ control = np.asarray(circuits.faithfulness(setting, drawn, [int(halved.max())], 
 own, off_diagonal = np.diag(change), ~np.eye(len(names), dtype=bool)
 same_group = off_diagonal & (groups[:, None] == groups[None, :])
 unrelated = off_diagonal & ~same_group
-rows = {"own task": own, "same group": change[same_group], "other groups": change[unrelated], "all others": change[off_diagonal]}
+rows = {
+    "own task": own,
+    "same group": change[same_group],
+    "other groups": change[unrelated],
+    "all others": change[off_diagonal],
+}
 rows["random nodes, own task"] = control
 
 # %% tags=["nbval-check-output"]
@@ -282,8 +317,12 @@ print(summary.to_string())
 # %% tags=["nbval-check-output"]
 least = float((n_drawn / halved).min())
 below = lambda ranks: np.asarray(ranks) < halved[:, None, None]
-mass = lambda order: sum((np.asarray(effects.means[site]) * below(order.rank[site])).sum(axis=(1, 2)) for site in effects.means)
-print(f"random nodes drawn: median {np.median(n_drawn):.0f} for circuits of {np.median(halved):.0f}; the smallest share is {least:.2f}")
+mass = lambda order: sum(
+    (np.asarray(effects.means[site]) * below(order.rank[site])).sum(axis=(1, 2)) for site in effects.means
+)
+print(
+    f"random nodes drawn: median {np.median(n_drawn):.0f} for circuits of {np.median(halved):.0f}; the smallest share is {least:.2f}"
+)
 print(f"their summed mean activation is {100 * np.median(mass(drawn) / mass(ranking)):.0f} % of the circuit's (median)")
 
 # %% [markdown]
@@ -312,7 +351,9 @@ print(
 )
 
 # %% tags=["nbval-check-output"]
-ablated, tested = (pd.Series(groups[i], name=name) for i, name in zip(np.nonzero(strong), ("ablated", "tested"), strict=True))
+ablated, tested = (
+    pd.Series(groups[i], name=name) for i, name in zip(np.nonzero(strong), ("ablated", "tested"), strict=True)
+)
 print(pd.crosstab(ablated, tested).to_string())
 
 # %% [markdown]
@@ -350,7 +391,10 @@ plt.show()
 
 # %% tags=["nbval-check-output"]
 at = counts.index(200)
-print("lost by ablating 200 nodes (nats): " + ", ".join(f"{name} {values[:, at].mean():.1f}" for name, values in lost.items()))
+print(
+    "lost by ablating 200 nodes (nats): "
+    + ", ".join(f"{name} {values[:, at].mean():.1f}" for name, values in lost.items())
+)
 
 # %% [markdown]
 """
@@ -429,9 +473,13 @@ the one with the target of one half. First the circuits and the matrix.
 """
 
 # %%
-halves = [circuits.Circuit.from_effects(effects.task(i), n=int(n)).nodes.assign(task=names[i]) for i, n in enumerate(halved)]
+halves = [
+    circuits.Circuit.from_effects(effects.task(i), n=int(n)).nodes.assign(task=names[i]) for i, n in enumerate(halved)
+]
 store.save_table("circuits", pd.concat(halves), meta={"model": model, "tasks": tasks, "layers": circuit_layers})
-store.save("circuit_ablation", {"change": change, "halved": halved, "keep": keep, "inverse": inverse}, meta={"tasks": names})
+store.save(
+    "circuit_ablation", {"change": change, "halved": halved, "keep": keep, "inverse": inverse}, meta={"tasks": names}
+)
 
 # %%
 own_mean, spared = float(own.mean()), float(change[off_diagonal].mean())
@@ -474,15 +522,33 @@ logit. Blocks and points of the curve follow.
 # %%
 fall, r = int(np.isfinite(half_logprob).sum()), agree["pair_logprob"]
 numbers += [
-    ("logprob_tasks_fall", "Sec 4.2", None, fall, "ranked by log-probability, all tasks fall below 0.5", fall == len(names)),
-    ("logprob_nodes_to_halve", "Sec 4.2", 195, np.median(half_logprob), "median of at most 300 nodes", np.median(half_logprob) <= 300),
+    (
+        "logprob_tasks_fall",
+        "Sec 4.2",
+        None,
+        fall,
+        "ranked by log-probability, all tasks fall below 0.5",
+        fall == len(names),
+    ),
+    (
+        "logprob_nodes_to_halve",
+        "Sec 4.2",
+        195,
+        np.median(half_logprob),
+        "median of at most 300 nodes",
+        np.median(half_logprob) <= 300,
+    ),
     ("logprob_estimates", "App E", None, r, "r >= 0.7", r >= 0.7),
 ]
 for side, published in (("en_*", -0.25), ("*_en", -0.31)):
     if side in spill:
-        numbers.append((f"block_{side}", "Fig 6", published, spill[side], "below -0.1 without its diagonal", spill[side] < -0.1))
+        numbers.append(
+            (f"block_{side}", "Fig 6", published, spill[side], "below -0.1 without its diagonal", spill[side] < -0.1)
+        )
 for n, published in ((50, 0.32), (100, 0.42), (200, 0.50), (1000, 0.67)):
-    numbers.append((f"keep_{n}", "App", published, kept[n], "within 0.1 of the published", abs(kept[n] - published) <= 0.1))
+    numbers.append(
+        (f"keep_{n}", "App", published, kept[n], "within 0.1 of the published", abs(kept[n] - published) <= 0.1)
+    )
 numbers.append(("keep_500", "App", 0.61, kept[500], "mean at least 0.5", kept[500] >= 0.5))
 for key, item, published, ours, criterion, holds in numbers:
     ledger.record(key, item=item, published=published, ours=ours, criterion=criterion, holds=holds)

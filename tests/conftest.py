@@ -7,7 +7,9 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)  # arrays are small here, and most of the time goes into compiling
+jax.config.update(
+    "jax_disable_most_optimizations", True
+)  # arrays are small here, and most of the time goes into compiling
 
 
 @pytest.fixture(scope="module", autouse=True)

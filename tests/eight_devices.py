@@ -29,7 +29,11 @@ from icl_lib.models.sites import LAYER_SITES, compose, record
 
 MESHES = [(1, 8), (2, 4), (8, 1)]
 KV_HEADS = {"gemma": 1, "gemma2": 4, "phi3": 8, "gpt_neox": 8, "qwen2": 2, "llama": 4}  # of 8 heads
-SITES = [Site(name, layer) for name in LAYER_SITES for layer in range(2)] + [Site("embed"), Site("final_norm"), Site("logits")]
+SITES = [Site(name, layer) for name in LAYER_SITES for layer in range(2)] + [
+    Site("embed"),
+    Site("final_norm"),
+    Site("logits"),
+]
 TOKENS = np.random.default_rng(0).integers(0, 40, (8, 12))
 
 
@@ -44,7 +48,9 @@ def model_of(family):
     model = Transformer.init(config_of(family), key=jax.random.key(1))
     leaves, tree = jax.tree.flatten(model)
     keys = jax.random.split(jax.random.key(2), len(leaves))
-    return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(
+        tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
 
 
 @eqx.filter_jit
@@ -70,7 +76,11 @@ def unsharded(family):
 
 @pytest.mark.parametrize(
     ("family", "shape"),
-    [*(("gemma", shape) for shape in MESHES), ("gemma2", (1, 8)), *((family, (2, 4)) for family in FAMILIES if family != "gemma")],
+    [
+        *(("gemma", shape) for shape in MESHES),
+        ("gemma2", (1, 8)),
+        *((family, (2, 4)) for family in FAMILIES if family != "gemma"),
+    ],
 )
 def test_logits_sites_and_gradients_are_those_of_one_device(family, shape):
     mesh = make_mesh(*shape)
@@ -88,7 +98,11 @@ def test_no_weight_is_gathered():
     """What the devices exchange are the sums behind the embedding and behind each branch, and nothing else."""
     mesh = make_mesh()
     run = eqx.filter_jit(lambda model, tokens: model(tokens))
-    program = run.lower(shard_model(model_of("gemma"), mesh), shard_batch(jnp.asarray(TOKENS), mesh)).compile().compiled.as_text()
+    program = (
+        run.lower(shard_model(model_of("gemma"), mesh), shard_batch(jnp.asarray(TOKENS), mesh))
+        .compile()
+        .compiled.as_text()
+    )
     assert program.count(" all-reduce(") == 1 + 2 * 2
     assert not any(word in program for word in ("all-gather", "all-to-all", "collective-permute"))
 
@@ -114,7 +128,9 @@ def test_every_device_holds_its_share_of_each_weight():
         (shape,) = {shard.data.shape for shard in x.addressable_shards}
         return shape
 
-    model = shard_model(model_of("gemma"), make_mesh(data=2))  # 4 devices to a model of 8 heads of 8, d_mlp 64, 40 words
+    model = shard_model(
+        model_of("gemma"), make_mesh(data=2)
+    )  # 4 devices to a model of 8 heads of 8, d_mlp 64, 40 words
     attn, mlp = model.blocks[0].attn, model.blocks[0].mlp
     assert shards(model.embed) == (10, 16)
     assert (shards(attn.q), shards(attn.o)) == ((16, 16), (16, 16))
@@ -141,13 +157,18 @@ def test_a_vocabulary_that_does_not_divide_is_kept_whole():
     assert shardings(config, mesh).embed.spec == shardings(config, mesh).unembed.spec == P()
     model = Transformer.init(config, key=jax.random.key(0))
     tokens = jnp.asarray(TOKENS)
-    np.testing.assert_allclose(run_with_cache(shard_model(model, mesh), tokens, [])[0], model(tokens), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        run_with_cache(shard_model(model, mesh), tokens, [])[0], model(tokens), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"n_heads": 6, "n_kv_heads": 1}, r"'model' axis of 8 devices does not divide n_heads = 6 .* 1, 2 would do: give the others"),
+        (
+            {"n_heads": 6, "n_kv_heads": 1},
+            r"'model' axis of 8 devices does not divide n_heads = 6 .* 1, 2 would do: give the others",
+        ),
         ({"d_mlp": 68}, "d_mlp = 68 "),
         ({"n_heads": 24, "n_kv_heads": 3}, "n_kv_heads = 3 .*1, 2, 4 would do|n_kv_heads = 3"),
         ({"n_heads": 6, "n_kv_heads": 6, "d_mlp": 68}, "n_heads = 6 and d_mlp = 68 and n_kv_heads = 6"),
@@ -163,7 +184,8 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_before_reading(overrid
 
 
 @pytest.mark.parametrize(
-    ("sizes", "message"), [((3,), "data = 3 does not make up 8 cpu"), ((2, 2), "data x model = 2 x 2"), ((0,), "data = 0")]
+    ("sizes", "message"),
+    [((3,), "data = 3 does not make up 8 cpu"), ((2, 2), "data x model = 2 x 2"), ((0,), "data = 0")],
 )
 def test_a_mesh_uses_every_device(sizes, message):
     with pytest.raises(ValueError, match=message):

@@ -50,7 +50,9 @@ ledger.record("mean", item="-", published=None, ours=mean, criterion="-", holds=
 ledger.write()
 save_model(lm, own + "/model", dtype="float32")  # put together from both
 gate.record(lm, lambda prompt: {"input_ids": [1, 2, 3]}, own + "/model")
-weights = {name: jnp.ones(shape) for name, shape in (("W_enc", (16, 8)), ("b_enc", (8,)), ("W_dec", (8, 16)), ("b_dec", (16,)))}
+weights = {
+    name: jnp.ones(shape) for name, shape in (("W_enc", (16, 8)), ("b_enc", (8,)), ("W_dec", (8, 16)), ("b_dec", (16,)))
+}
 sae = SAE(**weights, site_in=Site("resid_pre", 1), site_out=Site("resid_pre", 1), architecture="standard")
 save_suite({sae.site_in: shard_sae(sae, mesh)}, own + "/saes")
 print("writer" if devices.is_writer() else "reader", jax.process_index(), len(jax.local_devices()))

@@ -55,7 +55,14 @@ AT = Directions()
 def _embed() -> np.ndarray:
     """What each token puts into the residual stream; the model multiplies its embedding by sqrt(d_model)."""
     rows = np.zeros((D_VOCAB, D_MODEL), np.float32)
-    for token, at in ((BOS, AT.bos), (ARROW, AT.const), (NEWLINE, AT.newline), (X, AT.dummy[0]), (Y, AT.dummy[1]), (FILLER, AT.filler)):
+    for token, at in (
+        (BOS, AT.bos),
+        (ARROW, AT.const),
+        (NEWLINE, AT.newline),
+        (X, AT.dummy[0]),
+        (Y, AT.dummy[1]),
+        (FILLER, AT.filler),
+    ):
         rows[token, at] = 1.0
     for i in range(N_INPUTS):
         rows[INPUT + i, AT.inp[i]] = 1.0
@@ -141,7 +148,15 @@ def planted_task(t: int) -> Task:
 def planted_prompts(t: int, n_prompts: int, n_shots: int, *, seed: int = 0, dummy: bool = False, **options) -> Prompts:
     """Prompts of task t; `options` go to `make_prompts`."""
     template = Template(prefix="", dummy=("X", "Y") if dummy else None)
-    return make_prompts(planted_task(t), planted_tokenizer(), n_prompts=n_prompts, n_shots=n_shots, seed=seed, template=template, **options)
+    return make_prompts(
+        planted_task(t),
+        planted_tokenizer(),
+        n_prompts=n_prompts,
+        n_shots=n_shots,
+        seed=seed,
+        template=template,
+        **options,
+    )
 
 
 def planted_stack(n_prompts: int, n_shots: int, **options) -> Prompts:

@@ -3,7 +3,9 @@
 import os
 
 # Compiled to run once, and each device on its own thread: with Eigen's threads too, eight devices on two cores can wait for each other for good.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false"
+)
 
 import functools
 import tempfile
@@ -14,10 +16,10 @@ import numpy as np
 
 from icl_lib.models import Site, Transformer, tiny_config
 from icl_lib.models.sharding import make_mesh, shard_model
-from icl_lib.saes import train_suite, training
-from icl_lib.saes.buffer import ActivationBuffer, _refill
-from icl_lib.saes.recipes import make_recipe
-from icl_lib.saes.training import Member, Suite, finish, init_state, run_steps
+from icl_lib.training import steps, train_suite
+from icl_lib.training.buffer import ActivationBuffer, _refill
+from icl_lib.training.recipes import make_recipe
+from icl_lib.training.steps import Member, Suite, finish, init_state, run_steps
 
 MESH = jax.make_mesh((8,), ("sae",), axis_types=(jax.sharding.AxisType.Auto,))
 SITES = [Site("resid_pre", layer) for layer in range(8)]
@@ -28,7 +30,10 @@ def check(objective: str, level: float, shard: str, transcoder: bool = False, **
     """Three steps, with dead latents, sharded and not; transcoders are 16 wide in and 12 out."""
     sites = [MLP[0]] if transcoder else SITES if shard == "sae" else SITES[:1]
     recipe = make_recipe(objective, **(dict(n_steps=100, batch_size=32, learning_rate=1e-3, dead_after=1) | changes))
-    members, widths = [Member(site, 32, level) for site in sites], dict.fromkeys(sites, 16) | ({MLP[1]: 12} if transcoder else {})
+    members, widths = (
+        [Member(site, 32, level) for site in sites],
+        dict.fromkeys(sites, 16) | ({MLP[1]: 12} if transcoder else {}),
+    )
     buffer = {site: jax.random.normal(jax.random.key(i), (200, d)) for i, (site, d) in enumerate(widths.items())}
     results = []
     for mesh in (None, MESH):
@@ -55,10 +60,10 @@ def check_start() -> None:
     recipe = make_recipe("icl-sfc", n_steps=10, batch_size=64)
     suite = Suite([Member(site, 2048, 0.1) for site in SITES], recipe, dict.fromkeys(SITES, 64), MESH, "latent")
     buffer = {site: jax.ShapeDtypeStruct((500, 64), jnp.float32) for site in SITES}
-    start, key = functools.partial(training._start, suite=suite, groups=(0,)), jax.random.key(0)
-    places = training.shardings(suite, jax.eval_shape(start, buffer, key))
+    start, key = functools.partial(steps._start, suite=suite, groups=(0,)), jax.random.key(0)
+    places = steps.shardings(suite, jax.eval_shape(start, buffer, key))
     memory = jax.jit(start, out_shardings=places).lower(buffer, key).compile().memory_analysis()
-    sample, stack = 8 * training._SAMPLE * 64 * 4, 8 * 2048 * 64 * 4
+    sample, stack = 8 * steps._SAMPLE * 64 * 4, 8 * 2048 * 64 * 4
     assert memory.temp_size_in_bytes - sample < stack / 2, memory
     print("start latent", flush=True)
 
@@ -103,7 +108,9 @@ def check_job() -> None:
     saes = []
     for mesh, placed in ((None, model), (MESH, shard_model(model, make_mesh(data=8)))):
         with tempfile.TemporaryDirectory() as folder:
-            settings = dict(contexts=8, passes=2, steps_per_pass=2, save_every=2, held_out=3, mesh=mesh, shard="latent", log=None)
+            settings = dict(
+                contexts=8, passes=2, steps_per_pass=2, save_every=2, held_out=3, mesh=mesh, shard="latent", log=None
+            )
             saes.append(train_suite(placed, Rows(), [member], recipe, folder, **settings)[member])
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
         np.testing.assert_allclose(getattr(saes[0], name), getattr(saes[1], name), atol=1e-4)

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from icl_lib.behaviours import accuracy_table, published_accuracy
+from icl_lib.behaviours.accuracy import _same_start
+from icl_lib.files.paths import root
 from icl_lib.models import load_model, load_tokenizer
-from icl_lib.runs.paths import root
-from icl_lib.tasks import Role, Task, accuracy_table, load_tasks, make_prompts, published_accuracy
-from icl_lib.tasks.accuracy import _same_start
+from icl_lib.tasks import Role, Task, load_tasks, make_prompts
 from tests.tokenizer_files import tokenizer
 
 TASKS = {name: load_tasks("embedded")[name] for name in ("country_capital", "en_fr", "next_item")}
@@ -27,7 +28,9 @@ def embedded():
 def test_table_against_a_loop(embedded):
     model, words = embedded
     table = accuracy_table(model, words, TASKS, n_pairs=(3, 12), n_prompts=4, seed=1)
-    assert list(table.columns) == ["task", "group", "pairs", "acc@3", "acc@12"] and table["task"].tolist() == list(TASKS)
+    assert list(table.columns) == ["task", "group", "pairs", "acc@3", "acc@12"] and table["task"].tolist() == list(
+        TASKS
+    )
     forward = eqx.filter_jit(lambda model, tokens: model(tokens))
     for (name, task), k in itertools.product(TASKS.items(), (3, 12)):
         prompts = make_prompts(task, words, n_prompts=4, n_shots=k - 1, seed=1)
@@ -69,7 +72,9 @@ def test_a_constant_guess_is_as_good_as_its_frequency_at_all_arrows():
     words = tokenizer("icl_tiny")
     task = load_tasks("embedded")["noun_category"]
     word = task.pairs[0][1]
-    model = Constant(jnp.asarray(words.convert_tokens_to_ids(word)), types.SimpleNamespace(d_vocab=len(words), n_ctx=200))
+    model = Constant(
+        jnp.asarray(words.convert_tokens_to_ids(word)), types.SimpleNamespace(d_vocab=len(words), n_ctx=200)
+    )
     found = accuracy_table(model, words, {"t": task}, n_pairs=(20,), n_prompts=30)["acc@20"][0]
     texts = make_prompts(task, words, n_prompts=30, n_shots=19, seed=0).texts
     outputs = [line.split(" -> ")[1] for text in texts for line in text.split("\n")[1:]]
@@ -82,7 +87,10 @@ def test_too_few_pairs_and_too_long_prompts(embedded):
     few = Task("few", TASKS["en_fr"].pairs[:8], "", "test")
     table = accuracy_table(model, words, {"few": few, "en_fr": TASKS["en_fr"]}, n_pairs=(3, 12), n_prompts=2)
     assert table["acc@12"].isna().tolist() == [True, False] and not table["acc@3"].isna().any()
-    with pytest.raises(ValueError, match=r"40 pairs of task 'country_capital' have up to \d+ tokens, more than the model's context of 80"):
+    with pytest.raises(
+        ValueError,
+        match=r"40 pairs of task 'country_capital' have up to \d+ tokens, more than the model's context of 80",
+    ):
         accuracy_table(model, words, TASKS, n_pairs=(40,), n_prompts=2)
 
 

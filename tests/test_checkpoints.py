@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from icl_lib.saes.checkpoints import CheckpointError, Checkpoints, abstract_like
+from icl_lib.training.checkpoints import CheckpointError, Checkpoints, abstract_like
 
 STATE = {"w": jax.random.normal(jax.random.key(1), (5_000,))}
 
@@ -40,7 +40,9 @@ def test_a_damaged_checkpoint_is_named(damaged, tmp_path):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(CheckpointError, match=f"could not read step 2 of {re.escape(str(tmp_path))}: ") as caught:
         read(tmp_path)
-    assert f"delete the folder {last} and start again with the same settings: the job goes on from step 1" in str(caught.value)
+    assert f"delete the folder {last} and start again with the same settings: the job goes on from step 1" in str(
+        caught.value
+    )
     assert "disk" not in str(caught.value) and last.is_dir()
     shutil.rmtree(last)
     step, arrays, data = read(tmp_path)

@@ -7,10 +7,11 @@ import sys
 import pytest
 import yaml
 
+from icl_lib.cards.card import CardError
+from icl_lib.cards.checks import check_against_model, config_of
+from icl_lib.commands.check import main
+from icl_lib.files.paths import root
 from icl_lib.models import tiny_config
-from icl_lib.runs import root
-from icl_lib.runs.checks import check_against_model, config_of
-from icl_lib.runs.params import CardError, main
 
 TINY = root() / "params" / "tiny.yaml"
 
@@ -28,16 +29,31 @@ def card(tmp_path):
 
 
 BAD = [
-    ({"layer_detector": 9}, ["`layer_detector` names layer 9, but assets/icl-tiny has the layers 0 to 5", "must be below"]),
+    (
+        {"layer_detector": 9},
+        ["`layer_detector` names layer 9, but assets/icl-tiny has the layers 0 to 5", "must be below"],
+    ),
     ({"layer_executor": 6}, ["`layer_executor` names layer 6"]),
     ({"sae_layers": [0, 17]}, ["`sae_layers` names layer 17"]),
     ({"circuit_layers": [2, 6, 7]}, ["`circuit_layers` names layer 6", "names layer 7"]),
     ({"layer_detector": 4}, ["`layer_detector` (4) must be below `layer_executor` (4)"]),
-    ({"max_shots": 20}, ["`max_shots`: 20 examples are at least 84 tokens, and the context of assets/icl-tiny has 80: at most 19"]),
-    ({"tasks": "embeded"}, ["no source 'embeded'; did you mean 'embedded'?", "embedded, paper, function_vectors, or a folder"]),
-    ({"saes": ["a/b/l{layer:0-2}"], "sae_layers": [3, 4]}, ["`saes`: a/b/l{layer:0-2} is of none of the `sae_layers` [3, 4]"]),
+    (
+        {"max_shots": 20},
+        ["`max_shots`: 20 examples are at least 84 tokens, and the context of assets/icl-tiny has 80: at most 19"],
+    ),
+    (
+        {"tasks": "embeded"},
+        ["no source 'embeded'; did you mean 'embedded'?", "embedded, paper, function_vectors, or a folder"],
+    ),
+    (
+        {"saes": ["a/b/l{layer:0-2}"], "sae_layers": [3, 4]},
+        ["`saes`: a/b/l{layer:0-2} is of none of the `sae_layers` [3, 4]"],
+    ),
     ({"saes": ["a/b/l{layer:3}"]}, ["`saes`: 'a/b/l{layer:3}': layers are written {layer}, or {layer:0-16}"]),
-    ({"model": "google/gemma-2b", "layer_executor": 18}, ["`layer_executor` names layer 18, but google/gemma-2b has the layers 0 to 17"]),
+    (
+        {"model": "google/gemma-2b", "layer_executor": 18},
+        ["`layer_executor` names layer 18, but google/gemma-2b has the layers 0 to 17"],
+    ),
 ]
 
 
@@ -75,7 +91,9 @@ def test_snakemake_stops_at_such_a_card_before_anything_runs(card, tmp_path):
     cards = {"layer 9": card("a", layer_detector=9), "no source 'embeded'": card("b", tasks="embeded")}
     command = [sys.executable, "-m", "snakemake", "--nolock", "--cores", "1", "--configfile"]
     runs = {
-        words: subprocess.Popen([*command, path], cwd=root(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        words: subprocess.Popen(
+            [*command, path], cwd=root(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         for words, path in cards.items()
     }
     for words, run in runs.items():

@@ -42,7 +42,9 @@ def make(seed: int, batch: int = 3) -> Prompts:
     tokens = np.random.default_rng(seed).integers(3, 40, (batch, len(roles)))
     rows = lambda a: jnp.asarray(np.tile(a, (batch, 1)), jnp.int32)
     answer = jnp.asarray(np.tile((index == 2) & (roles == Y), (batch, 1)))
-    return Prompts(jnp.asarray(tokens, jnp.int32), rows(roles), rows(index), answer, 2, Template(), 0, _Label((), f"task {seed}"))
+    return Prompts(
+        jnp.asarray(tokens, jnp.int32), rows(roles), rows(index), answer, 2, Template(), 0, _Label((), f"task {seed}")
+    )
 
 
 def make_sae(key, site, out, d=16, d_sae=24) -> SAE:
@@ -147,7 +149,10 @@ def test_mean_patch_compares_with_the_mean_over_the_role(world, effects, clean):
     mean = node_effects(model, suite, prompts, LAYERS, patch="mean")
     one = first_task(prompts)
     site, here = Site("mlp_in", 2), np.asarray(node_roles(one)) == A
-    f, g = np.asarray(suite[site].encode(clean.reads[site])), np.asarray(clean.grads[site]) @ np.asarray(suite[site].W_dec).T
+    f, g = (
+        np.asarray(suite[site].encode(clean.reads[site])),
+        np.asarray(clean.grads[site]) @ np.asarray(suite[site].W_dec).T,
+    )
     expected = (g[here] * (f[here] - f[here].mean(axis=0))).sum(axis=0)
     np.testing.assert_allclose(mean.latents[site][0, A], expected, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(effects.means[site][0, A], f[here].mean(axis=0), rtol=1e-5, atol=1e-6)
@@ -203,7 +208,9 @@ def test_spliced_pass_equals_masks_made_by_hand(world, effects, setting):
 
 def test_ranking_orders_positive_effects_and_compact_keeps_the_first(effects):
     ranking = rank_nodes(effects)
-    values, ranks = (np.concatenate([np.asarray(t[1]).ravel() for t in d.values()]) for d in (effects.latents, ranking.rank))
+    values, ranks = (
+        np.concatenate([np.asarray(t[1]).ravel() for t in d.values()]) for d in (effects.latents, ranking.rank)
+    )
     assert (ranks < UNRANKED).sum() == (values > 0).sum() == int(ranking.n[1])
     ordered = values[np.argsort(ranks)][: int(ranking.n[1])]
     assert (np.diff(ordered) <= 0).all()
@@ -241,13 +248,21 @@ def test_empty_ranks_of_a_control_are_passed_over(effects, setting, getkey):
     ranking, n = rank_nodes(effects), jnp.full(3, 120, jnp.int32)
     control = random_ranking(ranking, effects, n, key=getkey())
     assert (control.count(n) < 120).any()
-    closed = {site: np.where(np.asarray(table) < UNRANKED, 0, UNRANKED).astype(np.int32) for site, table in control.rank.items()}
+    closed = {
+        site: np.where(np.asarray(table) < UNRANKED, 0, UNRANKED).astype(np.int32)
+        for site, table in control.rank.items()
+    }
     at_once = dataclasses.replace(control, rank=jax.tree.map(jnp.asarray, closed), n=jnp.ones(3, jnp.int32))
     for mode in ("keep", "inverse"):
         expected = faithfulness(setting, at_once, [1], mode)
         np.testing.assert_allclose(faithfulness(setting, control, [120], mode), expected, rtol=1e-5, atol=1e-5)
     assert (
-        np.abs(np.asarray(faithfulness(setting, control, [60], "inverse") - faithfulness(setting, control, [120], "inverse"))).max() > 1e-3
+        np.abs(
+            np.asarray(
+                faithfulness(setting, control, [60], "inverse") - faithfulness(setting, control, [120], "inverse")
+            )
+        ).max()
+        > 1e-3
     )
 
 
@@ -328,7 +343,9 @@ def check_edges(world, drawn, kinds, layers=LAYERS, every=2):
     def reaches(source, target):
         order = list(kinds)
         if source.layer != target.layer or model.config.parallel:
-            return source.layer < target.layer or (source.layer == target.layer and source.kind == "residual" != target.kind)
+            return source.layer < target.layer or (
+                source.layer == target.layer and source.kind == "residual" != target.kind
+            )
         return order.index(source.kind) < order.index(target.kind)
 
     checked = 0
@@ -349,7 +366,11 @@ def check_edges(world, drawn, kinds, layers=LAYERS, every=2):
 
 
 def test_edges_agree_with_a_change_along_the_residual_stream(world, drawn):
-    fed = {"residual": ("resid_pre", "resid_pre"), "attn_out": ("attn_out", "resid_pre"), "transcoder": ("mlp_in", "resid_mid")}
+    fed = {
+        "residual": ("resid_pre", "resid_pre"),
+        "attn_out": ("attn_out", "resid_pre"),
+        "transcoder": ("mlp_in", "resid_mid"),
+    }
     check_edges(world, drawn, fed)
 
 

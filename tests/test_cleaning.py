@@ -84,7 +84,10 @@ def test_follows_the_algorithm_step_by_step(model, frozen, vectors, monitor, pat
     assert steps == len(nlls) < max_steps, "the lane should stop early, at the same step as the loop"
     assert np.allclose(ours.nll_curve[1, 0, :steps], nlls, atol=1e-4)
     assert np.array_equal(ours.l0_curve[1, 0, :steps], l0s)
-    assert np.isnan(np.asarray(ours.nll_curve[1, 0, steps:])).all() and np.isnan(np.asarray(ours.l0_curve[1, 0, steps:])).all()
+    assert (
+        np.isnan(np.asarray(ours.nll_curve[1, 0, steps:])).all()
+        and np.isnan(np.asarray(ours.l0_curve[1, 0, steps:])).all()
+    )
     assert np.allclose(ours.f[1, 0], jnp.where(theta > THRESHOLD, theta, 0), atol=1e-3)
 
 
@@ -127,8 +130,12 @@ def test_planted_executors_are_recovered(model, frozen, vectors, cleaned):
 def test_planted_detectors_are_recovered_from_pursuit(model):
     """At the dummy output, from pursuit on the noisy mean of output tokens."""
     frozen = cut(model, planted_prompts(1, 8, 0, dummy=True), 0, "dummy_output")
-    vector = jnp.zeros(64).at[AT.det[1]].set(2.0).at[jnp.array(AT.spare[:2])].set(0.6).at[jnp.array(AT.out[6:12])].set(0.3)
-    out = clean(model, planted_sae(0), vector, frozen, l1=0.02, lr=0.05, patience=30, max_steps=MAX_STEPS, init="pursuit", k=4)
+    vector = (
+        jnp.zeros(64).at[AT.det[1]].set(2.0).at[jnp.array(AT.spare[:2])].set(0.6).at[jnp.array(AT.out[6:12])].set(0.3)
+    )
+    out = clean(
+        model, planted_sae(0), vector, frozen, l1=0.02, lr=0.05, patience=30, max_steps=MAX_STEPS, init="pursuit", k=4
+    )
     assert np.flatnonzero(out.f).tolist() == [AT.det[1]]
     assert float(out.nll) < 0.1
 
@@ -169,7 +176,9 @@ def test_take_picks_one_l1_per_task(cleaned):
 
 def test_bad_input_is_named(model, frozen, vectors):
     sae = planted_sae(1)
-    run = lambda **change: clean(**({"model": model, "sae": sae, "vector": vectors, "cut": frozen, "l1": 0.1, "lr": 0.1} | change))
+    run = lambda **change: clean(
+        **({"model": model, "sae": sae, "vector": vectors, "cut": frozen, "l1": 0.1, "lr": 0.1} | change)
+    )
     narrow = dataclasses.replace(sae, W_dec=jnp.zeros((64, 32)), b_dec=jnp.zeros(32))
     with pytest.raises(ValueError, match="SAE writes vectors of width 32, the model has d_model = 64"):
         run(sae=narrow)

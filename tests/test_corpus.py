@@ -8,9 +8,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from icl_lib.saes.corpus import CorpusEnded, CorpusError, TextCorpus, open_text, rewind
-from icl_lib.tiny.language import BOS
-from icl_lib.tiny.stream import LanguageCorpus
+from icl_lib.embedded.icl_tiny.language import BOS
+from icl_lib.embedded.icl_tiny.stream import LanguageCorpus
+from icl_lib.text.corpus import CorpusEnded, CorpusError, TextCorpus, open_text, rewind
 
 WORDS = [f"w{i}" for i in range(50)]
 
@@ -53,7 +53,9 @@ def test_contexts_are_the_text_in_order(folder, tokenizer):
     expected = packed([t for shard in range(3) for t in documents(40, shard)], 16)
     rows = np.concatenate([corpus.batch(7) for _ in range(len(expected) // 7)])
     np.testing.assert_array_equal(rows, expected[: len(rows)])
-    with pytest.raises(CorpusEnded, match=rf"ended after {len(rows)} contexts of 16 tokens.*are needed next \(read 1 time\)"):
+    with pytest.raises(
+        CorpusEnded, match=rf"ended after {len(rows)} contexts of 16 tokens.*are needed next \(read 1 time\)"
+    ):
         corpus.batch(7)
 
 
@@ -111,9 +113,13 @@ def test_processes_share_the_documents(folder, tokenizer, monkeypatch):
 
 def test_text_that_cannot_serve(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"id": 1, "body": "w1 w2"}\n')
-    with pytest.raises(CorpusError, match=r"no column of text named 'text'; its columns are id \(int\), body \(str\): pass text_column"):
+    with pytest.raises(
+        CorpusError, match=r"no column of text named 'text'; its columns are id \(int\), body \(str\): pass text_column"
+    ):
         TextCorpus(open_text(tmp_path / "a.jsonl"), tokenizer, 8, bos_id=2, name="a.jsonl")
-    assert TextCorpus(open_text(tmp_path / "a.jsonl"), tokenizer, 3, bos_id=2, text_column="body").batch(1).tolist() == [[2, 4, 5]]
+    assert TextCorpus(open_text(tmp_path / "a.jsonl"), tokenizer, 3, bos_id=2, text_column="body").batch(
+        1
+    ).tolist() == [[2, 4, 5]]
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(CorpusError, match="is empty: there is no text"):
         open_text(tmp_path / "empty.jsonl")
@@ -121,12 +127,16 @@ def test_text_that_cannot_serve(tmp_path, tokenizer):
     with pytest.raises(CorpusError, match="ended after 0 contexts|is empty"):
         TextCorpus(open_text(tmp_path / "blank.txt"), tokenizer, 8, bos_id=2).batch(1)
     (tmp_path / "null.jsonl").write_text('{"text": null}\n{"text": ""}\n')
-    with pytest.raises(CorpusError, match="null.jsonl is empty: there is no text in column 'text' of its first 1000 documents"):
+    with pytest.raises(
+        CorpusError, match="null.jsonl is empty: there is no text in column 'text' of its first 1000 documents"
+    ):
         TextCorpus(open_text(tmp_path / "null.jsonl"), tokenizer, 8, bos_id=2, name="null.jsonl")
     with pytest.raises(CorpusError, match=r"one kind \(.txt, .json, .jsonl, .parquet\); found: .jsonl, .txt"):
         open_text(tmp_path)
     (tmp_path / "short.txt").write_text("w1 w2 w3")
-    with pytest.raises(CorpusError, match="ended after 0 contexts of 64 tokens and 4 tokens more, but 1 contexts are needed"):
+    with pytest.raises(
+        CorpusError, match="ended after 0 contexts of 64 tokens and 4 tokens more, but 1 contexts are needed"
+    ):
         TextCorpus(open_text(tmp_path / "short.txt"), tokenizer, 64, bos_id=2).batch(1)
     with pytest.raises(CorpusError, match="BOS and at least one token"):
         TextCorpus(open_text(tmp_path / "short.txt"), tokenizer, 1, bos_id=2)
@@ -147,7 +157,11 @@ def good(n: int = 20) -> str:
     "kind, content, message",
     [
         ("jsonl", good() + '{"text": "w1\n', "b.jsonl cannot be read: JSON parse error"),
-        ("jsonl", '{"body": "w1"}\n', "b.jsonl cannot be read: .*column names don't match|b.jsonl has no column of text named 'text'"),
+        (
+            "jsonl",
+            '{"body": "w1"}\n',
+            "b.jsonl cannot be read: .*column names don't match|b.jsonl has no column of text named 'text'",
+        ),
         ("json", '[{"text": "w1"}, {"te', "b.json cannot be read: "),
         ("txt", b"w1 caf\xe9", "b.txt cannot be read: 'utf-8' codec can't decode byte 0xe9"),
         ("parquet", b"garbage" * 99, "b.parquet cannot be read( as .parquet)?: .*not a parquet file"),
@@ -196,10 +210,14 @@ def test_a_broken_file_is_named_in_the_share_of_a_process(tmp_path, tokenizer, m
 
 
 def test_a_description_tells_texts_and_tokenizers_apart(folder, tokenizer):
-    make = lambda path, tokenizer=tokenizer, **kw: TextCorpus(open_text(path), tokenizer, 16, bos_id=2, name="text", **kw)
+    make = lambda path, tokenizer=tokenizer, **kw: TextCorpus(
+        open_text(path), tokenizer, 16, bos_id=2, name="text", **kw
+    )
     corpus, files = make(folder), sorted(folder.iterdir())
     description = corpus.describe()
-    assert json.loads(json.dumps(description)) == description == make(files[0], epochs=2).describe(), "the same first documents"
+    assert json.loads(json.dumps(description)) == description == make(files[0], epochs=2).describe(), (
+        "the same first documents"
+    )
     np.testing.assert_array_equal(corpus.batch(3), packed(documents(40), 16)[:3], "describing reads nothing")
     assert corpus.describe() == description
     differing = lambda other: {k for k, v in other.describe().items() if v != description[k]}

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from icl_lib.runs import root
+from icl_lib.files.paths import root
 
 
 def _key(name: str) -> str:
@@ -20,12 +20,17 @@ def _project() -> dict:
 
 def _pins() -> dict[str, str]:
     lines = [line.strip() for line in (root() / "constraints.txt").read_text().splitlines()]
-    return {_key(name): version for name, version in (line.split("==") for line in lines if line and not line.startswith("#"))}
+    return {
+        _key(name): version
+        for name, version in (line.split("==") for line in lines if line and not line.startswith("#"))
+    }
 
 
 def test_constraints_hold_names_and_versions_only():
     for line in (root() / "constraints.txt").read_text().splitlines():
-        assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line), f"not a bare pin: {line}"
+        assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line), (
+            f"not a bare pin: {line}"
+        )
 
 
 @pytest.mark.parametrize("group", ["", "test", "bench"])

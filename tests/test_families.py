@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icl_lib.models import ModelConfig, Past, Site, Transformer, generate, load_model, run_with_cache, save_model, tiny_config
+from icl_lib.models import (
+    ModelConfig,
+    Past,
+    Site,
+    Transformer,
+    generate,
+    load_model,
+    run_with_cache,
+    save_model,
+    tiny_config,
+)
 from icl_lib.models.config import FAMILIES
 from icl_lib.models.families import ignored, known_config, n_params, sources, tensor_shapes
 
@@ -74,7 +84,10 @@ def branches(theirs):
     for i, layer in enumerate(blocks(theirs)):
         attn = getattr(layer, "attention", None) or layer.self_attn
         if hasattr(layer, "post_feedforward_layernorm"):
-            modules |= {Site("attn_out", i): layer.post_attention_layernorm, Site("mlp_out", i): layer.post_feedforward_layernorm}
+            modules |= {
+                Site("attn_out", i): layer.post_attention_layernorm,
+                Site("mlp_out", i): layer.post_feedforward_layernorm,
+            }
         else:
             modules |= {Site("attn_out", i): attn, Site("mlp_out", i): layer.mlp}
     return modules
@@ -85,7 +98,10 @@ def readers(theirs):
     neox, layers = hasattr(theirs, "gpt_neox"), blocks(theirs)
     norms = {Site("resid_post", len(layers) - 1): theirs.gpt_neox.final_layer_norm if neox else theirs.model.norm}
     if not getattr(theirs.config, "use_parallel_residual", False):
-        norms |= {Site("resid_mid", i): getattr(x, "pre_feedforward_layernorm", x.post_attention_layernorm) for i, x in enumerate(layers)}
+        norms |= {
+            Site("resid_mid", i): getattr(x, "pre_feedforward_layernorm", x.post_attention_layernorm)
+            for i, x in enumerate(layers)
+        }
     return norms
 
 
@@ -100,7 +116,9 @@ def torch_run(theirs, tokens, mask=None):
         handles.append(module.register_forward_pre_hook(keep))
     with torch.no_grad():
         mask = None if mask is None else torch.tensor(np.asarray(mask))
-        out = theirs(torch.tensor(np.asarray(tokens)), attention_mask=mask, output_attentions=True, output_hidden_states=True)
+        out = theirs(
+            torch.tensor(np.asarray(tokens)), attention_mask=mask, output_attentions=True, output_hidden_states=True
+        )
     for handle in handles:
         handle.remove()
     *residuals, last = out.hidden_states
@@ -141,7 +159,9 @@ def test_a_family_agrees_with_transformers(form, folders):
     assert n_params(ours.config) == sum(weight.numel() for weight in theirs.parameters())
     tokens = some_tokens()
     expected_logits, expected = torch_run(theirs, tokens)
-    assert len(expected) == 2 * 5 + 2  # resid_pre, pattern, attn_out, resid_mid, mlp_out of both blocks; the last resid_post, final_norm
+    assert (
+        len(expected) == 2 * 5 + 2
+    )  # resid_pre, pattern, attn_out, resid_mid, mlp_out of both blocks; the last resid_post, final_norm
     logits, cache = run_with_cache(ours, jnp.asarray(tokens), expected)
     np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=1e-4)
     for site, value in expected.items():
@@ -180,7 +200,10 @@ def test_bfloat16_is_as_close_to_float32_as_torch_is(form, tmp_path):
     theirs.save_pretrained(tmp_path)
     tokens, mask = padded_tokens()
     their_logits, their_sites = torch_run(theirs, tokens, mask.astype(int))
-    half, full = (run_with_cache(load_model(tmp_path, dtype=dtype), jnp.asarray(tokens), their_sites) for dtype in ("bfloat16", "float32"))
+    half, full = (
+        run_with_cache(load_model(tmp_path, dtype=dtype), jnp.asarray(tokens), their_sites)
+        for dtype in ("bfloat16", "float32")
+    )
     assert half[0].dtype == jnp.float32
     assert half[1][Site("resid_pre", 1)].dtype == jnp.bfloat16
     error = lambda x, exact: np.abs(np.asarray(x, np.float32) - np.asarray(exact, np.float32)).mean()
@@ -241,7 +264,8 @@ def test_a_known_model_is_found_by_its_tuned_names_and_others_are_not():
 
 def test_what_the_real_configs_say_of_windows_and_rotation():
     gemma, phi, pythia = (
-        known_config(n) for n in ("google/gemma-2-2b", "microsoft/Phi-3-mini-4k-instruct", "EleutherAI/pythia-70m-deduped")
+        known_config(n)
+        for n in ("google/gemma-2-2b", "microsoft/Phi-3-mini-4k-instruct", "EleutherAI/pythia-70m-deduped")
     )
     assert gemma.windows == (4096, None) * 13
     assert phi.windows == (2047,) * 32
@@ -249,7 +273,9 @@ def test_what_the_real_configs_say_of_windows_and_rotation():
     assert (pythia.rotary_dim, pythia.d_head, pythia.parallel) == (16, 64, True)
     assert gemma.attn_scale == 1 / 16
     raw = json.loads((Path(__file__).parents[1] / "icl_lib/models/known_configs.json").read_text())["google/gemma-2-2b"]
-    assert ModelConfig.from_hf({k: v for k, v in raw.items() if k != "sliding_window"}) == gemma  # as transformers fills it in
+    assert (
+        ModelConfig.from_hf({k: v for k, v in raw.items() if k != "sliding_window"}) == gemma
+    )  # as transformers fills it in
     assert ModelConfig.from_hf(raw | {"sliding_window": None}).windows is None
 
 
@@ -260,7 +286,9 @@ def test_every_row_of_a_checkpoint_is_used_once(family):
     for source in sources(config).values():
         rows = np.arange(shapes[source.name][0]) if source.rows is None else source.rows
         used.setdefault(source.name, []).extend(rows.tolist())
-    assert {name: sorted(rows) for name, rows in used.items()} == {name: list(range(shape[0])) for name, shape in shapes.items()}
+    assert {name: sorted(rows) for name, rows in used.items()} == {
+        name: list(range(shape[0])) for name, shape in shapes.items()
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -272,28 +300,52 @@ def test_config_survives_hugging_face_names(family):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("google/gemma-2b", {"model_type": "mamba"}, "'mamba'; supported families are gemma, gemma2, phi3, gpt_neox, qwen2, llama"),
+        (
+            "google/gemma-2b",
+            {"model_type": "mamba"},
+            "'mamba'; supported families are gemma, gemma2, phi3, gpt_neox, qwen2, llama",
+        ),
         (
             "meta-llama/Llama-3.2-1B",
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
             "rotary scaling of type 'yarn' is not supported",
         ),
-        ("microsoft/Phi-3-mini-4k-instruct", {"rope_scaling": {"type": "longrope", "long_factor": []}}, "type 'longrope' is not supported"),
-        ("meta-llama/Llama-3.2-1B", {"rope_scaling": {"rope_type": "llama3", "factor": 32.0}}, "needs the field 'low_freq_factor'"),
+        (
+            "microsoft/Phi-3-mini-4k-instruct",
+            {"rope_scaling": {"type": "longrope", "long_factor": []}},
+            "type 'longrope' is not supported",
+        ),
+        (
+            "meta-llama/Llama-3.2-1B",
+            {"rope_scaling": {"rope_type": "llama3", "factor": 32.0}},
+            "needs the field 'low_freq_factor'",
+        ),
         ("Qwen/Qwen2.5-0.5B", {"hidden_act": "relu"}, "activation of a qwen2 model must be one of .*got 'relu'"),
         ("EleutherAI/pythia-70m-deduped", {"rotary_pct": 0.05}, "rotary_dim must be even"),
         ("EleutherAI/pythia-70m-deduped", {"rotary_pct": None}, "rotary_pct.* must be a number above 0, got None"),
         ("meta-llama/Llama-3.2-1B", {"rope_scaling": "linear"}, "rope_scaling must be an object .*got 'linear'"),
         ("meta-llama/Llama-3.2-1B", {"rope_parameters": ["llama3"]}, "rope_parameters must be an object"),
-        ("meta-llama/Llama-3.2-1B", {"rope_scaling": LLAMA3 | {"factor": None}}, "factor of the rotary scaling must be a number"),
-        ("google/gemma-2-2b", {"query_pre_attn_scalar": None}, "query_pre_attn_scalar must be a number above 0, got None"),
+        (
+            "meta-llama/Llama-3.2-1B",
+            {"rope_scaling": LLAMA3 | {"factor": None}},
+            "factor of the rotary scaling must be a number",
+        ),
+        (
+            "google/gemma-2-2b",
+            {"query_pre_attn_scalar": None},
+            "query_pre_attn_scalar must be a number above 0, got None",
+        ),
         ("google/gemma-2-2b", {"sliding_window": "4096"}, "sliding_window must be a whole number above 0, got '4096'"),
         ("google/gemma-2b", {"num_hidden_layers": None}, "num_hidden_layers must be a whole number above 0, got None"),
         ("google/gemma-2b", {"vocab_size": 256000.0}, "vocab_size must be a whole number above 0, got 256000.0"),
         ("google/gemma-2b", {"head_dim": "256"}, "head_dim must be a whole number above 0"),
         ("google/gemma-2b", {"rms_norm_eps": None}, "rms_norm_eps must be a number above 0"),
         ("google/gemma-2b", {"rope_theta": None}, "rope_theta .*must be a number above 0"),
-        ("google/gemma-2b", {"eos_token_id": [1, "<eos>"]}, "eos_token_id must be a token id, a list of them, or null, got '<eos>'"),
+        (
+            "google/gemma-2b",
+            {"eos_token_id": [1, "<eos>"]},
+            "eos_token_id must be a token id, a list of them, or null, got '<eos>'",
+        ),
     ],
 )
 def test_a_config_that_is_not_ours_is_refused(name, fields, message):

@@ -20,7 +20,6 @@ from icl_lib.features import (
     random_latents,
     serves_one,
     stands_out,
-    token_windows,
     top_examples,
     window_text,
 )
@@ -28,6 +27,7 @@ from icl_lib.models import Site, Transformer, run_with_cache, tiny_config
 from icl_lib.saes import SAE
 from icl_lib.tasks import Prompts, Role, Template, stack_prompts
 from icl_lib.tasks.prompts import _Label
+from icl_lib.text.tokens import token_windows
 from icl_lib.vectors import cut, steer
 
 P, X, A, Y, N = Role.PROMPT, Role.INPUT, Role.ARROW, Role.OUTPUT, Role.NEWLINE
@@ -40,7 +40,9 @@ def make(seed: int) -> Prompts:
     tokens = np.random.default_rng(seed).integers(3, 40, (2, len(roles)))
     rows = lambda a: jnp.asarray(np.tile(a, (2, 1)), jnp.int32)
     answer = jnp.asarray(np.tile((pair == 1) & (roles == Y), (2, 1)))
-    return Prompts(jnp.asarray(tokens, jnp.int32), rows(roles), rows(pair), answer, 1, Template(), 0, _Label((), f"task {seed}"))
+    return Prompts(
+        jnp.asarray(tokens, jnp.int32), rows(roles), rows(pair), answer, 1, Template(), 0, _Label((), f"task {seed}")
+    )
 
 
 def make_sae(key, layer: int, d_sae: int = 12) -> SAE:
@@ -120,7 +122,13 @@ def planted(getkey):
     block = model.blocks[1]
     v = jnp.zeros_like(block.attn.v).at[0, 15].set(1.0)
     o = jnp.zeros_like(block.attn.o).at[14, 0].set(1.0)
-    parts = lambda m: (m.blocks[1].attn.q, m.blocks[1].attn.v, m.blocks[1].attn.o, m.blocks[1].mlp.down, m.blocks[1].ln1.weight)
+    parts = lambda m: (
+        m.blocks[1].attn.q,
+        m.blocks[1].attn.v,
+        m.blocks[1].attn.o,
+        m.blocks[1].mlp.down,
+        m.blocks[1].ln1.weight,
+    )
     new = (jnp.zeros_like(block.attn.q), v, o, jnp.zeros_like(block.mlp.down), block.ln1.weight + 1e4 - 1)
     model = eqx.tree_at(parts, model, new)
     silent = lambda m: (m.blocks[0].attn.o, m.blocks[0].mlp.down)
@@ -155,7 +163,9 @@ def test_steering_takes_its_strength_times_the_mean_activation(planted):
     # Outputs carry 0.5 x sqrt(16) = 2; in this linear block the executor falls by the share that is taken away.
     strengths = [0.0, 0.5, 1.0, 50.0]
     links = detector_executor(model, sae_d, sae_e, prompts, [0], [1], strengths=strengths)
-    np.testing.assert_allclose(links.effect[:, 0, 0, 0], np.clip(np.array(strengths) * mean / 2, 0, 1), rtol=2e-2, atol=1e-3)
+    np.testing.assert_allclose(
+        links.effect[:, 0, 0, 0], np.clip(np.array(strengths) * mean / 2, 0, 1), rtol=2e-2, atol=1e-3
+    )
 
 
 def test_an_executor_without_any_active_arrow_is_undefined(planted):
@@ -214,7 +224,9 @@ def test_a_latent_takes_the_length_that_is_best_for_its_task(model, getkey):
     each = np.stack([latent_decrease(model, sae, here, latents, s).max(axis=0) for s in lengths])
     found = best_lengths(model, sae, here, latents, lengths)
     np.testing.assert_array_equal(found, np.float32(lengths)[each.argmax(axis=0)])
-    np.testing.assert_allclose(latent_decrease(model, sae, here, latents, found).max(axis=0), each.max(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(
+        latent_decrease(model, sae, here, latents, found).max(axis=0), each.max(axis=0), rtol=1e-4
+    )
 
 
 def test_the_decrease_is_that_of_steering_the_whole_prompt(model, getkey):
@@ -245,13 +257,19 @@ def test_directions_may_differ_between_tasks(model, getkey):
 
 def test_the_clearest_length_stands_highest_above_the_control(model, getkey):
     best, control = np.array([[0.5, 0.8, 0.2]]), np.array([[-3.0, 0.6, 0.1]])
-    assert LengthSweep(2.0, np.array([1.0, 2.0, 4.0]), best, control).clearest == 1.0  # harm by the control is no credit: 0.5, 0.2, 0.1
-    assert LengthSweep(2.0, np.array([1.0, 2.0, 4.0]), np.array([[0.2, 0.595, 0.6]]), np.zeros((1, 3))).clearest == 2.0  # a plateau
+    assert (
+        LengthSweep(2.0, np.array([1.0, 2.0, 4.0]), best, control).clearest == 1.0
+    )  # harm by the control is no credit: 0.5, 0.2, 0.1
+    assert (
+        LengthSweep(2.0, np.array([1.0, 2.0, 4.0]), np.array([[0.2, 0.595, 0.6]]), np.zeros((1, 3))).clearest == 2.0
+    )  # a plateau
     sae, here = make_sae(getkey(), 1), cut(model, stack_prompts([make(0)]), 1)
     found = length_sweep(model, sae, here, np.array([1, 2]), np.array([3, 4, 5]), (0.5, 2.0))
     norm = float(jnp.linalg.norm(here.resid[:, :, 0], axis=-1).mean())
     np.testing.assert_allclose(found.lengths, [0.5 * norm, 2 * norm], rtol=1e-5)
-    np.testing.assert_allclose(found.best[:, 1], latent_decrease(model, sae, here, np.array([1, 2]), 2 * norm).max(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(
+        found.best[:, 1], latent_decrease(model, sae, here, np.array([1, 2]), 2 * norm).max(axis=1), rtol=1e-4
+    )
 
 
 def test_a_latent_stands_out_by_size_and_against_the_control():

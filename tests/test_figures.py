@@ -43,7 +43,9 @@ def suite_table() -> pd.DataFrame:
 
 
 def sweep_table() -> pd.DataFrame:
-    return pd.DataFrame({"d_sae": np.repeat([256, 1024], 3), "l0": [40, 9, 20, 8, 50, 18], "fvu": [1, 3, 2, 4, 0.5, 1.5]})
+    return pd.DataFrame(
+        {"d_sae": np.repeat([256, 1024], 3), "l0": [40, 9, 20, 8, 50, 18], "fvu": [1, 3, 2, 4, 0.5, 1.5]}
+    )
 
 
 def circuit(n: int) -> pd.DataFrame:
@@ -124,7 +126,9 @@ def test_figure_is_labelled_and_small(name):
     assert figure.get_size_inches()[0] <= 9.01
 
 
-@pytest.mark.parametrize("name", ["task_latent_heatmap", "ablation_matrix", "link_heatmap", "latent_control", "equal_l0"])
+@pytest.mark.parametrize(
+    "name", ["task_latent_heatmap", "ablation_matrix", "link_heatmap", "latent_control", "equal_l0"]
+)
 def test_tick_labels_of_25_tasks_do_not_overlap(name):
     figure, axes = panels(DRAWINGS[name][1]())
     figure.canvas.draw()
@@ -168,7 +172,10 @@ def test_ablation_matrix_groups_tasks_and_centres_colours():
 
 def test_pareto_equals_brute_force():
     l0, loss = rng.integers(1, 15, 60).astype(float), rng.integers(0, 20, 60).astype(float)
-    beaten = [any((l0[j] <= l0[i]) & (loss[j] <= loss[i]) & ((l0[j] < l0[i]) | (loss[j] < loss[i])) for j in range(60)) for i in range(60)]
+    beaten = [
+        any((l0[j] <= l0[i]) & (loss[j] <= loss[i]) & ((l0[j] < l0[i]) | (loss[j] < loss[i])) for j in range(60))
+        for i in range(60)
+    ]
     wanted = {(l0[i], loss[i]) for i in range(60) if not beaten[i]}
     front = figures.pareto(l0, loss)
     assert {(l0[i], loss[i]) for i in front} == wanted

@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from icl_lib.files.paths import root
 from icl_lib.models import Transformer, gate, load_model, load_tokenizer, save_model, tiny_config
-from icl_lib.runs.paths import root
 
 
 def tokenizer(shift=0):
@@ -37,7 +37,9 @@ def test_the_recorded_model_passes_from_its_folder(model, tmp_path):
 
 def test_another_model_is_told_apart(model, tmp_path, getkey):
     gate.record(model, tokenizer(), tmp_path)
-    with pytest.raises(gate.GateError, match=r"not the weights recorded in .*icl_gate.json: the logit of token \d+ after the prompt"):
+    with pytest.raises(
+        gate.GateError, match=r"not the weights recorded in .*icl_gate.json: the logit of token \d+ after the prompt"
+    ):
         gate.check(Transformer.init(model.config, key=getkey()), tokenizer(), tmp_path)
     # one block of the last layer a little off, which the largest logit alone might not show
     near = eqx.tree_at(lambda m: m.blocks[1].mlp.down, model, replace_fn=lambda w: 1.5 * w)

@@ -40,7 +40,9 @@ def recomputed(model, tokens, length, n_new):
     return np.stack(out)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"windows": (3, None)}, {"rotary_dim": 4, "parallel": True, "tied": False}], ids=str)
+@pytest.mark.parametrize(
+    "overrides", [{}, {"windows": (3, None)}, {"rotary_dim": 4, "parallel": True, "tied": False}], ids=str
+)
 def test_equal_to_recomputation(overrides, prompts, getkey):
     model = talkative(getkey(), **overrides)
     ours = generate(model, prompts, jnp.asarray(LENGTHS), 10, stop=())
@@ -48,7 +50,9 @@ def test_equal_to_recomputation(overrides, prompts, getkey):
     np.testing.assert_array_equal(ours, recomputed(model, prompts, LENGTHS, 10))
     assert len(np.unique(ours)) > 8
     # what stands after a prompt changes nothing, nor does a wider table
-    other = jnp.pad(jnp.where(jnp.arange(9)[None] < LENGTHS[:, None], prompts, 39), ((0, 0), (0, 3)), constant_values=39)
+    other = jnp.pad(
+        jnp.where(jnp.arange(9)[None] < LENGTHS[:, None], prompts, 39), ((0, 0), (0, 3)), constant_values=39
+    )
     np.testing.assert_array_equal(generate(model, other, jnp.asarray(LENGTHS), 10, stop=()), ours)
 
 
@@ -60,7 +64,12 @@ def test_equal_to_transformers(tmp_path, prompts, getkey):
     for row, n, new in zip(np.asarray(prompts), LENGTHS, ours, strict=True):
         text = torch.tensor(row[None, :n].astype(np.int64))
         theirs = peer.generate(
-            text, attention_mask=torch.ones_like(text), do_sample=False, max_new_tokens=8, eos_token_id=None, pad_token_id=0
+            text,
+            attention_mask=torch.ones_like(text),
+            do_sample=False,
+            max_new_tokens=8,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         assert theirs[0, n:].tolist() == new.tolist()
 
@@ -75,11 +84,15 @@ def test_stops_and_pads(prompts, getkey):
         assert after.tolist() == before[: at + 1].tolist() + [0] * (7 - at)
     assert (stopped == 0).any()
     # the default end is the config's
-    named = Transformer(model.embed, model.blocks, model.norm, model.unembed, dataclasses.replace(model.config, eos_id=ends[0]))
+    named = Transformer(
+        model.embed, model.blocks, model.norm, model.unembed, dataclasses.replace(model.config, eos_id=ends[0])
+    )
     by_default = generate(named, prompts, jnp.asarray(LENGTHS), 8)
     np.testing.assert_array_equal(by_default, generate(model, prompts, jnp.asarray(LENGTHS), 8, stop=(ends[0],)))
     both = dataclasses.replace(model.config, eos_id=ends[0], more_eos=ends[1:])
-    by_default = generate(Transformer(model.embed, model.blocks, model.norm, model.unembed, both), prompts, jnp.asarray(LENGTHS), 8)
+    by_default = generate(
+        Transformer(model.embed, model.blocks, model.norm, model.unembed, both), prompts, jnp.asarray(LENGTHS), 8
+    )
     np.testing.assert_array_equal(by_default, stopped)
 
 

@@ -65,12 +65,16 @@ def test_same_numbers_as_the_original(folder):
 
 @pytest.mark.parametrize("folder", [path for path in FOLDERS if path.name in SITES], ids=lambda path: path.name)
 def test_sites(folder):
-    site_in, *site_out = [Site(*(int(p) if p.isdigit() else p for p in text.split("."))) for text in SITES[folder.name].split()]
+    site_in, *site_out = [
+        Site(*(int(p) if p.isdigit() else p for p in text.split("."))) for text in SITES[folder.name].split()
+    ]
     sae = load(folder)
     assert (sae.site_in, sae.site_out) == (site_in, site_out[0] if site_out else site_in)
 
 
-@pytest.mark.parametrize("folder", [p for p in FOLDERS if "nev" in p.parts and "test-run-5" not in p.name], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "folder", [p for p in FOLDERS if "nev" in p.parts and "test-run-5" not in p.name], ids=lambda path: path.name
+)
 def test_the_papers_variant_of_saex(folder):
     with np.load(folder / "expected.npz") as expected:
         x, f, x_hat, trained = (expected[key] for key in ("x", "f_paper", "x_hat_paper", "f"))

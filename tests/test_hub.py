@@ -34,7 +34,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if api and kind == "revision":
             return self.reply(json.dumps({"id": name, "sha": sha, "siblings": []}).encode())
         if api and kind == "tree":
-            files = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": self.etag(p)} for p in self.folder.iterdir()]
+            files = [
+                {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": self.etag(p)}
+                for p in self.folder.iterdir()
+            ]
             return self.reply(json.dumps(files).encode())
         if name == "owner/gated":
             return self.refuse(401, "GatedRepo")
@@ -54,7 +57,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def reply(self, body, headers=None):
         self.send_response(200)
-        for key, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
+        for key, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **(headers or {}),
+        }.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
@@ -67,7 +74,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def move_hub(monkeypatch, port):
     address = f"http://127.0.0.1:{port}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
 
 
 @pytest.fixture
@@ -109,8 +118,16 @@ def test_a_revision_is_pinned(hub):
 @pytest.mark.parametrize(
     ("name", "revision", "message"),
     [
-        ("owner/gated", None, r"is gated: accept its terms at https://huggingface.co/owner/gated, then log in with `hf auth login` or set"),
-        ("owner/none", None, "no repository of that name that it shows to us: check the spelling; if it is private, .*HF_TOKEN"),
+        (
+            "owner/gated",
+            None,
+            r"is gated: accept its terms at https://huggingface.co/owner/gated, then log in with `hf auth login` or set",
+        ),
+        (
+            "owner/none",
+            None,
+            "no repository of that name that it shows to us: check the spelling; if it is private, .*HF_TOKEN",
+        ),
         ("owner/open", "no-such", "no revision 'no-such': see https://huggingface.co/owner/open/commits/main"),
         ("not/a/hub/id", None, "no hub id .* either: pass the path of a folder with config.json"),
     ],

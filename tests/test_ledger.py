@@ -8,7 +8,9 @@ import nbformat
 import numpy as np
 import pytest
 
-from icl_lib.runs import Ledger, Store, StoreError, report, root
+from icl_lib.commands import report as report_command
+from icl_lib.files.paths import root
+from icl_lib.runs import Ledger, Store, StoreError, report
 from icl_lib.runs.ledger import merge, show
 from icl_lib.runs.pages import mathml
 
@@ -21,7 +23,14 @@ def store(tmp_path):
 
 
 def _record(ledger, key="l0", **changes):
-    entry = {"item": "Fig 3b", "published": 3.78, "ours": 4.125, "criterion": "ours <= 0.5 x encoded", "holds": True, "unit": "latents"}
+    entry = {
+        "item": "Fig 3b",
+        "published": 3.78,
+        "ours": 4.125,
+        "criterion": "ours <= 0.5 x encoded",
+        "holds": True,
+        "unit": "latents",
+    }
     ledger.record(key, **{**entry, **changes})
 
 
@@ -100,7 +109,7 @@ def test_the_report_is_self_contained_and_links_what_exists(store, capsys):
     ledger = Ledger(store, notebook="02_a")
     _record(ledger, criterion="ours < 5 & more")
     ledger.write()
-    assert report.main([str(store.run_dir)]) == 0
+    assert report_command.main([str(store.run_dir)]) == 0
     out = capsys.readouterr().out
     index = store.run_dir / "report" / "index.html"
     page = index.read_text()
@@ -110,7 +119,7 @@ def test_the_report_is_self_contained_and_links_what_exists(store, capsys):
 
 
 def test_a_run_without_notebooks_says_how_to_make_them(store, capsys):
-    assert report.main([str(store.run_dir)]) == 2
+    assert report_command.main([str(store.run_dir)]) == 2
     assert "holds no executed notebook" in capsys.readouterr().err
 
 
@@ -129,7 +138,9 @@ $$ L = \sum_i \mathrm{ReLU}(\pi_i), \qquad
 \begin{align} a &= b \end{align}
 """
     page = _page(tmp_path, [nbformat.v4.new_markdown_cell(source)], widgets=widgets)
-    assert not re.search(r"<script[^>]*src|<link|<iframe|@import|import\(|url\(\s*[\"']?(https?:)?//|\bsrc=[\"']?(https?:)?//", page)
+    assert not re.search(
+        r"<script[^>]*src|<link|<iframe|@import|import\(|url\(\s*[\"']?(https?:)?//|\bsrc=[\"']?(https?:)?//", page
+    )
     assert page.count("<math") == 4 and page.count('display="block"') >= 2
     assert "∑" in page and "otherwise" in page and "<mo>&lt;</mo>" in page and "<code>$5</code>" in page
     assert "\\" not in page.split("<main>")[1] and 'class="latex"' not in page

@@ -28,7 +28,12 @@ HEADS = [(4, 1), (4, 2), (2, 2)]
 
 
 def all_sites(n_layers):
-    return [Site("embed"), *(Site(n, i) for i in range(n_layers) for n in LAYER_SITES), Site("final_norm"), Site("logits")]
+    return [
+        Site("embed"),
+        *(Site(n, i) for i in range(n_layers) for n in LAYER_SITES),
+        Site("final_norm"),
+        Site("logits"),
+    ]
 
 
 def random_model(getkey, **sizes):
@@ -147,7 +152,9 @@ def test_right_padding_does_not_reach_the_prompt(getkey):
     a, b, real = np.asarray(a), np.asarray(b), np.asarray(real)
     np.testing.assert_array_equal(a[real], b[real])
     assert not np.allclose(a[~real], b[~real])
-    residuals = [Site(n, i) for i in range(3) for n in ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")]
+    residuals = [
+        Site(n, i) for i in range(3) for n in ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
+    ]
     for site in residuals:
         np.testing.assert_array_equal(np.asarray(cache_a[site])[real], np.asarray(cache_b[site])[real])
     alone = run(model, tokens[1:2, :7])
@@ -210,7 +217,9 @@ def test_past_does_not_read_beyond_its_length(getkey):
     after = jax.jit(lambda t: model.run_from(1, x, past=Past.record(model, t, length)))
     a, b = after(tokens), after(other)
     np.testing.assert_array_equal(a, b)
-    np.testing.assert_allclose(a[2], jax.jit(lambda x: model.run_from(1, x))(x)[2], rtol=0, atol=1e-5)  # an empty past is no past
+    np.testing.assert_allclose(
+        a[2], jax.jit(lambda x: model.run_from(1, x))(x)[2], rtol=0, atol=1e-5
+    )  # an empty past is no past
 
 
 def test_gradient_at_all_sites_is_the_finite_difference(getkey):

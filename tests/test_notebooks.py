@@ -7,8 +7,8 @@ import jupytext
 import nbformat
 import pytest
 
-from icl_lib.runs import root
-from icl_lib.runs.params import all_declared, check_card, declared, notebook_files, read_card
+from icl_lib.cards.card import all_declared, check_card, declared, notebook_files, read_card
+from icl_lib.files.paths import root
 
 EXPECTED = [
     "00_a_model_that_learns_in_context",
@@ -45,12 +45,16 @@ def test_both_files_hold_the_same_cells(path):
     def cells(notebook):
         return [(c.cell_type, c.source.strip(), c.metadata.get("tags", [])) for c in notebook.cells]
 
-    assert cells(jupytext.read(path.with_suffix(".py"))) == cells(_read(path)), f"jupytext --update --to ipynb {path.stem}.py, then run it"
+    assert cells(jupytext.read(path.with_suffix(".py"))) == cells(_read(path)), (
+        f"jupytext --update --to ipynb {path.stem}.py, then run it"
+    )
 
 
 @each_notebook
 def test_the_run_is_complete_and_in_order(path):
-    assert [c.execution_count for c in _code(path)] == list(range(1, len(_code(path)) + 1)), "run all cells from the top"
+    assert [c.execution_count for c in _code(path)] == list(range(1, len(_code(path)) + 1)), (
+        "run all cells from the top"
+    )
     assert not [o for c in _code(path) for o in c.outputs if o.output_type == "error"]
 
 
@@ -79,7 +83,11 @@ def test_it_guards_its_numbers(path):
 def test_it_names_no_machine(path):
     """No absolute path of one machine anywhere, and nothing fetched by address."""
     outputs = json.dumps(
-        [[{k: v for k, v in o.items() if k != "data"}, o.get("data", {}).get("text/plain", "")] for c in _code(path) for o in c.outputs]
+        [
+            [{k: v for k, v in o.items() if k != "data"}, o.get("data", {}).get("text/plain", "")]
+            for c in _code(path)
+            for o in c.outputs
+        ]
     )
     text = outputs + "\n".join(c.source for c in _read(path).cells)
     assert re.findall(r"(?<![\w.])/(?:home|root|tmp|work|Users|mnt)/\w+", text) == []
@@ -105,7 +113,10 @@ def test_the_tiny_card_is_the_notebooks_defaults():
     """nbval runs the defaults and `make demo` runs the card: the same experiment."""
     card = read_card(root() / "params" / "tiny.yaml")
     differ = {
-        f"{p.stem}: {k}": (d.default, card[k]) for p in NOTEBOOKS for k, d in declared(p).items() if k in card and d.default != card[k]
+        f"{p.stem}: {k}": (d.default, card[k])
+        for p in NOTEBOOKS
+        for k, d in declared(p).items()
+        if k in card and d.default != card[k]
     }
     assert differ == {}, f"default, card: {differ}"
     assert set(all_declared()) == set(card), "the card writes out every parameter"

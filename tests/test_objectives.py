@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from icl_lib.saes import TrainingError, objectives, optimiser, sparse
-from icl_lib.saes.recipes import make_recipe
+from icl_lib.training import TrainingError, optimiser, sparse
+from icl_lib.training.objectives import objectives
+from icl_lib.training.recipes import make_recipe
 
 D, D_SAE, D_OUT, TOKENS = 5, 12, 4, 9
 DENSE = ("standard", "gated", "jumprelu")
@@ -44,7 +45,11 @@ def reference(objective, P, X, Y, sparsity, dead=None, k_aux=0, alpha=1 / 32, fr
     `frozen`: the parameters of the gate's decoder, which the gated loss holds constant.
     """
     P = {n: None if v is None else np.asarray(v, np.float64) for n, v in P._asdict().items()}
-    frozen = P if frozen is None else {n: None if v is None else np.asarray(v, np.float64) for n, v in frozen._asdict().items()}
+    frozen = (
+        P
+        if frozen is None
+        else {n: None if v is None else np.asarray(v, np.float64) for n, v in frozen._asdict().items()}
+    )
     W_enc = P["W_enc"].T if objective in TOP else P["W_enc"]
     skip = lambda P: 0 if P["W_skip"] is None else X @ P["W_skip"]
     h = X @ W_enc
@@ -111,7 +116,9 @@ def test_gradients_are_differences(getkey, objective, sparse_path):
                 moved = np.array(value, np.float64)
                 moved[index] += sign * eps
                 sides.append(reference(objective, p._replace(**{name: moved}), X, Y, sparsity, frozen=p)[0])
-            assert float(getattr(grads, name)[index]) == pytest.approx((sides[0] - sides[1]) / (2 * eps), rel=2e-3, abs=2e-4), name
+            assert float(getattr(grads, name)[index]) == pytest.approx(
+                (sides[0] - sides[1]) / (2 * eps), rel=2e-3, abs=2e-4
+            ), name
 
 
 def test_threshold_has_the_straight_through_gradient(getkey):
@@ -119,7 +126,11 @@ def test_threshold_has_the_straight_through_gradient(getkey):
     p, x, y = problem(getkey, "jumprelu")
     r, lam = recipe("jumprelu", bandwidth=0.5), 0.3
     grads = jax.grad(lambda p: objectives.loss(p, x, y, jnp.float32(lam), r)[0])(p)
-    P, X, Y = [None if a is None else np.asarray(a, np.float64) for a in p], np.asarray(x, np.float64), np.asarray(y, np.float64)
+    P, X, Y = (
+        [None if a is None else np.asarray(a, np.float64) for a in p],
+        np.asarray(x, np.float64),
+        np.asarray(y, np.float64),
+    )
     W_enc, W_dec, b_enc, b_dec, theta, eps = P[0], P[1], P[2], P[5], np.exp(P[6]), 0.5 * np.sqrt(D)
     wanted = np.zeros(D_SAE)
     for t in range(TOKENS):
@@ -141,7 +152,11 @@ def test_auxiliary_loss(getkey, objective, sparse_path):
 
     def loss(p, dead=None):
         value, stats = objectives.loss(p, x, y, jnp.float32(3), r, 5, sparse=sparse_path)
-        return value if dead is None else value + objectives.auxiliary(p, x, jax.lax.stop_gradient(stats.err), dead, r, key=key)
+        return (
+            value
+            if dead is None
+            else value + objectives.auxiliary(p, x, jax.lax.stop_gradient(stats.err), dead, r, key=key)
+        )
 
     assert float(loss(p, jnp.asarray(dead))) == pytest.approx(reference(objective, p, X, Y, 3, dead, 2)[0], rel=1e-4)
     assert float(loss(p, jnp.zeros(D_SAE, bool))) == pytest.approx(reference(objective, p, X, Y, 3)[0], rel=1e-4)
@@ -209,7 +224,11 @@ def test_resampling_touches_the_dead_alone(getkey):
     q, m = optimiser.resample(p, moments, dead, x, y, r, key=getkey())
     np.testing.assert_array_equal(q.W_dec[4:], p.W_dec[4:])
     np.testing.assert_array_equal(q.W_enc[:, 4:], p.W_enc[:, 4:])
-    assert float(m.second.W_enc[:, :4].sum()) == 0 and float(m.first.W_dec[4:].min()) == 1 and float(m.second.b_dec.min()) == 1
+    assert (
+        float(m.second.W_enc[:, :4].sum()) == 0
+        and float(m.first.W_dec[4:].min()) == 1
+        and float(m.second.b_dec.min()) == 1
+    )
     cosine = objectives.unit_rows(q.W_dec[:4]) @ objectives.unit_rows(y - p.b_dec[None]).T
     np.testing.assert_allclose(jnp.max(cosine, axis=1), 1, rtol=1e-5)  # each points to a target
     pre = x @ q.W_enc[:, :4] + q.b_enc[None, :4]
@@ -236,7 +255,9 @@ def test_schedules():
     cosine = recipe("icl-sfc", learning_rate=1.0, period=100)
     assert float(cosine.rate(jnp.int32(99))) == pytest.approx(0.1, rel=1e-3)
     published = make_recipe("icl-sfc", n_steps=150_000, batch_size=2048)
-    assert float(published.rate(jnp.int32(149_999))) == pytest.approx(0.55 * 1e-3, rel=1e-3), "half of a period of twice the run"
+    assert float(published.rate(jnp.int32(149_999))) == pytest.approx(0.55 * 1e-3, rel=1e-3), (
+        "half of a period of twice the run"
+    )
 
 
 def test_recipes_are_checked():
@@ -244,7 +265,13 @@ def test_recipes_are_checked():
         make_recipe("relu", n_steps=1, batch_size=1)
     with pytest.raises(TrainingError, match="a recipe has no learnign_rate; it has aux, "):
         make_recipe("topk", n_steps=1, batch_size=1, learnign_rate=1)
-    for name, value in (("learning_rate", 0.0), ("beta2", 1.0), ("dtype", "float16"), ("warmup", -1), ("decay", "sudden")):
+    for name, value in (
+        ("learning_rate", 0.0),
+        ("beta2", 1.0),
+        ("dtype", "float16"),
+        ("warmup", -1),
+        ("decay", "sudden"),
+    ):
         with pytest.raises(TrainingError, match=name):
             recipe("topk", **{name: value})
     assert dataclasses.replace(recipe("topk"), k_aux=0) != recipe("topk")

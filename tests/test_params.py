@@ -5,7 +5,8 @@ import json
 import nbformat
 import pytest
 
-from icl_lib.runs.params import CardError, all_declared, check_card, check_values, declared, for_notebook, main, read_card
+from icl_lib.cards.card import CardError, all_declared, check_card, check_values, declared, for_notebook, read_card
+from icl_lib.commands.check import main
 
 CELL = """\
 run_dir: str = "runs/tiny"  # where results go
@@ -155,7 +156,9 @@ def test_one_key_of_two_notebooks_names_both(tmp_path, notebook):
     assert all_declared([notebook, other])["seed"].notebooks == ("02_toy", "03_other")
 
 
-@pytest.mark.parametrize("line", ["x = 3", "x: int = 3 * 2", "x: dict = {}", "x: str | None = None", "x: int", "x: int = (", "print(3)"])
+@pytest.mark.parametrize(
+    "line", ["x = 3", "x: int = 3 * 2", "x: dict = {}", "x: str | None = None", "x: int", "x: int = (", "print(3)"]
+)
 def test_a_line_papermill_cannot_set_is_refused(tmp_path, line):
     bad = _notebook(tmp_path, "02_bad.ipynb", line)
     with pytest.raises(CardError, match="02_bad|annotation"):

@@ -11,14 +11,16 @@ import jax.numpy as jnp
 import pytest
 
 from icl_lib import circuits
+from icl_lib.cards.card import CardError
+from icl_lib.cards.checks import config_of, defaults_of, full_card
+from icl_lib.commands import preflight as command
+from icl_lib.files.paths import root
 from icl_lib.models import Site, tiny_config
 from icl_lib.models.families import abstract, known_config, n_params
-from icl_lib.runs import preflight, root, workload
-from icl_lib.runs.checks import config_of, defaults_of, full_card
-from icl_lib.runs.dictionaries import dictionaries
-from icl_lib.runs.hardware import KINDS, parse_devices, present, with_own_memory
-from icl_lib.runs.params import CardError
-from icl_lib.runs.workload import n_tasks, steps, token_flops
+from icl_lib.planning import preflight, workload
+from icl_lib.planning.dictionaries import dictionaries
+from icl_lib.planning.hardware import KINDS, parse_devices, present, with_own_memory
+from icl_lib.planning.workload import n_tasks, steps, token_flops
 from icl_lib.saes import SAE
 from icl_lib.tasks import Role, pair_logprob
 from tests.planted import planted_prompts
@@ -32,7 +34,14 @@ def _card(name="gemma-2-9b", **changes):
 
 @pytest.mark.parametrize(
     ("text", "kind", "count"),
-    [("h100", "h100", 1), ("8xv5e", "v5e", 8), ("v5e-8", "v5e", 8), ("v4-8", "v4", 4), ("V5p-16", "v5p", 8), ("cpu", "cpu", 1)],
+    [
+        ("h100", "h100", 1),
+        ("8xv5e", "v5e", 8),
+        ("v5e-8", "v5e", 8),
+        ("v4-8", "v4", 4),
+        ("V5p-16", "v5p", 8),
+        ("cpu", "cpu", 1),
+    ],
 )
 def test_devices_are_read_as_people_write_them(text, kind, count):
     devices = parse_devices(text)
@@ -114,7 +123,7 @@ def test_a_download_that_broke_off_is_still_to_come(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda p: p.stem)
 def test_every_card_fits_on_one_large_card_and_its_parameters_are_the_models(path, capsys):
-    assert preflight.main([str(path), "--devices", "h200"]) == 0
+    assert command.main([str(path), "--devices", "h200"]) == 0
     out = capsys.readouterr().out
     card = full_card(path)
     assert f"{n_params(config_of(card['model'])):,} parameters" in out
@@ -122,33 +131,39 @@ def test_every_card_fits_on_one_large_card_and_its_parameters_are_the_models(pat
 
 
 def test_what_cannot_fit_is_refused_with_one_message_and_status_1(capsys):
-    assert preflight.main([str(root() / "params/gemma-2-9b.yaml"), "--devices", "v5e"]) == 1
+    assert command.main([str(root() / "params/gemma-2-9b.yaml"), "--devices", "v5e"]) == 1
     err = capsys.readouterr().err
     assert len(err.strip().splitlines()) == 1
-    assert all(word in err for word in ("gemma-2-9b does not fit on v5e", "weights 18.5 GB", "14.7 GB", "x v5e would do"))
-    assert preflight.main([str(root() / "params/gemma-2-9b.yaml"), "--devices", "8xv5e"]) == 0
+    assert all(
+        word in err for word in ("gemma-2-9b does not fit on v5e", "weights 18.5 GB", "14.7 GB", "x v5e would do")
+    )
+    assert command.main([str(root() / "params/gemma-2-9b.yaml"), "--devices", "8xv5e"]) == 0
 
 
 def test_on_this_machine_host_memory_and_disk_have_to_suffice(monkeypatch, capsys):
     """The embedded model on this CPU: compiled, and it fits; then with less memory and less disk than there is."""
     tiny = str(root() / "params" / "tiny.yaml")
-    assert preflight.main([tiny, "--devices", "cpu"]) == 0
+    assert command.main([tiny, "--devices", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "compiled for these devices" in out and "0.0 GB of weights and SAEs to download" in out
     e = preflight.estimate(_card("tiny"), parse_devices("cpu"), compile=False)
     here = dataclasses.replace(e, here=True)
     preflight.refuse(here)
-    with pytest.raises(preflight.PreflightError, match="does not fit into the memory of this machine: notebook 01 .*fewer `rate_rows`"):
+    with pytest.raises(
+        preflight.PreflightError, match="does not fit into the memory of this machine: notebook 01 .*fewer `rate_rows`"
+    ):
         preflight.refuse(dataclasses.replace(here, host=10**15))
     monkeypatch.setattr(preflight, "_free_disk", lambda: 10**9)
-    with pytest.raises(preflight.PreflightError, match="tiny downloads 2.0 GB of weights and SAEs, and 1.0 GB are free in"):
+    with pytest.raises(
+        preflight.PreflightError, match="tiny downloads 2.0 GB of weights and SAEs, and 1.0 GB are free in"
+    ):
         preflight.refuse(dataclasses.replace(here, disk=2 * 10**9))
     preflight.refuse(dataclasses.replace(e, disk=10**15))  # of another machine nothing is known
 
 
 def test_bad_cards_and_devices_have_status_2(tmp_path, capsys):
-    assert preflight.main([str(tmp_path / "none.yaml")]) == 2
-    assert preflight.main([str(root() / "params/tiny.yaml"), "--devices", "abacus"]) == 2
+    assert command.main([str(tmp_path / "none.yaml")]) == 2
+    assert command.main([str(root() / "params/tiny.yaml"), "--devices", "abacus"]) == 2
     assert "no card at" in capsys.readouterr().err
 
 
@@ -205,9 +220,20 @@ def test_flops_of_a_token_are_twice_the_weights_and_the_scores():
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gpt_neox", "qwen2"])
 def test_arithmetic_agrees_with_the_compiler(family):
     """Of weights and work arrays together, and of FLOPs, within 25 %; also where the depth is extrapolated."""
-    config = dataclasses.replace(tiny_config(d_model=128, d_mlp=512, n_heads=4, d_head=32, d_vocab=4000, n_ctx=256), n_layers=7)
+    config = dataclasses.replace(
+        tiny_config(d_model=128, d_mlp=512, n_heads=4, d_head=32, d_vocab=4000, n_ctx=256), n_layers=7
+    )
     config = dataclasses.replace(config, **preflight_traits(family, config))
-    card = _card("tiny", saes=[], circuit_layers=[0], layer_executor=3, layer_detector=2, sae_layers=[0], n_prompts=8, effect_prompts=8)
+    card = _card(
+        "tiny",
+        saes=[],
+        circuit_layers=[0],
+        layer_executor=3,
+        layer_detector=2,
+        sae_layers=[0],
+        n_prompts=8,
+        effect_prompts=8,
+    )
     weights = 4 * n_params(config)
     kinds = {step.function.__name__: step for step in steps(card, config, dtype="float32")}
     assert len(kinds) == 5
@@ -222,8 +248,13 @@ def test_the_flops_of_saes_are_those_of_what_notebooks_compute(what):
     """The whole computation compiled, SAEs and all, on a model that is small beside them."""
     config = tiny_config(n_layers=3, d_vocab=50)
     names = ["x/layer_{layer}/l_1024", "x/transcoder/layer_{layer}/l_1024"]
-    costs = workload._Costs({"saes": names, "sae_layers": [1, 2], "circuit_layers": [1, 2], "tasks": "paper"}, config, 1, 4)
-    prompts, suite = planted_prompts(0, 4, 3), {sae.site_in: sae for layer in (1, 2) for sae in some_saes(layer, costs.latents())}
+    costs = workload._Costs(
+        {"saes": names, "sae_layers": [1, 2], "circuit_layers": [1, 2], "tasks": "paper"}, config, 1, 4
+    )
+    prompts, suite = (
+        planted_prompts(0, 4, 3),
+        {sae.site_in: sae for layer in (1, 2) for sae in some_saes(layer, costs.latents())},
+    )
     b, s = prompts.tokens.shape
     roles = circuits.effects.node_roles(prompts)
 
@@ -263,7 +294,9 @@ def test_saes_and_tables_are_counted_beside_what_is_compiled():
 
 def some_saes(layer, d_sae):
     """A residual SAE and a transcoder for models of width 16."""
-    weights = {name: jnp.ones(shape) for name, shape in (("W_enc", (16, d_sae)), ("W_dec", (d_sae, 16)), ("b_dec", (16,)))}
+    weights = {
+        name: jnp.ones(shape) for name, shape in (("W_enc", (16, d_sae)), ("W_dec", (d_sae, 16)), ("b_dec", (16,)))
+    }
     weights |= {"b_enc": jnp.zeros(d_sae), "threshold": jnp.zeros(d_sae), "architecture": "jumprelu"}
     pairs = [("resid_pre", "resid_pre"), ("mlp_in", "mlp_out")]
     return [SAE(**weights, site_in=Site(a, layer), site_out=Site(b, layer)) for a, b in pairs]
@@ -273,13 +306,19 @@ def preflight_traits(family, config):
     """What makes the small config one of this family."""
     from icl_lib.models.config import TRAITS
 
-    windows = {"windows": tuple(16 if i % 2 == 0 else None for i in range(config.n_layers))} if family == "gemma2" else {}
+    windows = (
+        {"windows": tuple(16 if i % 2 == 0 else None for i in range(config.n_layers))} if family == "gemma2" else {}
+    )
     return {"family": family, **TRAITS[family], **windows}
 
 
 def test_the_depth_is_extrapolated_to_what_the_full_depth_gives():
     config = tiny_config(n_layers=7, d_model=64, d_mlp=256, d_vocab=500, n_ctx=256)
-    step = next(s for s in steps(_card("tiny", saes=[], circuit_layers=[0]), config, dtype="float32") if s.what == "node effects")
+    step = next(
+        s
+        for s in steps(_card("tiny", saes=[], circuit_layers=[0]), config, dtype="float32")
+        if s.what == "node effects"
+    )
     line = preflight.measured(step, config, "float32")
     temp, flops = preflight._compiled(step, config, "float32", 1)
     assert line.temp == pytest.approx(temp, rel=0.1) and line.flops == pytest.approx(flops, rel=0.05)

@@ -26,7 +26,9 @@ from icl_lib.tasks import (
 )
 
 WORDS = [x for x, _ in load_tasks("embedded")["en_es"].pairs]
-LISTS = tuple((", ".join(words), words[-1]) for words in zip(WORDS, WORDS[10:], WORDS[20:], strict=False))  # inputs of five tokens
+LISTS = tuple(
+    (", ".join(words), words[-1]) for words in zip(WORDS, WORDS[10:], WORDS[20:], strict=False)
+)  # inputs of five tokens
 TASKS = load_tasks("embedded") | {"algo_last": Task("algo_last", LISTS, "algorithmic", "test")}
 CORPUS = ["Follow the pattern:\nX -> Y\n"] + [f"{x} -> {y}\n" for task in TASKS.values() for x, y in task.pairs]
 
@@ -72,7 +74,9 @@ def metaspace():
     newline = pre_tokenizers.Split("\n", "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([newline, pre_tokenizers.Metaspace(prepend_scheme="never")])
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<pad>", "<eos>", "<bos>", "<unk>"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<pad>", "<eos>", "<bos>", "<unk>"], show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>")
 
@@ -215,11 +219,15 @@ def test_corrupt_prompts_change_the_shots_only(words):
             x, y = line.split(" -> ")
             assert y != truth[x] and y in outputs
     with pytest.raises(ValueError, match="one output only, 'c'"):
-        make_prompts(Task("t", (("a", "c"), ("b", "c")), "", "test"), words, n_prompts=1, n_shots=1, seed=0, corrupt=True)
+        make_prompts(
+            Task("t", (("a", "c"), ("b", "c")), "", "test"), words, n_prompts=1, n_shots=1, seed=0, corrupt=True
+        )
 
 
 def test_stacked_prompts(words):
-    parts = [make_prompts(TASKS[name], words, n_prompts=3, n_shots=n, seed=0) for name, n in (("en_es", 2), ("algo_last", 4))]
+    parts = [
+        make_prompts(TASKS[name], words, n_prompts=3, n_shots=n, seed=0) for name, n in (("en_es", 2), ("algo_last", 4))
+    ]
     stack = stack_prompts(parts)
     seq = max(p.tokens.shape[1] for p in parts)
     assert stack.tokens.shape == stack.roles.shape == stack.pair.shape == stack.answer.shape == (2, 3, seq)
@@ -277,7 +285,9 @@ def test_fused_separator_is_an_error():
     tokenizer.train_from_iterator(CORPUS, trainers.WordLevelTrainer(special_tokens=["<unk>"]))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
     task = Task("t", (("hot", "cold"),), "", "test")
-    with pytest.raises(ValueError, match=r"the token 'hot->cold' of TokenizersBackend spans INPUT and ARROW and OUTPUT"):
+    with pytest.raises(
+        ValueError, match=r"the token 'hot->cold' of TokenizersBackend spans INPUT and ARROW and OUTPUT"
+    ):
         make_prompts(task, fast, n_prompts=1, n_shots=0, seed=0, template=Template(pair="{x}->{y}"))
 
 
@@ -302,7 +312,8 @@ def reference_metrics(logits, prompts):
         nll = -sum(logp[s - 1, tokens[b, s]] for s in places[:2])
         hit = logits[b, places[0] - 1].argmax() == tokens[b, places[0]]
         firsts = [
-            min(s for s in range(tokens.shape[1]) if roles[b, s] == Role.OUTPUT and pair[b, s] == i) for i in range(1, pair[b].max() + 1)
+            min(s for s in range(tokens.shape[1]) if roles[b, s] == Role.OUTPUT and pair[b, s] == i)
+            for i in range(1, pair[b].max() + 1)
         ]
         rows.append((nll, float(hit), np.mean([logp[s - 1, tokens[b, s]] for s in firsts])))
     return np.array(rows).T
@@ -327,7 +338,9 @@ def test_metrics_against_a_loop(metaspace, getkey):
         np.testing.assert_allclose(ours, expected, rtol=1e-5)
     # A leading axis of tasks, given whole or mapped over.
     stack, both = stack_prompts([prompts, prompts]), jnp.stack([logits, logits])
-    for ours, mapped, expected in zip(measured(both, stack), jax.vmap(measured)(both, stack), (nll, hit, pairs), strict=True):
+    for ours, mapped, expected in zip(
+        measured(both, stack), jax.vmap(measured)(both, stack), (nll, hit, pairs), strict=True
+    ):
         np.testing.assert_allclose(ours[1], expected, rtol=1e-5)
         np.testing.assert_allclose(mapped[0], expected, rtol=1e-5)
 
@@ -337,7 +350,10 @@ def test_pair_logit_ignores_what_a_softmax_ignores_and_does_not_saturate(words, 
     logits = jax.random.normal(getkey(), (*prompts.tokens.shape, len(words)))
     at = np.asarray(prompts.mask(Role.OUTPUT, "first") & (prompts.pair > 0))
     rows = [(b, s) for b, s in zip(*np.nonzero(at), strict=True)]
-    expected = [np.mean([logits[b, s - 1, prompts.tokens[b, s]] - logits[b, s - 1].mean() for b, s in rows if b == i]) for i in range(3)]
+    expected = [
+        np.mean([logits[b, s - 1, prompts.tokens[b, s]] - logits[b, s - 1].mean() for b, s in rows if b == i])
+        for i in range(3)
+    ]
     np.testing.assert_allclose(pair_logit(logits, prompts), expected, rtol=1e-5)
     shift = jax.random.normal(getkey(), (*prompts.tokens.shape, 1))
     np.testing.assert_allclose(pair_logit(logits + jnp.broadcast_to(shift, logits.shape), prompts), expected, rtol=1e-4)

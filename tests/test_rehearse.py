@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import pytest
 import yaml
 
+from icl_lib.cards.checks import defaults_of, full_card
+from icl_lib.commands import rehearse as command
+from icl_lib.files.paths import root
 from icl_lib.models import Site, load_model, load_tokenizer, run_with_cache
 from icl_lib.models.families import known_config
-from icl_lib.runs import rehearse, root, workload
-from icl_lib.runs.checks import defaults_of, full_card
-from icl_lib.runs.dictionaries import dictionaries
-from icl_lib.runs.stand_in import sites_of, small_config, small_tokenizer
+from icl_lib.planning import rehearse, workload
+from icl_lib.planning.dictionaries import dictionaries
+from icl_lib.planning.stand_in import sites_of, small_config, small_tokenizer
 from icl_lib.saes import load_suite
 from icl_lib.saes.formats import gemma_scope
 from icl_lib.saes.formats.suites import has_layer, layers_of, with_layer
@@ -51,7 +53,16 @@ def _served(card, n_layers):
 
 
 def test_all_eight_models_have_a_card():
-    asked = {"gemma-1-2b", "gemma-1-2b-it", "gemma-2-2b-16k", "gemma-2-2b-65k", "gemma-2-9b", "phi-3-mini", "qwen2.5-0.5b", "pythia-70m"}
+    asked = {
+        "gemma-1-2b",
+        "gemma-1-2b-it",
+        "gemma-2-2b-16k",
+        "gemma-2-2b-65k",
+        "gemma-2-9b",
+        "phi-3-mini",
+        "qwen2.5-0.5b",
+        "pythia-70m",
+    }
     assert asked <= set(CARDS)
     assert all(_card(name)["card"] == name for name in CARDS)
 
@@ -101,7 +112,9 @@ def test_small_layers_stay_apart_and_in_order(name):
     assert 0 <= keys["layer_detector"] < keys["layer_executor"] < n <= rehearse.MOST_LAYERS + 1
     for key in ("circuit_layers", "sae_layers"):
         assert keys[key] == sorted(set(keys[key])) and keys[key][-1] < n
-    assert len(keys["circuit_layers"]) == min(3, len({card["circuit_layers"][0], card["layer_executor"], card["circuit_layers"][-1]}))
+    assert len(keys["circuit_layers"]) == min(
+        3, len({card["circuit_layers"][0], card["layer_executor"], card["circuit_layers"][-1]})
+    )
     small = card | keys
     assert {Site("resid_pre", small["layer_executor"]), Site("resid_pre", small["layer_detector"])} <= _served(small, n)
 
@@ -129,7 +142,12 @@ def test_a_small_tokenizer_is_of_its_familys_kind(family):
     tokenizer = small_tokenizer(family, lines)
     turn = {"gemma": "<start_of_turn>", "gemma2": "<start_of_turn>", "phi3": "<|user|>"}.get(family, "")
     prompts = make_prompts(
-        tasks["en_es"], tokenizer, n_prompts=2, n_shots=2, seed=0, template=Template(prefix=f"{turn}\nFollow the pattern:\n")
+        tasks["en_es"],
+        tokenizer,
+        n_prompts=2,
+        n_shots=2,
+        seed=0,
+        template=Template(prefix=f"{turn}\nFollow the pattern:\n"),
     )
     assert int((prompts.mask(Role.ARROW, "last")).sum()) == 2 * 3
     if turn:
@@ -144,8 +162,15 @@ def test_a_small_config_keeps_what_makes_its_model():
     for name in ("google/gemma-2-9b", "EleutherAI/pythia-70m-deduped", "microsoft/Phi-3-mini-4k-instruct"):
         config = known_config(name)
         small = small_config(config, 4, small_tokenizer(config.family, lines))
-        assert (small.family, small.norm, small.parallel, small.tied) == (config.family, config.norm, config.parallel, config.tied)
-        assert (small.windows is None) == (config.windows is None) and (small.attn_scale is None) == (config.attn_scale is None)
+        assert (small.family, small.norm, small.parallel, small.tied) == (
+            config.family,
+            config.norm,
+            config.parallel,
+            config.tied,
+        )
+        assert (small.windows is None) == (config.windows is None) and (small.attn_scale is None) == (
+            config.attn_scale is None
+        )
         assert (small.width("z") == small.d_model) == (config.width("z") == config.d_model)
     pythia = small_config(known_config("EleutherAI/pythia-70m-deduped"), 4, small_tokenizer("gpt_neox", lines))
     assert pythia.rotary_dim == pythia.d_head // 4
@@ -164,7 +189,9 @@ def test_a_stand_in_goes_through_the_code_of_its_card(name, tmp_path):
     assert len(suite) == len(dictionaries(small, model.config))
     tasks = load_tasks(small["tasks"])
     task = Random(0).choice(list(tasks.values()))
-    prompts = make_prompts(task, tokenizer, n_prompts=2, n_shots=small["n_shots"], seed=0, template=Template(prefix=small["prefix"]))
+    prompts = make_prompts(
+        task, tokenizer, n_prompts=2, n_shots=small["n_shots"], seed=0, template=Template(prefix=small["prefix"])
+    )
     _, cache = run_with_cache(model, prompts.tokens, suite)
     for site, sae in suite.items():
         fires = (sae.encode(cache[site]) > 0).mean()
@@ -180,13 +207,13 @@ def test_a_rehearsal_that_fails_says_where(tmp_path):
 
 
 def test_unknown_cards_have_status_2(capsys):
-    assert rehearse.main(["gemma-7"]) == 2
+    assert command.main(["gemma-7"]) == 2
     assert "no card at" in capsys.readouterr().err
 
 
 def test_without_a_card_those_there_are_are_named(capsys):
     for argv in ([], [str(root() / "params" / "tiny.yaml")]):
-        assert rehearse.main(argv) == 2
+        assert command.main(argv) == 2
         said = capsys.readouterr().err
         assert all(name in said for name in ("make rehearse CARD=", *CARDS)), argv
 

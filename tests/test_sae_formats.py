@@ -74,7 +74,10 @@ def test_batchtopk_comes_back_as_jumprelu(getkey, tmp_path):
 def test_topk_transcoders_are_written_as_sparsify_does(skip, getkey, tmp_path):
     sae, x = transcoder(getkey, architecture="topk", skip=skip), jax.random.normal(getkey(), (30, 16))
     again = load_suite(save_suite({sae.site_in: sae}, tmp_path / "a"), tiny_config())[sae.site_in]
-    assert (tmp_path / "a" / "mlp_in.1" / "sae.safetensors").is_file() and (again.k, again.metadata) == (sae.k, sae.metadata)
+    assert (tmp_path / "a" / "mlp_in.1" / "sae.safetensors").is_file() and (again.k, again.metadata) == (
+        sae.k,
+        sae.metadata,
+    )
     same(again, sae, x)
     half = load_sae(save_sae(sae, tmp_path / "b", "bfloat16"))
     np.testing.assert_allclose(half.W_dec, sae.W_dec, rtol=1e-2)
@@ -97,7 +100,12 @@ def test_saelens_layout(getkey, tmp_path):
     cfg, w = json.loads((tmp_path / "cfg.json").read_text()), load_file(tmp_path / "sae_weights.safetensors")
     assert set(w) == {"W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"}
     assert cfg["architecture"] == "gated" and cfg["metadata"]["hook_name"] == "blocks.1.hook_resid_pre"
-    assert (cfg["d_in"], cfg["d_sae"], cfg["apply_b_dec_to_input"], cfg["normalize_activations"]) == (16, 24, False, "none")
+    assert (cfg["d_in"], cfg["d_sae"], cfg["apply_b_dec_to_input"], cfg["normalize_activations"]) == (
+        16,
+        24,
+        False,
+        "none",
+    )
     x = np.asarray(jax.random.normal(getkey(), (30, 16)))
     active = x @ w["W_enc"] + w["b_gate"] > 0
     f = active * np.maximum(x @ (w["W_enc"] * np.exp(w["r_mag"])) + w["b_mag"], 0)
@@ -131,7 +139,9 @@ def test_without_apply_b_dec_to_input_the_default_is_that_of_sae_lens(kind, getk
     sae = transcoder(getkey, architecture="standard") if kind == "transcoder" else make(getkey, kind)
     edit_config(save_sae(sae, tmp_path), apply_b_dec_to_input=None)
     x = jax.random.normal(getkey(), (30, 16))
-    np.testing.assert_allclose(load_sae(tmp_path).encode(x), sae.encode(x if sae.is_transcoder else x - sae.b_dec[None]), atol=1e-4)
+    np.testing.assert_allclose(
+        load_sae(tmp_path).encode(x), sae.encode(x if sae.is_transcoder else x - sae.b_dec[None]), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,7 +174,10 @@ def test_suite_of_another_model(getkey, tmp_path):
     with pytest.raises(ValueError, match=r"resid_pre\.1.*hook_resid_pre.*d_in = 12.*16 wide"):
         load_suite(tmp_path, tiny_config())
     with pytest.raises(ValueError, match="layer"):
-        load_suite(save_suite({Site("resid_pre", 7): make(getkey, site_in=Site("resid_pre", 7))}, tmp_path / "b"), tiny_config())
+        load_suite(
+            save_suite({Site("resid_pre", 7): make(getkey, site_in=Site("resid_pre", 7))}, tmp_path / "b"),
+            tiny_config(),
+        )
 
 
 GEMMA = "google/gemma-scope-2b-pt-"
@@ -197,17 +210,25 @@ def test_canonical_ids():
         "27b-pt-res/layer_22/width_131k": 82, "9b-pt-res/embedding/width_4k": 80,
     }  # fmt: skip
     for name, l0 in wanted.items():
-        assert gemma_scope.resolve(f"google/gemma-scope-{name}/canonical") == f"google/gemma-scope-{name}/average_l0_{l0}"
+        assert (
+            gemma_scope.resolve(f"google/gemma-scope-{name}/canonical") == f"google/gemma-scope-{name}/average_l0_{l0}"
+        )
     table = gemma_scope.table()
     assert sum(bool(canonical) for canonical, _ in table.values()) == 455
     assert all(int(c) in l0s and all(abs(int(c) - 100) <= abs(n - 100) for n in l0s) for c, l0s in table.values() if c)
 
 
-@pytest.mark.parametrize("mean_norm, name", [(9.0, "it-l1-residual-test-run-1-2.00E-05"), (None, "l1-test-run-3-4e-05")])
+@pytest.mark.parametrize(
+    "mean_norm, name", [(9.0, "it-l1-residual-test-run-1-2.00E-05"), (None, "l1-test-run-3-4e-05")]
+)
 def test_saex(mean_norm, name, getkey, tmp_path):
     sae, x = make(getkey, "gated"), jax.random.normal(getkey(), (30, 16))
     same(load_sae(saex.write(sae, tmp_path / name, mean_norm)), sae, x)
-    same(load_sae(tmp_path / "it-l1-residual-test-run-*") if mean_norm else load_sae(tmp_path / "l1-test-run-3-*"), sae, x)
+    same(
+        load_sae(tmp_path / "it-l1-residual-test-run-*") if mean_norm else load_sae(tmp_path / "l1-test-run-3-*"),
+        sae,
+        x,
+    )
 
 
 @pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "topk", "batchtopk"])
@@ -253,18 +274,31 @@ def test_suite_from_patterns(getkey, tmp_path):
         folder = name.replace("{layer}", str(layer)).replace("canonical", f"average_l0_{l0}")
         gemma_scope.write(make(getkey, "jumprelu", Site("resid_post", layer)), folder)
     for layer in (0, 1):
-        saex.write(make(getkey, "gated", Site("attn_out", layer)), tmp_path / f"nev/it-l{layer}-attn_out-test-run-1-2.00E-05", 9.0)
+        saex.write(
+            make(getkey, "gated", Site("attn_out", layer)),
+            tmp_path / f"nev/it-l{layer}-attn_out-test-run-1-2.00E-05",
+            9.0,
+        )
     attention = str(tmp_path / "nev/it-l{layer}-attn_out-test-run-1-*")
     assert list(load_suite(name, config)) == [Site("resid_post", 1), Site("resid_pre", 1)]
     assert list(load_suite(name, layers=[0])) == [Site("resid_post", 0)]
     assert list(load_suite([name, attention], config, layers=[0])) == [Site("attn_out", 0), Site("resid_pre", 1)]
     some = attention.replace("{layer}", "{layer:1-5}")  # where the first block has none
-    assert list(load_suite([name, some], config, layers=[0, 1])) == [Site("attn_out", 1), Site("resid_post", 1), Site("resid_pre", 1)]
+    assert list(load_suite([name, some], config, layers=[0, 1])) == [
+        Site("attn_out", 1),
+        Site("resid_post", 1),
+        Site("resid_pre", 1),
+    ]
     assert list(load_suite(some, config)) == [Site("attn_out", 1)]
     for bad in ("{layer:1}", "{layer:5-1}", "{layer1-5}"):
         with pytest.raises(ValueError, match=r"layers are written {layer}, or {layer:0-16}"):
             load_suite(attention.replace("{layer}", bad), config)
-    assert list(load_suite(tmp_path, config)) == [Site("attn_out", 0), Site("attn_out", 1), Site("resid_post", 1), Site("resid_pre", 1)]
+    assert list(load_suite(tmp_path, config)) == [
+        Site("attn_out", 0),
+        Site("attn_out", 1),
+        Site("resid_post", 1),
+        Site("resid_pre", 1),
+    ]
     assert list(load_suite(tmp_path, config, layers=[0])) == [Site("attn_out", 0)]
     assert list(load_suite([name, tmp_path / "nev"], config, layers=[0])) == [Site("attn_out", 0), Site("resid_pre", 1)]
     with pytest.raises(FileNotFoundError, match="no SAE in layers"):

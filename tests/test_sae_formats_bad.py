@@ -30,25 +30,48 @@ def cut(path):
     [
         (lambda p: edit_weights(p, r_mag=None), "missing r_mag"),
         (lambda p: edit_weights(p, scaling=np.ones(24, np.float32)), "unknown scaling"),
-        (lambda p: edit_weights(p, W_dec=np.ones((16, 24), np.float32)), r"W_dec has shape \(16, 24\), expected \(24, 16\)"),
+        (
+            lambda p: edit_weights(p, W_dec=np.ones((16, 24), np.float32)),
+            r"W_dec has shape \(16, 24\), expected \(24, 16\)",
+        ),
         (lambda p: edit_weights(p, b_mag=np.full(24, np.nan, np.float32)), "b_mag has values that are not finite"),
         (lambda p: cut(p / "sae_weights.safetensors"), "cut short"),
         (lambda p: cut(p / "cfg.json"), "cut short"),
         (lambda p: edit_config(p, architecture="temporal"), "architecture 'temporal'"),
         (lambda p: edit_config(p, architecture=None), "architecture None"),
-        (lambda p: edit_config(p, normalize_activations="layer_norm"), "'layer_norm': the SAE sees each token rescaled"),
+        (
+            lambda p: edit_config(p, normalize_activations="layer_norm"),
+            "'layer_norm': the SAE sees each token rescaled",
+        ),
         (lambda p: edit_config(p, normalize_activations="constant_norm_rescale"), "rescaled by its own norm"),
-        (lambda p: edit_config(p, normalize_activations="covariance_whitening"), "'covariance_whitening'; we read none and"),
-        (lambda p: edit_config(p, normalize_activations="expected_average_only_in"), "the scale is nowhere.*activation_scaler.json"),
+        (
+            lambda p: edit_config(p, normalize_activations="covariance_whitening"),
+            "'covariance_whitening'; we read none and",
+        ),
+        (
+            lambda p: edit_config(p, normalize_activations="expected_average_only_in"),
+            "the scale is nowhere.*activation_scaler.json",
+        ),
         (lambda p: edit_config(p, metadata=None), "lacks metadata"),
-        (lambda p: edit_config(p, metadata=None, hook_point="blocks.1.hook_resid_pre", activation_fn_str="tanh-relu"), "tanh-relu"),
-        (lambda p: edit_config(p, metadata={"hook_name": "blocks.1.attn.hook_z", "hook_head_index": 3}), "single head 3"),
+        (
+            lambda p: edit_config(
+                p, metadata=None, hook_point="blocks.1.hook_resid_pre", activation_fn_str="tanh-relu"
+            ),
+            "tanh-relu",
+        ),
+        (
+            lambda p: edit_config(p, metadata={"hook_name": "blocks.1.attn.hook_z", "hook_head_index": 3}),
+            "single head 3",
+        ),
         (lambda p: edit_config(p, d_sae="many"), "d_sae as a whole number of 1 or more, got 'many'"),
         (lambda p: edit_weights(p, scaling_factor=np.full(24, 2, np.float32)), "scaling_factor other than 1"),
         (lambda p: (p / "cfg.json").write_text("[]"), "holds list, expected an object"),
         (lambda p: edit_config(p, metadata={"hook_name": "blocks.1.hook_nothing"}), "must name a site"),
         (lambda p: edit_config(p, metadata={"hook_name": "model.layers.3.mlp.act_fn"}), "must name a site"),
-        (lambda p: edit_config(p, metadata={"hook_name": "model.layers.3.mlp", "model_name": "gemma-2-9b"}), "before a second norm"),
+        (
+            lambda p: edit_config(p, metadata={"hook_name": "model.layers.3.mlp", "model_name": "gemma-2-9b"}),
+            "before a second norm",
+        ),
     ],
 )
 def test_bad_files(damage, message, getkey, tmp_path):
@@ -63,7 +86,9 @@ def test_a_transcoder_of_one_module_is_refused(getkey, tmp_path):
     """By a module SAELens means what it returns, so that input and output would be the same."""
     save_sae(transcoder(getkey, architecture="standard"), tmp_path)
     edit_config(tmp_path, metadata={"hook_name": "model.layers.1.mlp", "hook_name_out": "model.layers.1.mlp"})
-    with pytest.raises(ValueError, match=r"for a transcoder, but its input and its output are both blocks.1.hook_mlp_out: pass site="):
+    with pytest.raises(
+        ValueError, match=r"for a transcoder, but its input and its output are both blocks.1.hook_mlp_out: pass site="
+    ):
         load_sae(tmp_path)
     assert load_sae(tmp_path, site=(Site("mlp_in", 1), Site("mlp_out", 1))).is_transcoder
 
@@ -92,7 +117,9 @@ def torch_file(path, **changes):
 
 
 def write_gemma(getkey, folder):
-    return gemma_scope.write(make(getkey, "jumprelu"), folder / "gemma-scope-2b-pt-res/layer_1/width_16k/average_l0_102")
+    return gemma_scope.write(
+        make(getkey, "jumprelu"), folder / "gemma-scope-2b-pt-res/layer_1/width_16k/average_l0_102"
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,12 +127,20 @@ def write_gemma(getkey, folder):
     [
         (lambda p: cut(p / "params.npz"), "cut short"),
         (lambda p: (p / "params.npz").write_bytes(b""), "cut short"),
-        (lambda p: np.savez(p / "params.npz", W_enc=np.ones((3, 4))), "missing b_enc; missing W_dec; missing b_dec; missing threshold"),
+        (
+            lambda p: np.savez(p / "params.npz", W_enc=np.ones((3, 4))),
+            "missing b_enc; missing W_dec; missing b_dec; missing threshold",
+        ),
         (
             lambda p: np.savez(p / "params.npz", **dict(np.load(p / "params.npz")) | {"b_dec": np.ones(3)}),
             r"b_dec has shape \(3,\), expected \(16,\)",
         ),
-        (lambda p: np.savez(p / "params.npz", **dict(np.load(p / "params.npz")) | {"scaling_factor": np.full(24, 2.0)}), "other than 1"),
+        (
+            lambda p: np.savez(
+                p / "params.npz", **dict(np.load(p / "params.npz")) | {"scaling_factor": np.full(24, 2.0)}
+            ),
+            "other than 1",
+        ),
         (lambda p: np.savez(p / "params.npz", W_enc=np.array([{}], object)), "allow_pickle"),
     ],
 )
@@ -134,13 +169,18 @@ def test_canonical_that_is_not():
         (lambda p: cut(p / "ae.pt"), "cut short"),
         (lambda p: torch_file(p, **{"encoder.bias": None}), "missing encoder.bias"),
         (lambda p: torch_file(p, extra=torch.ones(2)), r"unknown extra \(2,\)"),
-        (lambda p: torch_file(p, **{"decoder.weight": torch.ones(24, 16)}), r"decoder.weight has shape \(24, 16\), expected \(16, 24\)"),
+        (
+            lambda p: torch_file(p, **{"decoder.weight": torch.ones(24, 16)}),
+            r"decoder.weight has shape \(24, 16\), expected \(16, 24\)",
+        ),
         (lambda p: torch_file(p, **{"b_dec": torch.full((16,), float("nan"))}), "b_dec has values that are not finite"),
         (lambda p: torch.save([1, 2], p / "ae.pt"), "no state dict .* but list"),
         (lambda p: torch.save(torch.nn.Linear(2, 3), p / "ae.pt"), "refused: it names torch.nn.modules.linear.Linear"),
         (lambda p: edit_config(p, "config.json", trainer={"dict_class": "CrossCoder"}), "names the class 'CrossCoder'"),
         (
-            lambda p: edit_config(p, "config.json", trainer={"dict_class": "BatchTopKSAE", "submodule_name": "resid_post_layer_1"}),
+            lambda p: edit_config(
+                p, "config.json", trainer={"dict_class": "BatchTopKSAE", "submodule_name": "resid_post_layer_1"}
+            ),
             "threshold was never set",
         ),
         (lambda p: edit_config(p, "config.json", trainer={"dict_class": "AutoEncoderTopK"}), "where the SAE sits"),
@@ -179,11 +219,15 @@ def rewrite(path, pickled=None, storage=None):
             archive.writestr(name, data)
 
 
-@pytest.mark.parametrize("function, args", [(os.system, ("touch {}",)), (eval, ("open('{}', 'w')",)), (getattr, ("a", "upper"))])
+@pytest.mark.parametrize(
+    "function, args", [(os.system, ("touch {}",)), (eval, ("open('{}', 'w')",)), (getattr, ("a", "upper"))]
+)
 def test_a_pickle_with_code_in_it_is_refused(function, args, getkey, tmp_path):
     dictionary_learning.write(make(getkey, "standard"), tmp_path)
     trace = tmp_path / "trace"
-    rewrite(tmp_path / "ae.pt", pickle.dumps({"bias": Harm(function, *(text.format(trace) for text in args))}, protocol=2))
+    rewrite(
+        tmp_path / "ae.pt", pickle.dumps({"bias": Harm(function, *(text.format(trace) for text in args))}, protocol=2)
+    )
     with pytest.raises(ValueError, match=f"refused: it names .*{function.__name__}.*nothing but tensors"):
         load_sae(tmp_path)
     assert not trace.exists()
@@ -211,8 +255,16 @@ def test_a_pickle_cannot_reach_outside_its_tensors(tmp_path):
 
 def test_every_kind_of_tensor_is_read_like_torch_does(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
-    tensors = {"t": base.T, "part": base[1:3, ::2], "scalar": torch.tensor(5, dtype=torch.int), "parameter": torch.nn.Parameter(base)}
-    tensors |= {str(kind): base.to(kind) for kind in (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)}
+    tensors = {
+        "t": base.T,
+        "part": base[1:3, ::2],
+        "scalar": torch.tensor(5, dtype=torch.int),
+        "parameter": torch.nn.Parameter(base),
+    }
+    tensors |= {
+        str(kind): base.to(kind)
+        for kind in (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
+    }
     tensors["empty"] = torch.ones(0, 3)
     torch.save(tensors, tmp_path / "a.pt")
     for name, value in read_torch(tmp_path / "a.pt").items():
@@ -224,14 +276,34 @@ def test_every_kind_of_tensor_is_read_like_torch_does(tmp_path):
     [
         ("sparsify", lambda p: edit_config(p, activation="groupmax"), "activation 'groupmax'"),
         ("sparsify", lambda p: edit_config(p, k=0), "must give k as a whole number"),
-        ("sparsify", lambda p: edit_weights(p, "sae.safetensors", W_skip=np.ones((16, 16), np.float32)), "unknown W_skip"),
+        (
+            "sparsify",
+            lambda p: edit_weights(p, "sae.safetensors", W_skip=np.ones((16, 16), np.float32)),
+            "unknown W_skip",
+        ),
         ("sparsify", lambda p: cut(p / "sae.safetensors"), "cut short"),
         ("sparsify", lambda p: edit_config(p, transcode=True, site_in=None), "other than layers.N.mlp"),
         ("llama_scope", lambda p: edit_config(p, "hyperparams.json", act_fn="topk"), "act_fn 'topk'"),
-        ("llama_scope", lambda p: edit_config(p, "hyperparams.json", norm_activation="token-wise"), "'token-wise'; we read dataset-wise"),
-        ("llama_scope", lambda p: edit_config(p, "hyperparams.json", norm_activation="inference"), "'inference'; we read dataset-wise"),
-        ("llama_scope", lambda p: edit_config(p, "hyperparams.json", dataset_average_activation_norm={"in": 1.0}), "with in and out"),
-        ("llama_scope", lambda p: edit_config(p, "hyperparams.json", hook_point_in="blocks.1.hook_nothing"), "must name a site"),
+        (
+            "llama_scope",
+            lambda p: edit_config(p, "hyperparams.json", norm_activation="token-wise"),
+            "'token-wise'; we read dataset-wise",
+        ),
+        (
+            "llama_scope",
+            lambda p: edit_config(p, "hyperparams.json", norm_activation="inference"),
+            "'inference'; we read dataset-wise",
+        ),
+        (
+            "llama_scope",
+            lambda p: edit_config(p, "hyperparams.json", dataset_average_activation_norm={"in": 1.0}),
+            "with in and out",
+        ),
+        (
+            "llama_scope",
+            lambda p: edit_config(p, "hyperparams.json", hook_point_in="blocks.1.hook_nothing"),
+            "must name a site",
+        ),
         ("saex", lambda p: edit_weights(p, s_gate=None), "both s_gate and b_gate or neither"),
         ("saex", lambda p: edit_weights(p, b_dec=None), "missing b_dec"),
         ("saex", lambda p: edit_weights(p, scaling_factor=np.zeros(24, np.float32)), "not positive at"),
@@ -239,7 +311,9 @@ def test_every_kind_of_tensor_is_read_like_torch_does(tmp_path):
     ],
 )
 def test_bad_files_of_other_formats(write, damage, message, getkey, tmp_path):
-    folder = tmp_path / {"sparsify": "layers.1", "llama_scope": "L1R", "saex": "it-l1-residual-test-run-1-2.00E-05"}[write]
+    folder = (
+        tmp_path / {"sparsify": "layers.1", "llama_scope": "L1R", "saex": "it-l1-residual-test-run-1-2.00E-05"}[write]
+    )
     if write == "sparsify":
         sparsify.write(make(getkey, "topk", Site("resid_post", 1)), folder)
     elif write == "llama_scope":
@@ -255,7 +329,9 @@ def test_bad_files_of_other_formats(write, damage, message, getkey, tmp_path):
 
 def test_names_variants_and_writers(getkey, tmp_path):
     gated, reads = make(getkey, "gated"), save_sae(make(getkey), tmp_path / "a")
-    with pytest.raises(ValueError, match="variant 'paper' is not one of saelens.*'paper' of saex, 'threshold' of dictionary_learning"):
+    with pytest.raises(
+        ValueError, match="variant 'paper' is not one of saelens.*'paper' of saex, 'threshold' of dictionary_learning"
+    ):
         load_sae(reads, variant="paper")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty holds no SAE that we can read: expected one of cfg.json"):

@@ -35,10 +35,17 @@ def test_from_the_hub(getkey, tmp_path, monkeypatch):
     sae = load_sae("google/gemma-scope-2b-pt-res/layer_20/width_16k/canonical", revision="abc")
     assert sae.site_in == Site("resid_post", 20)
     assert calls == [("google/gemma-scope-2b-pt-res", "abc", ["layer_20/width_16k/average_l0_71/params.npz"])]
-    for name in ("gemma-scope-2b-pt-res-canonical", "gemma-scope-2b-pt-res", "google/gemma-scope-2b-pt-res-canonical"):  # as SAELens has it
+    for name in (
+        "gemma-scope-2b-pt-res-canonical",
+        "gemma-scope-2b-pt-res",
+        "google/gemma-scope-2b-pt-res-canonical",
+    ):  # as SAELens has it
         assert load_sae(f"{name}/layer_20/width_16k/canonical").site_in == Site("resid_post", 20)
         assert calls.pop()[0] == "google/gemma-scope-2b-pt-res"
-    with pytest.raises(FileNotFoundError, match="has no layer_20/width_16k/average_l0_23: .*tree/main .*average_l0 22, 38, 71, 139, 294"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="has no layer_20/width_16k/average_l0_23: .*tree/main .*average_l0 22, 38, 71, 139, 294",
+    ):
         load_sae("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_23")
 
 
@@ -50,18 +57,29 @@ def test_suite_from_the_hub(getkey, tmp_path, monkeypatch):
     save_sae(make(getkey), tmp_path / "suites/other")
     (tmp_path / "suites/small/attn_out.0/optimizer.pt").write_bytes(b"")
     (tmp_path / "suites/small/layer_1.safetensors.bak").write_bytes(b"")
-    wanted = [f"{site}/{file}" for site in ("attn_out.0", "resid_pre.1") for file in ("cfg.json", "sae_weights.safetensors")]
+    wanted = [
+        f"{site}/{file}" for site in ("attn_out.0", "resid_pre.1") for file in ("cfg.json", "sae_weights.safetensors")
+    ]
     wanted = [f"suites/small/{name}" for name in [*wanted[:2], "layer_1.safetensors", *wanted[2:]]]
     calls, sites = play_hub(monkeypatch, tmp_path), [Site("attn_out", 0), Site("mlp_in", 1), Site("resid_pre", 1)]
     assert list(load_suite("owner/repo/suites/small", tiny_config(), revision="abc")) == sites
     assert calls == [("owner/repo", "abc", wanted)]
-    with pytest.raises(ValueError, match="suites/small/resid_pre.1 encodes blocks.1.hook_resid_pre, and so does another SAE of owner/repo"):
+    with pytest.raises(
+        ValueError,
+        match="suites/small/resid_pre.1 encodes blocks.1.hook_resid_pre, and so does another SAE of owner/repo",
+    ):
         load_suite("owner/repo")
     shutil.rmtree(tmp_path / "suites/other")
     assert list(load_suite("owner/repo", layers=[0])) == sites[:1]
-    assert list(load_suite("owner/repo/suites/small/resid_pre.1")) == list(load_suite("owner/repo/suites/small/resid_pre.*")) == sites[2:]
+    assert (
+        list(load_suite("owner/repo/suites/small/resid_pre.1"))
+        == list(load_suite("owner/repo/suites/small/resid_pre.*"))
+        == sites[2:]
+    )
     assert list(load_suite("owner/repo/suites/small/layer_1.safetensors")) == sites[1:2]
-    absent = "no folder 'owner/repo/none' here, and the repository owner/repo has no none at v2: .*tree/v2 shows what it has"
+    absent = (
+        "no folder 'owner/repo/none' here, and the repository owner/repo has no none at v2: .*tree/v2 shows what it has"
+    )
     with pytest.raises(FileNotFoundError, match=absent):
         load_suite("owner/repo/none", revision="v2")
 
@@ -77,11 +95,20 @@ def test_what_is_no_suite(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/tiny").mkdir(parents=True)
     for name in ("saes", "./runs/saes", str(tmp_path / "saes"), "runs/tiny/saes"):  # of the last, the start is here
-        with pytest.raises(FileNotFoundError, match=f"no folder '{name}': a suite is a folder of SAEs, owner/repository/path on the hub"):
+        with pytest.raises(
+            FileNotFoundError,
+            match=f"no folder '{name}': a suite is a folder of SAEs, owner/repository/path on the hub",
+        ):
             load_suite(name)
     for name in ("runs/saes", "runs/saes/deep"):
         with pytest.raises(FileNotFoundError, match=f"no folder '{name}' here.* the hub could not be reached"):
             load_suite(name)
-    for name in ("google/gemma-scope-2b-pt-res", "google/gemma-scope-2b-pt-res/layer_20/width_16k", "gemma-scope-2b-pt-res-canonical"):
-        with pytest.raises(ValueError, match=f"no folder '{name}' here, and in Gemma Scope it holds many SAEs for each site"):
+    for name in (
+        "google/gemma-scope-2b-pt-res",
+        "google/gemma-scope-2b-pt-res/layer_20/width_16k",
+        "gemma-scope-2b-pt-res-canonical",
+    ):
+        with pytest.raises(
+            ValueError, match=f"no folder '{name}' here, and in Gemma Scope it holds many SAEs for each site"
+        ):
             load_suite(name)

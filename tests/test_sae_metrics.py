@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from icl_lib.models import Site, Transformer, run_with_cache, tiny_config
-from icl_lib.saes import SAE, metrics
+from icl_lib.saes import SAE, quality
 
 CONFIG = tiny_config()
 
@@ -50,14 +50,16 @@ def test_numbers_by_hand(getkey):
     f = jax.nn.relu(jax.random.normal(getkey(), (4, 6, 10)) - 0.8).at[..., 0].set(0).at[..., 1].set(1)
     mask = jax.random.bernoulli(getkey(), 0.6, (4, 6))
     X, H, F = (np.asarray(a)[np.asarray(mask)] for a in (x, x_hat, f))
-    assert float(metrics.l0(f, mask)) == pytest.approx((F > 0).sum(1).mean())
-    assert float(metrics.fvu(x, x_hat, mask)) == pytest.approx(((X - H) ** 2).sum() / ((X - X.mean(0)) ** 2).sum(), rel=1e-5)
-    mean = jnp.broadcast_to(metrics.masked_mean(x, mask), x.shape)
-    assert float(metrics.fvu(x, mean, mask)) == pytest.approx(1)
-    freq = metrics.frequency(f, mask)
+    assert float(quality.l0(f, mask)) == pytest.approx((F > 0).sum(1).mean())
+    assert float(quality.fvu(x, x_hat, mask)) == pytest.approx(
+        ((X - H) ** 2).sum() / ((X - X.mean(0)) ** 2).sum(), rel=1e-5
+    )
+    mean = jnp.broadcast_to(quality.masked_mean(x, mask), x.shape)
+    assert float(quality.fvu(x, mean, mask)) == pytest.approx(1)
+    freq = quality.frequency(f, mask)
     np.testing.assert_allclose(freq, (F > 0).mean(0), atol=1e-6)
-    assert float(metrics.dead_fraction(freq)) == pytest.approx(np.mean((F > 0).sum(0) == 0))
-    assert float(metrics.dense_fraction(freq)) == pytest.approx(np.mean((F > 0).mean(0) > 0.1))
+    assert float(quality.dead_fraction(freq)) == pytest.approx(np.mean((F > 0).sum(0) == 0))
+    assert float(quality.dense_fraction(freq)) == pytest.approx(np.mean((F > 0).mean(0) > 0.1))
 
 
 def test_cross_entropy_by_hand(setting):
@@ -68,7 +70,7 @@ def test_cross_entropy_by_hand(setting):
         for s in range(8):
             if mask[b, s] and mask[b, s + 1]:
                 total -= logits[b, s, tokens[b, s + 1]] - np.log(np.exp(logits[b, s]).sum())
-    ce = metrics.cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(tokens), jnp.asarray(mask))
+    ce = quality.cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(tokens), jnp.asarray(mask))
     assert float(ce) == pytest.approx(total, rel=1e-4)
 
 
@@ -81,8 +83,8 @@ def test_extremes_of_ce_recovered(site, ablation, setting):
     if ablation == "mean":
         _, cache = run_with_cache(model, jnp.asarray(tokens), [site])
         value = jnp.asarray(np.asarray(cache[site])[mask].mean(0))
-    assert metrics.ce_recovered(model, perfect(site), tokens, mask, ablation) == pytest.approx(1, abs=1e-3)
-    assert metrics.ce_recovered(model, constant(site, value), tokens, mask, ablation) == pytest.approx(0, abs=1e-3)
+    assert quality.ce_recovered(model, perfect(site), tokens, mask, ablation) == pytest.approx(1, abs=1e-3)
+    assert quality.ce_recovered(model, constant(site, value), tokens, mask, ablation) == pytest.approx(0, abs=1e-3)
 
 
 def test_table_equals_splicing_one_by_one(setting, getkey):
@@ -92,15 +94,19 @@ def test_table_equals_splicing_one_by_one(setting, getkey):
     noisy = SAE(**(vars(noisy) | {"W_dec": noisy.W_dec + 0.2 * jax.random.normal(getkey(), noisy.W_dec.shape)}))
     coder = perfect(Site("mlp_in", 0), Site("mlp_out", 0))
     suite = {s.site_in: s for s in (noisy, coder, constant(Site("attn_out", 1), jnp.ones(CONFIG.d_model)))}
-    table = metrics.quality_table(model, suite, tokens, batch_size=2).set_index("site")
+    table = quality.quality_table(model, suite, tokens, batch_size=2).set_index("site")
     pairs = float((mask[:, 1:] & mask[:, :-1]).sum())
     for sae in suite.values():
-        spliced = run(model, jnp.asarray(tokens), tap=metrics.splice(sae, jnp.asarray(mask)))
-        ce = metrics.cross_entropy(spliced, jnp.asarray(tokens), jnp.asarray(mask)) / pairs
+        spliced = run(model, jnp.asarray(tokens), tap=quality.splice(sae, jnp.asarray(mask)))
+        ce = quality.cross_entropy(spliced, jnp.asarray(tokens), jnp.asarray(mask)) / pairs
         row = table.loc[str(sae.site_in)]
         assert row.ce_sae == pytest.approx(float(ce), rel=1e-4)
-        zero = run(model, jnp.asarray(tokens), tap=metrics.ablate(sae.site_out, jnp.zeros(CONFIG.d_model), jnp.asarray(mask)))
-        assert row.ce_zero == pytest.approx(float(metrics.cross_entropy(zero, jnp.asarray(tokens), jnp.asarray(mask)) / pairs), rel=1e-4)
+        zero = run(
+            model, jnp.asarray(tokens), tap=quality.ablate(sae.site_out, jnp.zeros(CONFIG.d_model), jnp.asarray(mask))
+        )
+        assert row.ce_zero == pytest.approx(
+            float(quality.cross_entropy(zero, jnp.asarray(tokens), jnp.asarray(mask)) / pairs), rel=1e-4
+        )
         _, cache = run_with_cache(model, jnp.asarray(tokens), [sae.site_in, sae.site_out])
         x, y = (np.asarray(cache[s])[mask] for s in (sae.site_in, sae.site_out))
         f = np.asarray(sae.encode(jnp.asarray(x)))
@@ -116,7 +122,9 @@ def test_bos_stays_clean(setting):
     model, tokens, mask = setting
     clean = run(model, jnp.asarray(tokens))
     broken = run(
-        model, jnp.asarray(tokens), tap=metrics.splice(constant(Site("resid_pre", 1), jnp.ones(CONFIG.d_model)), jnp.asarray(mask))
+        model,
+        jnp.asarray(tokens),
+        tap=quality.splice(constant(Site("resid_pre", 1), jnp.ones(CONFIG.d_model)), jnp.asarray(mask)),
     )
     np.testing.assert_allclose(broken[:, 0], clean[:, 0], atol=1e-5)
     assert float(jnp.abs(broken[:, 1] - clean[:, 1]).max()) > 1e-2
@@ -125,14 +133,14 @@ def test_bos_stays_clean(setting):
 def test_errors(setting):
     model, tokens, mask = setting
     with pytest.raises(ValueError, match="ablation must be one of zero, mean"):
-        metrics.ce_recovered(model, perfect(Site("resid_pre", 1)), tokens, mask, "resample")
+        quality.ce_recovered(model, perfect(Site("resid_pre", 1)), tokens, mask, "resample")
     wide = SAE(
         W_enc=jnp.zeros((7, 3)), b_enc=jnp.zeros(3), W_dec=jnp.zeros((3, 7)), b_dec=jnp.zeros(7),
         site_in=Site("resid_pre", 1), site_out=Site("resid_pre", 1), architecture="standard",
     )  # fmt: skip
     with pytest.raises(ValueError, match="blocks.1.hook_resid_pre.*d_in = 7.*d_model = 16"):
-        metrics.quality_table(model, {wide.site_in: wide}, tokens)
+        quality.quality_table(model, {wide.site_in: wide}, tokens)
     with pytest.raises(ValueError, match="token ids must be in 0..39, got 40..40"):
-        metrics.quality_table(model, {}, np.full((2, 3), 40))
+        quality.quality_table(model, {}, np.full((2, 3), 40))
     with pytest.raises(ValueError, match="neighbouring true positions"):
-        metrics.quality_table(model, {}, tokens, np.zeros_like(mask))
+        quality.quality_table(model, {}, tokens, np.zeros_like(mask))

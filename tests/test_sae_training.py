@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from icl_lib.models import Site, Transformer, run_with_cache, tiny_config
-from icl_lib.saes import TrainingError, harvest, icl_sfc, make_recipe, needed_sites, objectives, suite_sites, train_on, training
-from icl_lib.saes.training import Member, State, Suite, finish, init_state, run_steps
+from icl_lib.saes import harvest, needed_sites, suite_sites
+from icl_lib.training import TrainingError, make_recipe, steps, train_on
+from icl_lib.training.objectives import icl_sfc, objectives
+from icl_lib.training.steps import Member, State, Suite, finish, init_state, run_steps
 
 R0, R1, T0 = Site("resid_pre", 0), Site("resid_pre", 1), Site("mlp_in", 0)
 
@@ -60,7 +62,9 @@ def test_ghost_gradients_reach_only_dead_latents(getkey):
     scale = objectives.target_norm(y)
     latents, dead = jnp.asarray([2, 5, 7]), jnp.asarray([True, True, False])
     loss, grads = jax.value_and_grad(icl_sfc.ghost_loss)(p, x, y, scale, latents, dead)
-    assert float(loss) == pytest.approx(float(jnp.mean(jnp.sum(y**2, axis=1) / scale)), rel=1e-3)  # scaled to the reconstruction
+    assert float(loss) == pytest.approx(
+        float(jnp.mean(jnp.sum(y**2, axis=1) / scale)), rel=1e-3
+    )  # scaled to the reconstruction
     moved = np.asarray(jnp.any(grads.W_enc != 0, axis=0))
     assert set(np.flatnonzero(moved)) == {2, 5}
     step = jax.tree.map(lambda a, g: a - 0.05 * g, p, grads)
@@ -152,7 +156,10 @@ def test_every_objective_finds_planted_features(getkey, objective, sparsity, cha
 def test_finish_is_the_function_that_was_trained(getkey):
     """L0 and FVU of the SAE of raw activations on the batch of the last step are those that the step saw."""
     for objective, sparsity in (("standard", 0.1), ("gated", 0.1), ("jumprelu", 1e-3), ("topk", 3), ("icl-sfc", 0.1)):
-        tiny = {"learning_rate": 1e-9, "norm_decay": 1.0}  # a step that changes nothing, so that what it saw can be compared
+        tiny = {
+            "learning_rate": 1e-9,
+            "norm_decay": 1.0,
+        }  # a step that changes nothing, so that what it saw can be compared
         suite, buffer, state, _ = prepared(getkey, objective, [sparsity], n_tokens=1, batch_size=64, **tiny)
         buffer = {site: jnp.tile(b, (64, 1)) for site, b in buffer.items()}
         rows = planted(getkey(), n=64)[0]
@@ -170,11 +177,13 @@ def test_finish_is_the_function_that_was_trained(getkey):
 def test_stacked_equals_single_and_chunks_do_not_matter(getkey, objective):
     """Two sites, two levels, two widths: the last SAE alone takes the same steps, and 4 steps are 1 + 3."""
     levels = [1, 3] if objective == "topk" else [0.1, 0.3]
-    suite, buffer, state, _ = prepared(getkey, objective, levels, n_tokens=300, d_sae=(24, 32), batch_size=32, n_steps=50)
+    suite, buffer, state, _ = prepared(
+        getkey, objective, levels, n_tokens=300, d_sae=(24, 32), batch_size=32, n_steps=50
+    )
     assert [len(g) for g in suite.groups] == [4, 4] and len(state.stacks) == 2
     alone = Suite(suite.members[-1:], suite.recipe, suite.widths)
     last = State(state.step, state.key, (jax.tree.map(lambda a: a[-1:].copy(), state.stacks[1]),))
-    copy, compiled = jax.tree.map(jnp.copy, state), training._run._cache_size()
+    copy, compiled = jax.tree.map(jnp.copy, state), steps._run._cache_size()
     state, means = run_steps(state, buffer, 4, suite)
     last, mean = run_steps(last, buffer, 4, alone)
     for a, b in zip(jax.tree.leaves(state.stacks[1].params), jax.tree.leaves(last.stacks[0].params), strict=True):
@@ -183,7 +192,7 @@ def test_stacked_equals_single_and_chunks_do_not_matter(getkey, objective):
     copy, _ = run_steps(copy, buffer, 1, suite)
     copy, _ = run_steps(copy, buffer, 3, suite)
     assert all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(copy), jax.tree.leaves(state), strict=True))
-    assert training._run._cache_size() - compiled <= 3  # on a CPU one program a width, and that of the last SAE alone
+    assert steps._run._cache_size() - compiled <= 3  # on a CPU one program a width, and that of the last SAE alone
 
 
 def test_a_latent_is_dead_by_its_silence_or_by_its_rate(getkey):
@@ -206,22 +215,28 @@ def test_a_latent_is_dead_by_its_silence_or_by_its_rate(getkey):
 def test_accelerators_and_cpus_take_the_same_steps(getkey, monkeypatch):
     """`vmap`, two SAEs at a time, and dense products against one SAE after the other and pairs; with dead latents, so that both branches are taken."""
     for objective, levels in (("icl-sfc", [0.1]), ("batchtopk", [2, 3])):
-        suite, buffer, state, _ = prepared(getkey, objective, levels, n_tokens=300, batch_size=32, n_steps=100, dead_after=1)
+        suite, buffer, state, _ = prepared(
+            getkey, objective, levels, n_tokens=300, batch_size=32, n_steps=100, dead_after=1
+        )
         copy = jax.tree.map(jnp.copy, state)
         state, means = run_steps(state, buffer, 5, suite)
         with monkeypatch.context() as patch:
-            patch.setattr(training, "_on_cpu", lambda: False)
-            patch.setattr(training, "_SIDE_BY_SIDE", 2 * 32 * 32 * 6 * 4)
-            training._run.clear_cache()
+            patch.setattr(steps, "_on_cpu", lambda: False)
+            patch.setattr(steps, "_SIDE_BY_SIDE", 2 * 32 * 32 * 6 * 4)
+            steps._run.clear_cache()
             copy, others = run_steps(copy, buffer, 5, suite)
-        training._run.clear_cache()
+        steps._run.clear_cache()
         np.testing.assert_allclose(means.fvu, others.fvu, rtol=1e-3)
         np.testing.assert_allclose(state.stacks[0].params.W_dec, copy.stacks[0].params.W_dec, atol=2e-3)
 
 
 def test_bfloat16_weights_learn(getkey):
-    suite, buffer, state, _ = prepared(getkey, "topk", [3], n_tokens=2000, learning_rate=3e-3, dtype="bfloat16", n_steps=200)
-    assert state.stacks[0].params.W_dec.dtype == jnp.bfloat16 and state.stacks[0].moments.second.W_dec.dtype == jnp.float32
+    suite, buffer, state, _ = prepared(
+        getkey, "topk", [3], n_tokens=2000, learning_rate=3e-3, dtype="bfloat16", n_steps=200
+    )
+    assert (
+        state.stacks[0].params.W_dec.dtype == jnp.bfloat16 and state.stacks[0].moments.second.W_dec.dtype == jnp.float32
+    )
     state, before = run_steps(state, buffer, 5, suite)
     state, _ = run_steps(state, buffer, 190, suite)
     _, after = run_steps(state, buffer, 5, suite)
@@ -263,7 +278,8 @@ def test_suites_are_checked(getkey):
 def test_eight_devices_train_as_one():
     """In a process of its own, where the CPU plays eight devices."""
     flags = " ".join(
-        [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f] + ["--xla_force_host_platform_device_count=8"]
+        [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
+        + ["--xla_force_host_platform_device_count=8"]
     )
     command = [sys.executable, str(Path(__file__).parent / "sae_on_eight_devices.py")]
     # NPROC sets the number of XLA's threads. With one for each device it happens on two cores that a device finds none free, and the

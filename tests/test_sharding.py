@@ -19,14 +19,26 @@ from icl_lib.runs.store import Store
 from icl_lib.saes import load_suite
 
 HERE = Path(__file__).parent
-LAUNCHERS = ("JAX_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_INDEX", "CUDA_VISIBLE", "XLA_FLAGS")
+LAUNCHERS = (
+    "JAX_",
+    "SLURM_",
+    "OMPI_",
+    "TPU_",
+    "MEGASCALE_",
+    "KUBERNETES_",
+    "JOB_COMPLETION_INDEX",
+    "CUDA_VISIBLE",
+    "XLA_FLAGS",
+)
 
 
 def environment(n_devices, **more):
     """This environment on a CPU that plays `n_devices`, without what a launcher may have put there. Little is optimised: it runs once."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     flags = f"--xla_force_host_platform_device_count={n_devices} --xla_backend_optimization_level=0"
-    return clean | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": "32"} | more  # threads to spare: see test_sae_training.py
+    return (
+        clean | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": "32"} | more
+    )  # threads to spare: see test_sae_training.py
 
 
 def test_eight_devices_give_the_numbers_of_one():
@@ -60,7 +72,14 @@ def test_two_processes_give_the_numbers_of_one_and_one_file(data, tmp_path, getk
 
     def start(rank):
         variables = environment(2, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(rank))
-        command = [sys.executable, HERE / "one_of_two.py", tmp_path / "run", tmp_path / f"own{rank}", tmp_path / "model", str(data)]
+        command = [
+            sys.executable,
+            HERE / "one_of_two.py",
+            tmp_path / "run",
+            tmp_path / f"own{rank}",
+            tmp_path / "model",
+            str(data),
+        ]
         return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     runs = [start(rank) for rank in (0, 1)]
@@ -73,7 +92,9 @@ def test_two_processes_give_the_numbers_of_one_and_one_file(data, tmp_path, getk
     logits = model(TOKENS, tap=record([Site("resid_post", 1)], cache))
     np.testing.assert_allclose(arrays["logits"], logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(arrays["resid"], cache[Site("resid_post", 1)], rtol=1e-4, atol=1e-5)
-    grad = jax.grad(lambda delta: log_prob(model(TOKENS, tap=perturb({Site("resid_pre", 1): delta}))))(jnp.zeros((4, 12, 16)))
+    grad = jax.grad(lambda delta: log_prob(model(TOKENS, tap=perturb({Site("resid_pre", 1): delta}))))(
+        jnp.zeros((4, 12, 16))
+    )
     np.testing.assert_allclose(arrays["gradient"], grad, rtol=1e-4, atol=1e-6)
     assert jnp.abs(grad).max() > 1e-3
     mean, meta = Store(tmp_path / "run").load("second")
@@ -116,7 +137,12 @@ def launched(monkeypatch):
 FOUND = {"num_processes": None, "process_id": None, "local_device_ids": None}  # by JAX
 SLURM = {"SLURM_STEP_NUM_TASKS": "4"}
 MPI4 = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:1"}
-MPI5 = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "JAX_COORDINATOR_ADDRESS": "host:1"}
+MPI5 = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "JAX_COORDINATOR_ADDRESS": "host:1",
+}
 
 
 @pytest.mark.parametrize(
@@ -135,7 +161,10 @@ MPI5 = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WOR
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, {}),
         (MPI4, {}),
         (MPI5, {"num_processes": 4, "process_id": 3, "local_device_ids": [1]}),
-        (MPI5 | {"JAX_NUM_PROCESSES": "8", "JAX_PROCESS_ID": "5"}, {"num_processes": 8, "process_id": 5, "local_device_ids": [1]}),
+        (
+            MPI5 | {"JAX_NUM_PROCESSES": "8", "JAX_PROCESS_ID": "5"},
+            {"num_processes": 8, "process_id": 5, "local_device_ids": [1]},
+        ),
     ],
 )
 def test_processes_are_joined_where_a_launcher_started_several(variables, given, launched):
@@ -169,15 +198,21 @@ print(jax.config.values["jax_cuda_visible_devices"])
     seen = []
     for more in ("", ", local_device_ids=[]"):
         run = [sys.executable, "-c", code.format(port=free_port(), more=more)]
-        seen.append(subprocess.run(run, env=environment(1, **slurm), capture_output=True, text=True, check=True).stdout.strip())
+        seen.append(
+            subprocess.run(run, env=environment(1, **slurm), capture_output=True, text=True, check=True).stdout.strip()
+        )
     assert seen == ["1", "all"]
 
 
-@pytest.mark.parametrize("error", [ValueError("coordinator_address should be defined."), ConnectionError("metadata.google.internal")])
+@pytest.mark.parametrize(
+    "error", [ValueError("coordinator_address should be defined."), ConnectionError("metadata.google.internal")]
+)
 def test_a_tpu_machine_without_a_cluster_is_one_process(error, launched, monkeypatch):
     monkeypatch.setattr(devices, "_on_tpu_vm", lambda: True)
     assert launched({}, raises=error) == [{}]
-    assert launched({}, raises=RuntimeError("must be called before any JAX calls")) == [{}]  # a second cell does not ask again
+    assert launched({}, raises=RuntimeError("must be called before any JAX calls")) == [
+        {}
+    ]  # a second cell does not ask again
 
 
 def test_a_tpu_pod_that_cannot_be_joined_is_an_error(launched, monkeypatch):

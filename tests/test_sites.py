@@ -50,12 +50,18 @@ def test_sites_are_keys_that_sort_by_layer():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Site("resid_prr", 1), r"unknown site 'resid_prr'; did you mean 'resid_pre'\? Sites are resid_pre, .*logits"),
+        (
+            lambda: Site("resid_prr", 1),
+            r"unknown site 'resid_prr'; did you mean 'resid_pre'\? Sites are resid_pre, .*logits",
+        ),
         (lambda: Site("mpl_out", 1), r"did you mean 'mlp_out'"),
         (lambda: Site("xyz", 1), r"unknown site 'xyz'\. Sites are resid_pre"),
         (lambda: Site("resid_pre"), r"site 'resid_pre' needs a layer, got None"),
         (lambda: Site("logits", 2), r"site 'logits' takes no layer, got 2"),
-        (lambda: Site.parse("blocks.3.hook_resid_prr"), r"'blocks.3.hook_resid_prr' names no site; examples are blocks"),
+        (
+            lambda: Site.parse("blocks.3.hook_resid_prr"),
+            r"'blocks.3.hook_resid_prr' names no site; examples are blocks",
+        ),
         (lambda: Site.parse("blocks.x.hook_resid_pre"), "names no site"),
         (lambda: Site.parse("blocks.-1.hook_resid_pre"), "names no site"),
         (lambda: Site.parse("blocks.3.resid_pre"), "names no site"),

@@ -20,7 +20,17 @@ from icl_lib.vectors import (
     relative_change,
     steer,
 )
-from tests.planted import AT, D_VOCAB, N_TASKS, planted_model, planted_prompts, planted_sae, planted_stack, planted_task, planted_tokenizer
+from tests.planted import (
+    AT,
+    D_VOCAB,
+    N_TASKS,
+    planted_model,
+    planted_prompts,
+    planted_sae,
+    planted_stack,
+    planted_task,
+    planted_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +49,9 @@ def long_answers(n_prompts, n_shots, dummy=False, seed=0, length=None):
     task = planted_task(0)
     task = dataclasses.replace(task, pairs=tuple((x, y + " w" * (i % 4)) for i, (x, y) in enumerate(task.pairs)))
     template = Template(prefix="", dummy=("X", "Y w") if dummy else None)
-    return make_prompts(task, planted_tokenizer(), n_prompts=n_prompts, n_shots=n_shots, seed=seed, template=template, length=length)
+    return make_prompts(
+        task, planted_tokenizer(), n_prompts=n_prompts, n_shots=n_shots, seed=seed, template=template, length=length
+    )
 
 
 def test_prompts_of_these_tests_differ_in_length():
@@ -48,7 +60,9 @@ def test_prompts_of_these_tests_differ_in_length():
     assert set(np.asarray(prompts.answer).sum(-1).tolist()) == {1, 2, 3, 4}
 
 
-@pytest.mark.parametrize(("where", "layer", "n_first"), [("query_arrow", 0, 2), ("query_arrow", 1, 3), ("dummy_output", 1, 2)])
+@pytest.mark.parametrize(
+    ("where", "layer", "n_first"), [("query_arrow", 0, 2), ("query_arrow", 1, 3), ("dummy_output", 1, 2)]
+)
 def test_cut_form_equals_tap_form(model, getkey, where, layer, n_first):
     prompts = long_answers(12, 2, dummy=True, length=40)
     vector = 2 * jax.random.normal(getkey(), (16,))
@@ -79,7 +93,9 @@ def test_stack_of_tasks_equals_each_alone(model, getkey):
     vectors = jax.random.normal(getkey(), (2, 4, 16))
     stacked = cut(model, stack_prompts(singles), 1, "dummy_output")
     assert stacked.tasks == (2,)
-    alone = jnp.stack([inserted_nll(model, cut(model, p, 1, "dummy_output"), v) for p, v in zip(singles, vectors, strict=True)])
+    alone = jnp.stack(
+        [inserted_nll(model, cut(model, p, 1, "dummy_output"), v) for p, v in zip(singles, vectors, strict=True)]
+    )
     assert np.allclose(inserted_nll(model, stacked, vectors), alone, atol=2e-5)
     assert np.allclose(inserted_nll(model, stacked, vectors[:, 0]), alone[:, 0], atol=2e-5)
 
@@ -88,7 +104,7 @@ def test_turns_that_bound_memory_change_nothing(model, getkey, monkeypatch):
     frozen = cut(model, long_answers(5, 1), 1)
     vectors = jax.random.normal(getkey(), (7, 16))
     at_once = inserted_nll(model, frozen, vectors)
-    monkeypatch.setattr("icl_lib.vectors.steering.at_once", lambda *args: (1, 3))
+    monkeypatch.setattr("icl_lib.vectors.insert.at_once", lambda *args: (1, 3))
     assert np.allclose(inserted_nll(model, frozen, vectors), at_once, atol=1e-5)
 
 
@@ -114,7 +130,9 @@ def test_gradient_sees_only_the_vector(model, getkey):
 
 
 def test_executors_and_detectors_pick_their_task(planted):
-    executors = latent_nll(planted, planted_sae(1), cut(planted, planted_stack(6, 0), 1), jnp.array(AT.exe), 1.0).mean(-1)
+    executors = latent_nll(planted, planted_sae(1), cut(planted, planted_stack(6, 0), 1), jnp.array(AT.exe), 1.0).mean(
+        -1
+    )
     zero_shot = planted_stack(6, 0, dummy=True)
     frozen = cut(planted, zero_shot, 0, "dummy_output")
     detectors = latent_nll(planted, planted_sae(0), frozen, jnp.array(AT.det), jnp.full(3, 8.0)).mean(-1)
@@ -161,7 +179,13 @@ def test_negative_steering_equals_a_tap(model, getkey):
     prompts = long_answers(5, 2)
     sae = dataclasses.replace(planted_sae(1), W_dec=jax.random.normal(getkey(), (64, 16)), b_dec=jnp.zeros(16))
     nll, accuracy = negative_steering(model, sae, prompts, 1, jnp.array([7]), 3.0)
-    logits = steer(model, prompts.tokens, Site("resid_pre", 1), -latent_directions(sae, jnp.array([7]), 3.0)[0], prompts.mask(Role.ARROW))
+    logits = steer(
+        model,
+        prompts.tokens,
+        Site("resid_pre", 1),
+        -latent_directions(sae, jnp.array([7]), 3.0)[0],
+        prompts.mask(Role.ARROW),
+    )
     assert np.allclose(nll[0], answer_nll(logits, prompts), atol=2e-5)
     hit = np.asarray(logits.argmax(-1))[:, :-1] == np.asarray(prompts.tokens)[:, 1:]
     arrows = np.asarray(prompts.mask(Role.ARROW))[:, :-1]

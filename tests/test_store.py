@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from icl_lib.runs import Store, StoreError, resolve, root
+from icl_lib.files.paths import resolve, root
+from icl_lib.runs import Store, StoreError
 from icl_lib.runs import store as store_module
 
 
@@ -135,11 +136,14 @@ def test_what_is_missing_names_the_nearest_and_the_command(store):
 
 def test_what_is_missing_names_the_notebook_that_makes_it(store, tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
-    (tmp_path / "notebooks" / "02_maker.py").write_text('store.save(\n    "task_vectors", {"v": v})\nstore.save_table("curve", t)\n')
+    (tmp_path / "notebooks" / "02_maker.py").write_text(
+        'store.save(\n    "task_vectors", {"v": v})\nstore.save_table("curve", t)\n'
+    )
     monkeypatch.setattr(store_module, "root", lambda: tmp_path)
     for name in ("task_vectors", "curve"):
         with pytest.raises(
-            StoreError, match="notebooks/02_maker.ipynb makes it.*papermill notebooks/02_maker.ipynb run/notebooks/02_maker.ipynb"
+            StoreError,
+            match="notebooks/02_maker.ipynb makes it.*papermill notebooks/02_maker.ipynb run/notebooks/02_maker.ipynb",
         ):
             store.load(name)
 

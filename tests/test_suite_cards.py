@@ -16,13 +16,16 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from icl_lib.cards.card import CardError
+from icl_lib.commands import train
+from icl_lib.commands.train import corpus, members, read_suite_card, recipe, run
+from icl_lib.files.paths import root
 from icl_lib.models import Site, Transformer, save_model, tiny_config
-from icl_lib.runs import root
-from icl_lib.runs.params import CardError
-from icl_lib.saes import TrainingError, icl_sfc, load_suite, make_recipe, train
-from icl_lib.saes.corpus import CorpusError
-from icl_lib.saes.recipes import Recipe
-from icl_lib.saes.train import corpus, members, read_suite_card, recipe, run
+from icl_lib.saes import load_suite
+from icl_lib.text.corpus import CorpusError
+from icl_lib.training import TrainingError, make_recipe
+from icl_lib.training.objectives import icl_sfc
+from icl_lib.training.recipes import Recipe
 
 CONFIG = tiny_config()
 WORDS = [f"w{i}" for i in range(CONFIG.d_vocab - 3)]
@@ -40,12 +43,19 @@ def test_the_papers_suite():
     card = read_suite_card(root() / "params" / "suites" / "gemma-1-2b.yaml")
     suite, how = members(card, 18), recipe(card)
     assert (
-        len(suite) == 54 and {m.d_sae for m in suite} == {16 * 2048} and {m.site.name for m in suite} == {"resid_pre", "attn_out", "mlp_in"}
+        len(suite) == 54
+        and {m.d_sae for m in suite} == {16 * 2048}
+        and {m.site.name for m in suite} == {"resid_pre", "attn_out", "mlp_in"}
     )
     assert all(m.sparsity / 2048 == pytest.approx(8e-6 if m.site.name == "mlp_in" else 2e-5, rel=0.01) for m in suite)
     assert card.contexts * (card.context - 1) * card.steps // card.steps_per_pass == pytest.approx(150e6, rel=0.02)
     assert card.passes * card.contexts * (card.context - 1) == pytest.approx(65_536, rel=0.01)
-    assert (card.model, card.text, card.context, card.dtype) == ("google/gemma-2b-it", "HuggingFaceFW/fineweb", 128, "bfloat16")
+    assert (card.model, card.text, card.context, card.dtype) == (
+        "google/gemma-2b-it",
+        "HuggingFaceFW/fineweb",
+        128,
+        "bfloat16",
+    )
     assert how == Recipe(
         objective="icl-sfc", n_steps=150_000, batch_size=2048, learning_rate=1e-3, beta1=0.0, beta2=0.99, warmup=128, decay="cosine",
         period=300_000, sparsity_warmup=0, clip=1.0, norm_decay=0.99, dead_after=2000, dead_rate=5e-6, resample_every=0, unit_norm=False, k_aux=0,
@@ -85,9 +95,15 @@ def test_recipes_that_depend_on_the_run():
 def card_file(tmp_path):
     """A card of a model folder with its tokenizer and a file of text; gives a function that writes it with changes."""
     save_model(Transformer.init(CONFIG, key=jax.random.key(0)), tmp_path / "model", dtype="float32")
-    raw = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<bos>": 2} | {w: i + 3 for i, w in enumerate(WORDS)}, unk_token="<eos>"))
+    raw = Tokenizer(
+        models.WordLevel(
+            {"<pad>": 0, "<eos>": 1, "<bos>": 2} | {w: i + 3 for i, w in enumerate(WORDS)}, unk_token="<eos>"
+        )
+    )
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", pad_token="<pad>").save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", pad_token="<pad>").save_pretrained(
+        tmp_path / "model"
+    )
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, 30)) for _ in range(80)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
@@ -111,7 +127,11 @@ def test_from_a_card_to_saes(card_file, monkeypatch, capsys):
     monkeypatch.setattr(train.devices, "setup", lambda run_dir: {})
     assert train.main() == 0
     out, folder = capsys.readouterr().out, path.parent / "run" / "saes"
-    assert "quality on 8 contexts held out:" in out and "ce_recovered_zero" in out and out.count("blocks.1.hook_resid_pre") == 4
+    assert (
+        "quality on 8 contexts held out:" in out
+        and "ce_recovered_zero" in out
+        and out.count("blocks.1.hook_resid_pre") == 4
+    )
     for width in (24, 32):
         for value in ("0.01", "1"):
             sae = load_suite(folder / f"d_sae_{width}_sparsity_{value}")[Site("resid_pre", 1)]
@@ -131,7 +151,9 @@ def test_a_data_set_is_pinned(card_file, monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load)
     text = corpus(read_suite_card(card_file(text="owner/texts", subset="some", text_revision="abc")), 2)
-    assert (asked["where"], asked["revision"]) == ("owner/texts", "abc") and text.describe()["corpus"] == "owner/texts (some, abc)"
+    assert (asked["where"], asked["revision"]) == ("owner/texts", "abc") and text.describe()[
+        "corpus"
+    ] == "owner/texts (some, abc)"
 
 
 def test_cards_that_cannot_be(card_file):
@@ -149,10 +171,13 @@ def test_cards_that_cannot_be(card_file):
         run(read_suite_card(card_file(layers=[2])))
     with pytest.raises(ValueError, match="a recipe has no rate; it has"):
         run(read_suite_card(card_file(changes={"rate": 0.1})))
-    with pytest.raises(CorpusError, match=r"text.jsonl has no column of text named 'body'; its columns are text \(str\)"):
+    with pytest.raises(
+        CorpusError, match=r"text.jsonl has no column of text named 'body'; its columns are text \(str\)"
+    ):
         run(read_suite_card(card_file(text_column="body")))
     with pytest.raises(
-        CorpusError, match="text.jsonl ended after .* contexts are needed next .read 1 time.; there is no checkpoint yet: .*more epochs"
+        CorpusError,
+        match="text.jsonl ended after .* contexts are needed next .read 1 time.; there is no checkpoint yet: .*more epochs",
     ):
         run(read_suite_card(card_file(steps=10_000)))
     with pytest.raises(CardError, match="`devices_per_model`: Input should be greater than 0"):
@@ -177,8 +202,12 @@ def test_a_model_divided_over_two_devices(card_file):
     sizes = dict(steps=4, sparsity={"resid_pre": [0.1]}, d_sae=[24], held_out=4)
     run(read_suite_card(card_file(**sizes)))
     path = card_file(**sizes, devices_per_model=2, run_dir=str(card_file().parent / "divided"))
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false"
-    done = subprocess.run([sys.executable, __file__, str(path)], env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
+    flags = (
+        "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false"
+    )
+    done = subprocess.run(
+        [sys.executable, __file__, str(path)], env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     one, two = (load_suite(path.parent / name / "saes")[Site("resid_pre", 1)] for name in ("run", "divided"))
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):

@@ -25,16 +25,16 @@ from transformers import PreTrainedTokenizerFast
 
 from icl_lib.models import Site, Transformer, run_with_cache, tiny_config
 from icl_lib.models.sharding import make_mesh, shard_model
-from icl_lib.saes import jobs
-from icl_lib.saes.activations import token_mask
-from icl_lib.saes.buffer import ActivationBuffer
-from icl_lib.saes.checkpoints import CheckpointError, Checkpoints, abstract_like, differences
-from icl_lib.saes.corpus import CorpusEnded, TextCorpus, open_text
 from icl_lib.saes.formats import load_suite
-from icl_lib.saes.jobs import train_suite
-from icl_lib.saes.progress import Reporter
-from icl_lib.saes.recipes import SHORT_RUN, TrainingError, make_recipe
-from icl_lib.saes.training import Means, Member, Suite, init_state
+from icl_lib.text.corpus import CorpusEnded, TextCorpus, open_text
+from icl_lib.text.tokens import token_mask
+from icl_lib.training import job
+from icl_lib.training.buffer import ActivationBuffer
+from icl_lib.training.checkpoints import CheckpointError, Checkpoints, abstract_like, differences
+from icl_lib.training.job import train_suite
+from icl_lib.training.progress import Reporter
+from icl_lib.training.recipes import SHORT_RUN, TrainingError, make_recipe
+from icl_lib.training.steps import Means, Member, Suite, init_state
 
 CONFIG = tiny_config(d_model=8, d_head=4, d_mlp=16)
 SITES = [Site("resid_pre", 1), Site("mlp_in", 0)]
@@ -75,7 +75,9 @@ def make_model() -> Transformer:
 
 def run(folder, corpus=None, model=None, members=MEMBERS, recipe=RECIPE, log=None, **changes):
     model = make_model() if model is None else model
-    return train_suite(model, Numbers() if corpus is None else corpus, members, recipe, folder, log=log, **(SIZES | changes))
+    return train_suite(
+        model, Numbers() if corpus is None else corpus, members, recipe, folder, log=log, **(SIZES | changes)
+    )
 
 
 def weights(folder) -> dict[str, np.ndarray]:
@@ -123,7 +125,9 @@ def test_buffer_is_a_ring_of_the_last_passes():
             got = rows[36 * slot : 36 * (slot + 1)]
             np.testing.assert_allclose(got[: len(expected)], expected, atol=1e-5)
             assert len(expected) < 36, "padding left room"
-            np.testing.assert_array_equal(got[len(expected) :], got[: 36 - len(expected)])  # which tokens of the same pass fill
+            np.testing.assert_array_equal(
+                got[len(expected) :], got[: 36 - len(expected)]
+            )  # which tokens of the same pass fill
     assert buffer.first_bad() is None
 
 
@@ -165,7 +169,9 @@ def test_job_learns_and_writes(finished):
         assert fvu.iloc[-10:].mean() < 0.75 * fvu.iloc[:5].mean(), "the SAEs learn"
     steps = curves[curves.site == str(SITES[0])].step
     assert list(steps) == sorted(set(steps)) and steps.iloc[-1] == 120
-    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["000000110", "000000120"], "the last two are kept"
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["000000110", "000000120"], (
+        "the last two are kept"
+    )
 
 
 def test_a_finished_job_is_not_run_again(finished):
@@ -182,7 +188,9 @@ def test_progress_lines(tmp_path):
     run(tmp_path, log=log.append, log_seconds=0.0)
     assert [p.step for p in log] == list(range(2, 121, 2)) and all(len(p.l0) == len(MEMBERS) for p in log)
     text = str(log[-1])
-    assert text.startswith("step 120 / 120  ") and all(word in text for word in (" tokens/s ", " ETA 0:00:00 ", " L0 ", " FVU ", " dead "))
+    assert text.startswith("step 120 / 120  ") and all(
+        word in text for word in (" tokens/s ", " ETA 0:00:00 ", " L0 ", " FVU ", " dead ")
+    )
 
 
 def test_a_bar_in_a_terminal_lines_elsewhere(monkeypatch, capsys):
@@ -204,7 +212,9 @@ def test_a_bar_in_a_terminal_lines_elsewhere(monkeypatch, capsys):
 
 def test_another_configuration_is_refused_by_field(finished):
     before = weights(finished)
-    with pytest.raises(CheckpointError, match=r"recipe.learning_rate is 0.003 there, 0.002 here.*choose another folder"):
+    with pytest.raises(
+        CheckpointError, match=r"recipe.learning_rate is 0.003 there, 0.002 here.*choose another folder"
+    ):
         run(finished, recipe=make_recipe("icl-sfc", **(SETTINGS | {"learning_rate": 2e-3})))
     with pytest.raises(CheckpointError, match=r"corpus.seq is 10 there, 9 here"):
         run(finished, corpus=Numbers(seq=9))
@@ -212,7 +222,9 @@ def test_another_configuration_is_refused_by_field(finished):
     other = eqx.tree_at(of_first, make_model(), of_first(make_model()).at[(0,) * of_first(make_model()).ndim].add(1e-6))
     with pytest.raises(CheckpointError, match=r"model.weights is .* there"):
         run(finished, model=other)
-    with pytest.raises(CheckpointError, match=r"members.blocks.1.hook_resid_pre d_sae=24 sparsity=0.2 is absent there, True here"):
+    with pytest.raises(
+        CheckpointError, match=r"members.blocks.1.hook_resid_pre d_sae=24 sparsity=0.2 is absent there, True here"
+    ):
         run(finished, members=[Member(SITES[0], 24, 0.2), MEMBERS[1]])
     assert_same_bits(weights(finished), before)
     assert differences({"a": [1, 2], "b": {"c": None}}, {"a": [1, 3], "b": {"c": None}}) == ["a.1 is 2 there, 3 here"]
@@ -222,12 +234,14 @@ def test_bad_data_stops_the_job_and_keeps_the_checkpoint(tmp_path):
     model = make_model()
     model = eqx.tree_at(lambda m: m.embed, model, model.embed.at[-1].set(jnp.inf))
     with pytest.raises(
-        TrainingError, match=r"activations at blocks.\d.\S+ are not finite in float32, from the pass at step 0.*no checkpoint yet"
+        TrainingError,
+        match=r"activations at blocks.\d.\S+ are not finite in float32, from the pass at step 0.*no checkpoint yet",
     ):
         run(tmp_path / "a", corpus=Numbers(poison=1), model=model)
     # pass 3 + 13 follows step 26: by the checkpoint of step 30 it is found
     with pytest.raises(
-        TrainingError, match=r"blocks.\d.\S+ are not finite in float32, from the pass at step 28 on.*last good checkpoint, of step 20"
+        TrainingError,
+        match=r"blocks.\d.\S+ are not finite in float32, from the pass at step 28 on.*last good checkpoint, of step 20",
     ):
         run(tmp_path / "b", corpus=Numbers(poison=16), model=model)
     with pytest.raises(TrainingError, match="step 28"):  # it goes on from step 20 and meets the same data
@@ -238,7 +252,10 @@ def test_bad_loss_stops_the_job_and_keeps_the_checkpoint(tmp_path):
     """An input that is finite but has no finite square: in the first pass, and late in the run."""
     recipe, model = make_recipe("icl-sfc", **(SETTINGS | {"norm_decay": 1.0})), make_model()
     model = eqx.tree_at(lambda m: m.embed, model, model.embed.at[-1].set(1e25))
-    with pytest.raises(TrainingError, match=r"loss of the SAE at blocks.1.hook_resid_pre is not finite at step \d+: .*no checkpoint yet"):
+    with pytest.raises(
+        TrainingError,
+        match=r"loss of the SAE at blocks.1.hook_resid_pre is not finite at step \d+: .*no checkpoint yet",
+    ):
         run(tmp_path / "a", corpus=Numbers(poison=0), model=model, recipe=recipe)
     said = []
     for _ in range(2):  # the second time it goes on from the checkpoint and meets the same
@@ -246,7 +263,8 @@ def test_bad_loss_stops_the_job_and_keeps_the_checkpoint(tmp_path):
             run(tmp_path / "b", corpus=Numbers(poison=16), model=model, recipe=recipe)
         said.append(str(caught.value))
     found = re.match(
-        r"the loss of the SAE at blocks.1.hook_resid_pre is not finite at step (\d+).*last good checkpoint, of step (\d+), is in", said[0]
+        r"the loss of the SAE at blocks.1.hook_resid_pre is not finite at step (\d+).*last good checkpoint, of step (\d+), is in",
+        said[0],
     )
     assert said[0] == said[1] and found, said
     assert int(found[1]) >= 28 and 20 <= int(found[2]) <= int(found[1])
@@ -255,12 +273,14 @@ def test_bad_loss_stops_the_job_and_keeps_the_checkpoint(tmp_path):
 def test_a_weight_that_is_not_finite_is_named(tmp_path, monkeypatch):
     suite = Suite(MEMBERS, RECIPE, {site: CONFIG.d_model for site in [*SITES, Site("mlp_out", 0)]})
     state = init_state(suite, {site: jnp.ones((9, CONFIG.d_model)) for site in suite.sites}, key=jax.random.key(0))
-    assert [x.tolist() for x in jobs._finite(state)] == [[True, True]]
+    assert [x.tolist() for x in job._finite(state)] == [[True, True]]
     broken = eqx.tree_at(lambda s: s.stacks[0].params.b_dec, state, state.stacks[0].params.b_dec.at[1, 3].set(jnp.inf))
-    found = jobs._finite(broken)
+    found = job._finite(broken)
     assert [x.tolist() for x in found] == [[True, False]]
-    monkeypatch.setattr(jobs, "_finite", lambda state: found)
-    with pytest.raises(TrainingError, match="a weight of the SAE at blocks.0.mlp.hook_in is not finite after step 9.*no checkpoint yet"):
+    monkeypatch.setattr(job, "_finite", lambda state: found)
+    with pytest.raises(
+        TrainingError, match="a weight of the SAE at blocks.0.mlp.hook_in is not finite after step 9.*no checkpoint yet"
+    ):
         run(tmp_path)
 
 
@@ -285,7 +305,9 @@ def test_a_disk_that_is_full(tmp_path):
     np.testing.assert_array_equal(arrays["w"], state["w"])
     again.save(2, state, {"k": 2})
     again.wait()
-    assert again.latest() == 2 and sorted(p.name for p in tmp_path.iterdir()) == ["000000001", "000000002"], "nothing half written stays"
+    assert again.latest() == 2 and sorted(p.name for p in tmp_path.iterdir()) == ["000000001", "000000002"], (
+        "nothing half written stays"
+    )
     again.close()
 
 
@@ -328,7 +350,9 @@ def test_every_kind_of_site_is_trained_and_written(tmp_path):
     trained = run(tmp_path, model=model, members=[Member(s, 24, level) for s in sites], recipe=recipe)
     suite = load_suite(tmp_path / "saes", WIDE)
     assert set(suite) == set(sites) and suite[sites[0]].d_in == WIDE.width("z") != WIDE.d_model
-    assert suite[sites[2]].site_out == Site("mlp_out", 1) and {s.architecture for s in suite.values()} == {recipe.objective}
+    assert suite[sites[2]].site_out == Site("mlp_out", 1) and {s.architecture for s in suite.values()} == {
+        recipe.objective
+    }
     for member, sae in trained.items():
         for a, b in zip(jax.tree.leaves(sae), jax.tree.leaves(suite[member.site]), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -394,12 +418,15 @@ def test_a_stopped_job_on_text_ends_with_the_same_bits(objective, tmp_path):
 
 def test_text_that_ends_can_be_read_once_more(tmp_path):
     """What the message advises works: more epochs go on from the checkpoint, to the bits of a run that had them from the start."""
-    with pytest.raises(CorpusEnded, match=r"read 1 time\); there is no checkpoint yet: give more text, more epochs or fewer steps"):
+    with pytest.raises(
+        CorpusEnded, match=r"read 1 time\); there is no checkpoint yet: give more text, more epochs or fewer steps"
+    ):
         run(tmp_path / "short", make_text(tmp_path), contexts=60)
     job = tmp_path / "job"
     for _ in range(2):
         with pytest.raises(
-            CorpusEnded, match=r"the last good checkpoint, of step 60, is in \S+job/checkpoints, and with more epochs the same"
+            CorpusEnded,
+            match=r"the last good checkpoint, of step 60, is in \S+job/checkpoints, and with more epochs the same",
         ):
             run_on_text(job, make_text(tmp_path), "topk", n_steps=80)
     with pytest.raises(CheckpointError, match="recipe.n_steps is 80 there, 60 here.*choose another folder"):
@@ -417,7 +444,9 @@ def test_impossible_jobs(tmp_path):
     with pytest.raises(TrainingError, match="steps_per_pass and save_every must be at least 1"):
         run(tmp_path, steps_per_pass=0)
     skip = make_recipe("standard", n_steps=8, batch_size=16, skip=True)
-    with pytest.raises(TrainingError, match="skip is for transcoders: .* the SAE at blocks.1.hook_resid_pre would copy its input"):
+    with pytest.raises(
+        TrainingError, match="skip is for transcoders: .* the SAE at blocks.1.hook_resid_pre would copy its input"
+    ):
         run(tmp_path, recipe=skip)
     with pytest.raises(ValueError, match="layer of site"):
         run(tmp_path, members=[Member(Site("resid_pre", 9), 24, 0.1)])
@@ -426,21 +455,30 @@ def test_impossible_jobs(tmp_path):
 def run_both(folder) -> None:
     """Two jobs after each other, of 120 and 40 steps, that print what step of all they are at; then the second one anew, at once."""
     run(folder / "numbers", log=lambda progress: print("step", progress.step, flush=True), log_seconds=0.0)
-    run_on_text(folder / "text", make_text(folder), "topk", log=lambda progress: print("step", 120 + progress.step, flush=True))
+    run_on_text(
+        folder / "text", make_text(folder), "topk", log=lambda progress: print("step", 120 + progress.step, flush=True)
+    )
     run_on_text(folder / "whole", make_text(folder), "topk")
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, finished):
     """SIGKILL at random moments, in the middle of a save as like as not; then the run that is left alone finishes."""
     rng = np.random.default_rng(int.from_bytes(os.urandom(4)))
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as conftest.py has it here: other programs have other last bits
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    environment |= {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"
+    }  # as conftest.py has it here: other programs have other last bits
     command = [sys.executable, __file__, str(tmp_path)]
     make_text(tmp_path)
     reached, kills = 0, 0
     for attempt in itertools.count():
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        target = [reached + rng.integers(1, 30), reached + rng.integers(1, 30), 120 + rng.integers(2, 30), None][attempt]
+        target = [reached + rng.integers(1, 30), reached + rng.integers(1, 30), 120 + rng.integers(2, 30), None][
+            attempt
+        ]
         for line in process.stdout:
             step = int(line.split()[1])
             assert step > reached - 21, "it goes on from a checkpoint at most two saves ago"
@@ -453,7 +491,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, finished):
             break
     assert process.returncode == 0 and kills >= 2
     assert_same_bits(weights(tmp_path / "numbers"), weights(finished))
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "numbers" / "curves.parquet"), pd.read_parquet(finished / "curves.parquet"))
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(tmp_path / "numbers" / "curves.parquet"), pd.read_parquet(finished / "curves.parquet")
+    )
     assert_same_bits(weights(tmp_path / "text"), weights(tmp_path / "whole"))
 
 
@@ -471,7 +511,15 @@ def run_one_of_two(folder, rank: int, address: str) -> None:
     """The same job on two processes of one device each, each with one of the SAEs of a shape."""
     jax.distributed.initialize(address, num_processes=2, process_id=rank)
     mesh = jax.make_mesh((2,), ("sae",), axis_types=(AxisType.Auto,))
-    run(folder, Share(), shard_model(make_model(), make_mesh(data=2)), recipe=SHORT, save_every=4, mesh=mesh, shard="sae")
+    run(
+        folder,
+        Share(),
+        shard_model(make_model(), make_mesh(data=2)),
+        recipe=SHORT,
+        save_every=4,
+        mesh=mesh,
+        shard="sae",
+    )
 
 
 def test_two_processes_do_what_one_does(tmp_path):

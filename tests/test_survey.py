@@ -6,16 +6,27 @@ import numpy as np
 import pytest
 
 from icl_lib.models import Site, Transformer, run_with_cache, tiny_config
-from icl_lib.saes import SAE, metrics, quality_table, survey
+from icl_lib.saes import SAE, quality, quality_table, survey
 
 CONFIG = tiny_config()
 
 
 def random_sae(site: Site, d_sae: int, key) -> SAE:
     keys = jax.random.split(key, 3)
-    W_enc, W_dec = jax.random.normal(keys[0], (CONFIG.d_model, d_sae)), jax.random.normal(keys[1], (d_sae, CONFIG.d_model))
+    W_enc, W_dec = (
+        jax.random.normal(keys[0], (CONFIG.d_model, d_sae)),
+        jax.random.normal(keys[1], (d_sae, CONFIG.d_model)),
+    )
     b_enc = 3 * jax.random.normal(keys[2], (d_sae,))
-    return SAE(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=jnp.zeros(CONFIG.d_model), site_in=site, site_out=site, architecture="standard")
+    return SAE(
+        W_enc=W_enc,
+        b_enc=b_enc,
+        W_dec=W_dec,
+        b_dec=jnp.zeros(CONFIG.d_model),
+        site_in=site,
+        site_out=site,
+        architecture="standard",
+    )
 
 
 @pytest.fixture
@@ -23,7 +34,11 @@ def setting(getkey):
     model = Transformer.init(CONFIG, key=getkey())
     tokens = np.array(jax.random.randint(getkey(), (5, 9), 3, CONFIG.d_vocab), np.int32)
     tokens[:, 0], tokens[3, 6:] = CONFIG.bos_id, CONFIG.pad_id
-    suite = {(site, d): random_sae(site, d, getkey()) for site in (Site("resid_pre", 1), Site("attn_out", 0)) for d in (12, 40)}
+    suite = {
+        (site, d): random_sae(site, d, getkey())
+        for site in (Site("resid_pre", 1), Site("attn_out", 0))
+        for d in (12, 40)
+    }
     return model, tokens, suite
 
 
@@ -55,7 +70,7 @@ def test_table_has_several_saes_at_a_site(setting):
         assert table.decoder_cosine[i] == pytest.approx(np.median((W @ W.T - 3 * np.eye(len(W))).max(axis=1)), rel=1e-4)
     rates = survey.firing_rates(model, suite, tokens)
     for i, key in enumerate(suite):
-        assert table.dense[i] == pytest.approx((rates[key] > metrics.DENSE).mean())
+        assert table.dense[i] == pytest.approx((rates[key] > quality.DENSE).mean())
         assert table.dead[i] == pytest.approx((rates[key] == 0).mean())
 
 

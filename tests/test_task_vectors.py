@@ -36,8 +36,12 @@ def test_task_vector_is_the_mean_over_all_arrows(model):
 
 def test_dummy_line_is_no_example(model):
     prompts = planted_prompts(0, 4, 2, dummy=True)
-    assert np.allclose(task_vector(model, prompts), average(model, prompts, Role.ARROW, lambda pair: pair >= 0), atol=1e-5)
-    assert np.allclose(output_vector(model, prompts), average(model, prompts, Role.OUTPUT, lambda pair: 0 <= pair < 2), atol=1e-5)
+    assert np.allclose(
+        task_vector(model, prompts), average(model, prompts, Role.ARROW, lambda pair: pair >= 0), atol=1e-5
+    )
+    assert np.allclose(
+        output_vector(model, prompts), average(model, prompts, Role.OUTPUT, lambda pair: 0 <= pair < 2), atol=1e-5
+    )
 
 
 def test_output_vector_leaves_out_the_query(model):

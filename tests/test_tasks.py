@@ -221,7 +221,9 @@ def test_word_tables_agree_with_each_other():
     assert {row["continent"] for row in countries} == {"Europe", "Asia", "Africa", "America", "Oceania"}
     antonyms = {row["word"]: row["antonym"] for row in adjectives}
     assert all(antonyms[antonyms[word]] == word != antonyms[word] for word in antonyms)
-    sizes = {table: len(read_table(table)) for table in ("countries", "people", "nouns", "adjectives", "verbs", "items")}
+    sizes = {
+        table: len(read_table(table)) for table in ("countries", "people", "nouns", "adjectives", "verbs", "items")
+    }
     assert sizes == {"countries": 64, "people": 56, "nouns": 84, "adjectives": 46, "verbs": 53, "items": 99}
 
 
@@ -258,7 +260,11 @@ def test_folder_of_files(tmp_path):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("a.tsv", "input\toutput\nx\ty\nz\n", r"a\.tsv, line 3: expected 2 non-empty columns .*\(input, output\), got 1: 'z'"),
+        (
+            "a.tsv",
+            "input\toutput\nx\ty\nz\n",
+            r"a\.tsv, line 3: expected 2 non-empty columns .*\(input, output\), got 1: 'z'",
+        ),
         ("a.tsv", "input\toutput\nx\t\n", "a.tsv, line 2: expected 2 non-empty"),
         ("a.tsv", "word\tother\nx\ty\n", "a.tsv, line 1: expected the header input <tab> output, got"),
         ("a.tsv", "input\toutput\n", "'a' from .* has no pairs"),

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from icl_lib.embedded.icl_tiny.language import BOS, OTHER_SEPARATOR, PAD, UNK, Language, build_tokenizer, corpus
+from icl_lib.embedded.icl_tiny.pretrain import PretrainConfig, branch_noise, loss_fn, pretrain, residual_noise
+from icl_lib.embedded.icl_tiny.retrain import SuiteConfig, hashes, retrain
+from icl_lib.files.paths import root
 from icl_lib.models import Site, load_config, load_model, load_tokenizer, tensor_shapes
-from icl_lib.runs import root
 from icl_lib.saes.formats import load_suite
 from icl_lib.tasks import Role, make_prompts
-from icl_lib.tiny.language import BOS, OTHER_SEPARATOR, PAD, UNK, Language, build_tokenizer, corpus
-from icl_lib.tiny.pretrain import PretrainConfig, branch_noise, loss_fn, pretrain, residual_noise
-from icl_lib.tiny.retrain import SuiteConfig, hashes, retrain
 
 ASSETS = root() / "assets" / "icl-tiny"
 SMALL = PretrainConfig(
@@ -108,7 +108,10 @@ def test_too_few_rows_stop_before_training(language, tokenizer):
 
 def test_nan_stops_with_its_step(monkeypatch):
     rows = np.ones((SMALL.steps * SMALL.batch, SMALL.seq), np.int32)
-    monkeypatch.setattr("icl_lib.tiny.pretrain.loss_fn", lambda model, tokens, tap: loss_fn(model, tokens, tap) * np.float32(np.nan))
+    monkeypatch.setattr(
+        "icl_lib.embedded.icl_tiny.pretrain.loss_fn",
+        lambda model, tokens, tap: loss_fn(model, tokens, tap) * np.float32(np.nan),
+    )
     with pytest.raises(FloatingPointError, match="step 0"):
         pretrain(SMALL, rows, 64, chunk=10, progress=lambda line: None)
 
@@ -118,7 +121,9 @@ def test_retraining_at_reduced_size_writes_a_whole_model_folder(tmp_path):
     made = retrain(tmp_path, SMALL, suite, progress=lambda line: None)
     assert made["sha256"] == hashes(tmp_path) == json.loads((tmp_path / "made.json").read_text())["sha256"]
     model = load_model(tmp_path)
-    assert set(load_suite(tmp_path / "saes", model.config)) == {Site(n, i) for n in ("resid_pre", "attn_out", "mlp_in") for i in (0, 1)}
+    assert set(load_suite(tmp_path / "saes", model.config)) == {
+        Site(n, i) for n in ("resid_pre", "attn_out", "mlp_in") for i in (0, 1)
+    }
     prompts = make_prompts(Language().tasks["antonyms"], load_tokenizer(tmp_path), n_prompts=2, n_shots=2, seed=0)
     assert np.isfinite(np.asarray(model(prompts.tokens))).all()
     assert (np.asarray(prompts.roles) == Role.ARROW).sum() == 6
@@ -129,7 +134,7 @@ def test_committed_files_are_those_that_were_made():
     found = {name: hashlib.sha256((ASSETS / name).read_bytes()).hexdigest() for name in made["sha256"]}
     assert found == made["sha256"]
     assert set(found) == set(hashes(ASSETS)), "a file of the assets is not in made.json"
-    assert made["command"] == "python -m icl_lib.tiny.retrain"
+    assert made["command"] == "python -m icl_lib.commands.retrain"
 
 
 def test_committed_settings_are_the_defaults():

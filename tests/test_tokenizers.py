@@ -11,13 +11,26 @@ from icl_lib.models import Site, Transformer, run_with_cache, tiny_config
 from icl_lib.tasks import Role, Task, Template, load_tasks, make_prompts
 from icl_lib.tasks.template import Span, tokenise
 from icl_lib.vectors import task_vector
-from icl_lib.vectors.steering import cut
+from icl_lib.vectors.insert import cut
 from tests.tokenizer_files import CHAT, NAMES, tokenizer
 
 ACCENTS, CJK, RTL = "éèñçüßøıŁ", "日本語中文한국어かな、。", "שלוםمرحباالعربية"
 MARKS = "\u0301\u0308\u0323\u0338"  # combine with the letter before
 EMOJI = ["🙂", "👩\u200d🔬", "🇫🇷", "𐍈", "❤\ufe0f"]
-PIECES = [*"abcXYZ09 .,;:'\"()<>-|", "->", "=>", "\u00a0", *ACCENTS, *CJK, *RTL, *MARKS, *EMOJI, "New York", "antonyms", "<0x0A>"]
+PIECES = [
+    *"abcXYZ09 .,;:'\"()<>-|",
+    "->",
+    "=>",
+    "\u00a0",
+    *ACCENTS,
+    *CJK,
+    *RTL,
+    *MARKS,
+    *EMOJI,
+    "New York",
+    "antonyms",
+    "<0x0A>",
+]
 words = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join).filter(str.strip)
 pairs = st.lists(st.tuples(words, words), min_size=1, max_size=4, unique_by=lambda pair: pair[0])
 
@@ -42,7 +55,15 @@ def checked(name, pairs, template):
     rest = pairs[:-1]
     task = Task("t", tuple(pairs), "", "test")
     prompts = make_prompts(
-        task, tok, n_prompts=2, n_shots=len(rest), seed=0, pool=rest or None, query_pool=pairs[-1:], template=template, length=LENGTH
+        task,
+        tok,
+        n_prompts=2,
+        n_shots=len(rest),
+        seed=0,
+        pool=rest or None,
+        query_pool=pairs[-1:],
+        template=template,
+        length=LENGTH,
     )
     for row, text in enumerate(prompts.texts):
         ids, roles, pair = (np.asarray(a[row]).tolist() for a in (prompts.tokens, prompts.roles, prompts.pair))
@@ -90,7 +111,9 @@ def test_roles_survive_any_words(name, pairs):
         assert arrow_texts(name, prompts, row) == [template.separator.strip()] * len(pairs)
 
 
-@pytest.mark.parametrize("template", [HENDEL, TODD, GEMMA_2, PHI_3, Template(dummy=None, pair="{x} => {y}", newline=" ; ")])
+@pytest.mark.parametrize(
+    "template", [HENDEL, TODD, GEMMA_2, PHI_3, Template(dummy=None, pair="{x} => {y}", newline=" ; ")]
+)
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "sentencepiece_test"])
 def test_other_templates(name, template):
     """The formats of the other papers and of the chat models, with several-token separators."""
@@ -115,7 +138,11 @@ def test_every_pair_of_the_tasks(name):
 
 
 def test_special_tokens_of_the_prefix():
-    for name, special, template in (("small_gemma", CHAT[0], GEMMA_2), ("small_qwen", CHAT[0], GEMMA_2), ("small_qwen", CHAT[2], PHI_3)):
+    for name, special, template in (
+        ("small_gemma", CHAT[0], GEMMA_2),
+        ("small_qwen", CHAT[0], GEMMA_2),
+        ("small_qwen", CHAT[2], PHI_3),
+    ):
         tok = tokenizer(name)
         prompts = checked(name, [("a", "b"), ("c", "d")], template)
         at = np.flatnonzero(np.asarray(prompts.tokens[0]) == tok.convert_tokens_to_ids(special))
@@ -127,7 +154,9 @@ def test_a_prefix_that_brings_its_own_bos_gets_no_second_one():
     tok = tokenizer("small_gemma")
     task = Task("t", (("a", "b"),), "", "test")
     plain = make_prompts(task, tok, n_prompts=1, n_shots=0, seed=0)
-    given_bos = make_prompts(task, tok, n_prompts=1, n_shots=0, seed=0, template=Template(prefix="<bos>Follow the pattern:\n"))
+    given_bos = make_prompts(
+        task, tok, n_prompts=1, n_shots=0, seed=0, template=Template(prefix="<bos>Follow the pattern:\n")
+    )
     assert plain.tokens.tolist() == given_bos.tokens.tolist() and plain.roles.tolist() == given_bos.roles.tolist()
     assert plain.tokens[0, 0] == tok.bos_token_id and plain.tokens[0, 1] != tok.bos_token_id
 
@@ -153,7 +182,12 @@ def test_bytes_of_unknown_neighbours_are_told_apart():
 @pytest.mark.parametrize(
     "name, pair, xy, message",
     [
-        ("small_qwen", "{x}->{y}", ("a-", "b"), r"the token '.*->' of TokenizersBackend spans INPUT and ARROW in '.*a-->b'"),
+        (
+            "small_qwen",
+            "{x}->{y}",
+            ("a-", "b"),
+            r"the token '.*->' of TokenizersBackend spans INPUT and ARROW in '.*a-->b'",
+        ),
         ("small_wordpiece", "{x}\n{y}", ("a", "b"), r"TokenizersBackend gives no token for the ARROW '\\n' of pair 0"),
     ],
 )
@@ -182,7 +216,16 @@ def test_template_parts_and_errors():
     assert text(HENDEL, [("a", "b"), ("c", "d")]) == "example:a->b\nexample:c->d"
     braces = Template(prefix="", pair="{{{x}}} -> [{y}]", newline="\n")
     assert braces.parts == ("{", "} -> [", "]") and text(braces, [("a", "b"), ("c", "d")]) == "{a} -> [b]\n{c} -> [d"
-    for bad in ("{x} ->", "-> {y}", "{y} -> {x}", "{x} -> {y} {x}", "{x} -> {y} {z}", "{x!r} -> {y}", "{x:>9} -> {y}", "x -> y"):
+    for bad in (
+        "{x} ->",
+        "-> {y}",
+        "{y} -> {x}",
+        "{x} -> {y} {x}",
+        "{x} -> {y} {z}",
+        "{x!r} -> {y}",
+        "{x:>9} -> {y}",
+        "x -> y",
+    ):
         with pytest.raises(ValueError, match=r"a text with one \{x\} and then one \{y\}"):
             Template(pair=bad)
     with pytest.raises(ValueError, match="cannot be read"):
@@ -202,6 +245,10 @@ def test_vectors_are_read_and_cut_at_the_last_token_of_an_arrow(getkey):
     assert set(tok.convert_ids_to_tokens(ids[last].tolist())) == {">"} and last.sum() == 6
     _, cache = run_with_cache(model, prompts.tokens, [Site("resid_pre", 1)])
     ours = task_vector(model, prompts, [1])
-    np.testing.assert_allclose(np.asarray(ours).ravel(), np.asarray(cache[Site("resid_pre", 1)])[last].mean(axis=0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(ours).ravel(), np.asarray(cache[Site("resid_pre", 1)])[last].mean(axis=0), rtol=1e-4, atol=1e-6
+    )
     where = np.asarray(cut(model, prompts, 1).past.length)
-    assert where.tolist() == prompts.query_arrow.tolist() and (ids[[0, 1], where] == tok.convert_tokens_to_ids(">")).all()
+    assert (
+        where.tolist() == prompts.query_arrow.tolist() and (ids[[0, 1], where] == tok.convert_tokens_to_ids(">")).all()
+    )

@@ -90,11 +90,17 @@ def test_gemma_2b_has_its_published_tensors():
 
 def test_new_field_names_mean_the_same_as_the_old():
     new = {k: v for k, v in GEMMA_2B.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype", "hidden_act")}
-    new |= {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}, "dtype": "bfloat16", "hidden_act": "gelu_pytorch_tanh"}
+    new |= {
+        "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
+        "dtype": "bfloat16",
+        "hidden_act": "gelu_pytorch_tanh",
+    }
     assert ModelConfig.from_hf(new) == ModelConfig.from_hf(GEMMA_2B | {"rope_theta": 500.0})
     assert ModelConfig.from_hf(new).rope_theta == 500.0
     several = ModelConfig.from_hf(new | {"eos_token_id": [1, 107]})
-    assert (several.eos_id, several.more_eos) == (1, (107,)) and ModelConfig.from_hf(several.to_hf("float32")) == several
+    assert (several.eos_id, several.more_eos) == (1, (107,)) and ModelConfig.from_hf(
+        several.to_hf("float32")
+    ) == several
 
 
 def test_to_hf_is_the_inverse_of_from_hf():
@@ -168,7 +174,10 @@ def test_a_copy_of_the_tied_output_matrix_is_passed_over(folder):
     ("change", "message"),
     [
         (lambda t: t.pop("model.norm.weight"), r"missing model.norm.weight \(16,\)"),
-        (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": np.zeros(3, "f")}), "unknown model.layers.2.mlp.up_proj.weight"),
+        (
+            lambda t: t.update({"model.layers.2.mlp.up_proj.weight": np.zeros(3, "f")}),
+            "unknown model.layers.2.mlp.up_proj.weight",
+        ),
         (
             lambda t: t.update({"model.embed_tokens.weight": np.zeros((16, 40), "f")}),
             r"model.embed_tokens.weight has shape \(16, 40\), expected \(40, 16\)",
@@ -190,7 +199,9 @@ def test_weights_of_another_config_are_refused(folder):
 
 def test_quantised_weights_are_refused(folder):
     edit_tensors(folder, lambda t: t.update({"model.norm.weight": np.ones(16, np.int8)}))
-    with pytest.raises(ValueError, match=r"model.norm.weight has dtype I8, expected one of F64, F32, F16, BF16.*not quantised"):
+    with pytest.raises(
+        ValueError, match=r"model.norm.weight has dtype I8, expected one of F64, F32, F16, BF16.*not quantised"
+    ):
         load_model(folder)
 
 
@@ -203,7 +214,9 @@ def test_buffers_of_pythia_are_passed_over(tmp_path, getkey):
         f"{layer}.rotary_emb.inv_freq": np.ones(2, np.float32),
     }  # fmt: skip
     edit_tensors(folder, lambda t: t.update(buffers))
-    np.testing.assert_array_equal(load_model(folder).blocks[1].attn.b_o, model.blocks[1].attn.b_o.astype(jnp.float16).astype(jnp.float32))
+    np.testing.assert_array_equal(
+        load_model(folder).blocks[1].attn.b_o, model.blocks[1].attn.b_o.astype(jnp.float16).astype(jnp.float32)
+    )
     edit_tensors(folder, lambda t: t.pop(f"{layer}.dense.bias"))  # a weight whose name ends like a buffer's
     with pytest.raises(ValueError, match=f"missing {layer}.dense.bias"):
         load_model(folder)
@@ -285,7 +298,10 @@ def sentencepiece_model() -> bytes:
         return SENTENCEPIECE.read_bytes()
     sized = lambda tag, content: bytes([tag, len(content)]) + content
     pieces = [("<unk>", 0, 2), ("<s>", 0, 3), ("</s>", 0, 3), ("▁a", -1, 1), ("a", -2, 1)]
-    parts = [sized(0x0A, text.encode()) + struct.pack("<Bf", 0x15, score) + bytes([0x18, kind]) for text, score, kind in pieces]
+    parts = [
+        sized(0x0A, text.encode()) + struct.pack("<Bf", 0x15, score) + bytes([0x18, kind])
+        for text, score, kind in pieces
+    ]
     return b"".join(sized(0x0A, part) for part in parts)
 
 
@@ -301,11 +317,15 @@ def test_a_name_that_is_nowhere_says_what_would_do(name, monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=rf"no folder '{name}' here, .*pass (a|the path of a) folder with config.json"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"no folder '{name}' here, .*pass (a|the path of a) folder with config.json"
+    ):
         fetch(name)
 
 
 def test_the_import_is_light():
     """transformers, torch and the hub client take seconds to import; only the calls that need them may do so."""
     code = "import sys, icl_lib.models; print([m for m in ('torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -10,12 +10,14 @@ from transformers import GPT2TokenizerFast, LlamaTokenizer, PreTrainedTokenizerF
 from transformers.convert_slow_tokenizer import import_protobuf
 from transformers.tokenization_utils_base import generate_merges
 
+from icl_lib.files.paths import root
 from icl_lib.models import load_tokenizer
-from icl_lib.runs.paths import root
 from icl_lib.tasks import load_tasks
 
 DATA = Path(os.environ.get("ICL_LIB_TASK_DATA", root().parent / "shared" / "data")) / "tokenizers"
-CORPUS = ["Follow the pattern:\nX -> Y\nQ: A: example:\n"] + [f"{x} -> {y}\n" for t in load_tasks("embedded").values() for x, y in t.pairs]
+CORPUS = ["Follow the pattern:\nX -> Y\nQ: A: example:\n"] + [
+    f"{x} -> {y}\n" for t in load_tasks("embedded").values() for x, y in t.pairs
+]
 CHAT = ["<start_of_turn>", "<end_of_turn>", "<|user|>"]  # special tokens of Gemma and of Phi-3
 # The first cut of Qwen2 and Llama 3: a mark takes the line end after it along.
 MODERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -29,7 +31,9 @@ def gpt2():
 def pythia_20B():
     """Byte-level BPE with NFC, whose offsets leave the blank out; as on the hub, BOS is the end of text."""
     end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(tokenizer_file=str(DATA / "pythia_20B" / "tokenizer.json"), bos_token=end, eos_token=end)
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(DATA / "pythia_20B" / "tokenizer.json"), bos_token=end, eos_token=end
+    )
 
 
 def sentencepiece(file: str):
@@ -43,7 +47,9 @@ def mistral_v1_sentencepiece():
     """SentencePiece BPE with byte fallback and a blank put before the text, in transformers' Llama tokenizer."""
     pieces = sentencepiece("mistral_v1_sentencepiece/tokenizer.model").pieces
     vocab = {piece.piece: i for i, piece in enumerate(pieces)}
-    return LlamaTokenizer(vocab=vocab, merges=generate_merges(vocab, skip_tokens=[p.piece for p in pieces if p.type != 1]))
+    return LlamaTokenizer(
+        vocab=vocab, merges=generate_merges(vocab, skip_tokens=[p.piece for p in pieces if p.type != 1])
+    )
 
 
 def sentencepiece_test():
@@ -63,12 +69,16 @@ def icl_tiny():
 def _bytes(trim_offsets: bool, cut: str | None) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     levels = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=trim_offsets, use_regex=cut is None)
-    tokenizer.pre_tokenizer = levels if cut is None else pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(cut), "isolated"), levels])
+    tokenizer.pre_tokenizer = (
+        levels if cut is None else pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(cut), "isolated"), levels])
+    )
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     lines = [*CORPUS, *["a.\nb -> c.\n"] * 50]  # so that ".\n" becomes a token where the cut allows it
-    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        lines, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    )
     return tokenizer
 
 
@@ -79,8 +89,12 @@ def small_gpt2():
 
 def small_qwen():
     """As Qwen2: ".\\n" is one token; no BOS, a pad token, and special tokens for chats."""
-    fast = PreTrainedTokenizerFast(tokenizer_object=_bytes(False, MODERN), pad_token="<|endoftext|>", eos_token="<|im_end|>")
-    fast.add_special_tokens({"additional_special_tokens": [AddedToken("<|user|>", rstrip=True, special=True), *CHAT[:2]]})
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=_bytes(False, MODERN), pad_token="<|endoftext|>", eos_token="<|im_end|>"
+    )
+    fast.add_special_tokens(
+        {"additional_special_tokens": [AddedToken("<|user|>", rstrip=True, special=True), *CHAT[:2]]}
+    )
     return fast
 
 
@@ -92,12 +106,16 @@ def small_gemma():
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="never")]
     )
-    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special + [f"<0x{i:02X}>" for i in range(256)], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=special + [f"<0x{i:02X}>" for i in range(256)], show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
 
 
 def small_unigram():
@@ -120,11 +138,17 @@ def small_wordpiece():
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=900, special_tokens=special, show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", bos_token="[CLS]", eos_token="[SEP]")
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.WordPieceTrainer(vocab_size=900, special_tokens=special, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", bos_token="[CLS]", eos_token="[SEP]"
+    )
 
 
-REAL = [kind for kind in (gpt2, pythia_20B, mistral_v1_sentencepiece, sentencepiece_test) if (DATA / kind.__name__).is_dir()]
+REAL = [
+    kind for kind in (gpt2, pythia_20B, mistral_v1_sentencepiece, sentencepiece_test) if (DATA / kind.__name__).is_dir()
+]
 OWN = [icl_tiny, small_gpt2, small_qwen, small_gemma, small_unigram, small_wordpiece]
 NAMES = [kind.__name__ for kind in REAL + OWN]
 

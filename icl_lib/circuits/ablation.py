@@ -42,7 +42,9 @@ from icl_lib.tasks import Prompts, Role
 from icl_lib.tasks.metrics import pair_logprob
 
 
-def splice(suite: Suite, roles: Int[Array, "b s"], gate: dict[Site, Bool[Array, "n_roles _"]], values: dict[Site, Array] | None) -> Tap:
+def splice(
+    suite: Suite, roles: Int[Array, "b s"], gate: dict[Site, Bool[Array, "n_roles _"]], values: dict[Site, Array] | None
+) -> Tap:
     """The tap that ablates the latents of `suite` at the roles where `gate` is true; `values` None puts zero in."""
     pending: dict[Site, Array] = {}
 
@@ -107,7 +109,9 @@ def _sub(setting: Setting, latent, means, whole: bool):
 
 
 @eqx.filter_jit
-def _evaluate(setting: Setting, ranking: Ranking, lo: Int[Array, "tasks n"], hi: Int[Array, "tasks n"]) -> Float[Array, "tasks n"]:
+def _evaluate(
+    setting: Setting, ranking: Ranking, lo: Int[Array, "tasks n"], hi: Int[Array, "tasks n"]
+) -> Float[Array, "tasks n"]:
     """Metric of every task for each of its ranges of ranks."""
 
     def task(prompts, roles, resid, means, rank, latent, lo, hi):
@@ -155,18 +159,35 @@ def prepare(
     if patch not in ("zero", "mean") or empty not in ("all", "positive"):
         raise ValueError(f"patch must be 'zero' or 'mean' and empty 'all' or 'positive', got {patch!r} and {empty!r}")
     if effects is None and (patch == "mean" or empty == "positive"):
-        raise ValueError("mean ablation and empty='positive' need the effects of these tasks: pass effects=node_effects(...)")
+        raise ValueError(
+            "mean ablation and empty='positive' need the effects of these tasks: pass effects=node_effects(...)"
+        )
     suite = suite_in_layers(model, suite, layers)
     first = next(iter(suite)).layer
     n_tasks = prompts.tokens.shape[0]
     means = {site: effects.means[site] for site in suite} if patch == "mean" else None
     unknown = jnp.zeros(n_tasks)
-    setting = Setting(model, suite, prompts, node_roles(prompts), _prefix(model, prompts, first), means, unknown, unknown, first, metric)
+    setting = Setting(
+        model,
+        suite,
+        prompts,
+        node_roles(prompts),
+        _prefix(model, prompts, first),
+        means,
+        unknown,
+        unknown,
+        first,
+        metric,
+    )
     if empty == "positive":
         ranking = restrict(rank_nodes(effects), suite)
     else:
         every = {site: jnp.zeros((n_tasks, N_ROLES, sae.d_sae), jnp.int32) for site, sae in suite.items()}
-        ranking = Ranking(every, {s: jnp.zeros((n_tasks, sae.d_sae), jnp.int32) for s, sae in suite.items()}, unknown.astype(jnp.int32))
+        ranking = Ranking(
+            every,
+            {s: jnp.zeros((n_tasks, sae.d_sae), jnp.int32) for s, sae in suite.items()},
+            unknown.astype(jnp.int32),
+        )
     lo, hi = jnp.zeros((n_tasks, 2), jnp.int32), jnp.tile(jnp.array([0, UNRANKED], jnp.int32), (n_tasks, 1))
     values = _evaluate(setting, ranking, lo, hi)
     return eqx.tree_at(lambda s: (s.full, s.empty), setting, (values[:, 0], values[:, 1]))
@@ -176,7 +197,9 @@ def _fitting(setting: Setting, ranking: Ranking, n: int | None) -> Ranking:
     """The ranking for the SAEs of the setting, compact where at most n nodes are ablated."""
     n_tasks = setting.full.shape[0]
     if ranking.n.shape[0] != n_tasks:
-        raise ValueError(f"the ranking is of {ranking.n.shape[0]} tasks and the prompts are of {n_tasks}: stack the same tasks in both")
+        raise ValueError(
+            f"the ranking is of {ranking.n.shape[0]} tasks and the prompts are of {n_tasks}: stack the same tasks in both"
+        )
     if len(ranking.rank) != len(setting.suite):
         raise ValueError(
             f"nodes are ranked at {len(ranking.rank)} sites, but the ablation covers {len(setting.suite)}: "
@@ -240,7 +263,9 @@ def nodes_to_halve(
 @eqx.filter_jit
 def _cross(setting: Setting, ranking: Ranking, n: Int[Array, " tasks"]) -> Float[Array, "ablated tested"]:
     def ablated(rank, latent, n):
-        weights = {} if ranking.whole else {site: gather_latents(sae, latent[site]) for site, sae in setting.suite.items()}
+        weights = (
+            {} if ranking.whole else {site: gather_latents(sae, latent[site]) for site, sae in setting.suite.items()}
+        )
 
         def tested(prompts, roles, resid, means):
             if ranking.whole:
@@ -264,15 +289,21 @@ def task_matrix(setting: Setting, ranking: Ranking, n: Int[Array, " tasks"]) -> 
 
 
 @eqx.filter_jit
-def _one_by_one(setting: Setting, site: Int[Array, " n"], role: Int[Array, " n"], latent: Int[Array, " n"]) -> Float[Array, " n"]:
-    prompts, roles, resid, means = jax.tree.map(lambda a: a[0], (setting.prompts, setting.roles, setting.resid, setting.means))
+def _one_by_one(
+    setting: Setting, site: Int[Array, " n"], role: Int[Array, " n"], latent: Int[Array, " n"]
+) -> Float[Array, " n"]:
+    prompts, roles, resid, means = jax.tree.map(
+        lambda a: a[0], (setting.prompts, setting.roles, setting.resid, setting.means)
+    )
 
     def node(args):
         site, role, latent = args
         column = {s: latent[None] % sae.d_sae for s, sae in setting.suite.items()}
         sub, value = _sub(setting, column, means, whole=False)
         here = jnp.arange(N_ROLES)[:, None] == role
-        rank = {s: jnp.where(here & (site == i), jnp.int32(0), jnp.int32(UNRANKED)) for i, s in enumerate(setting.suite)}
+        rank = {
+            s: jnp.where(here & (site == i), jnp.int32(0), jnp.int32(UNRANKED)) for i, s in enumerate(setting.suite)
+        }
         return _pass(setting, sub, value, prompts, roles, resid, rank, jnp.int32(0), jnp.int32(1))
 
     return jax.lax.map(node, (site, role, latent))
@@ -289,7 +320,9 @@ def brute_force_effects(setting: Setting, nodes: pd.DataFrame) -> Float[np.ndarr
         )
     index = {(site.layer, KINDS[site.name]): i for i, site in enumerate(setting.suite)}
     if lost := {(layer, kind) for layer, kind in zip(nodes.layer, nodes.kind, strict=True)} - set(index):
-        raise ValueError(f"nodes at {sorted(lost)} are outside of the setting, which has {sorted(index)}: prepare it with these layers")
+        raise ValueError(
+            f"nodes at {sorted(lost)} are outside of the setting, which has {sorted(index)}: prepare it with these layers"
+        )
     site = [index[layer, kind] for layer, kind in zip(nodes.layer, nodes.kind, strict=True)]
     role = [int(Role[name]) for name in nodes.role]
     to_array = lambda values: jnp.asarray(np.asarray(values), jnp.int32)

@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Array, Float, Int
 
+from icl_lib.circuits.circuit import EDGE_COLUMNS, ERROR, Circuit
 from icl_lib.circuits.effects import (
     KINDS,
     CleanPass,
@@ -35,7 +36,6 @@ from icl_lib.circuits.effects import (
     role_indicator,
     suite_in_layers,
 )
-from icl_lib.circuits.graph import EDGE_COLUMNS, ERROR, Circuit
 from icl_lib.models import Site, Transformer, compose, perturb, record
 from icl_lib.tasks import Prompts, Role
 from icl_lib.tasks.metrics import pair_logprob
@@ -129,14 +129,18 @@ def _table(circuit: Circuit, site: Site) -> pd.DataFrame:
 
 def _arrays(nodes: pd.DataFrame) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
     """(latent, role) of rows of a node table."""
-    return jnp.asarray(nodes.latent.to_numpy(int), jnp.int32), jnp.asarray([int(Role[name]) for name in nodes.role], jnp.int32)
+    return jnp.asarray(nodes.latent.to_numpy(int), jnp.int32), jnp.asarray(
+        [int(Role[name]) for name in nodes.role], jnp.int32
+    )
 
 
 def _with_errors(nodes: pd.DataFrame, site: Site) -> pd.DataFrame:
     """The rows of a site and the error node of each role, listed or not."""
     kind = KINDS[site.name]
     roles = [role.name for role in Role if role != Role.OTHER]
-    errors = pd.DataFrame({"latent": ERROR, "role": roles}, index=[f"{kind}.{site.layer}.error.{role}" for role in roles])
+    errors = pd.DataFrame(
+        {"latent": ERROR, "role": roles}, index=[f"{kind}.{site.layer}.error.{role}" for role in roles]
+    )
     return pd.concat([nodes.loc[nodes.latent != ERROR, ["latent", "role"]], errors])
 
 
@@ -180,6 +184,10 @@ def _frame(targets: pd.DataFrame, sources: pd.DataFrame, values: Float[Array, "n
     values = np.asarray(values)
     to, start = np.nonzero(values)
     return pd.DataFrame(
-        {"source": np.asarray(sources.index)[start], "target": np.asarray(targets.index)[to], "effect": values[to, start]},
+        {
+            "source": np.asarray(sources.index)[start],
+            "target": np.asarray(targets.index)[to],
+            "effect": values[to, start],
+        },
         columns=EDGE_COLUMNS,
     )

@@ -50,11 +50,15 @@ def suite_in_layers(model: Transformer, suite: Suite, layers: Iterable[int]) -> 
     have = sorted({site.layer for site in suite})
     missing = [layer for layer in layers if layer not in have]
     if missing:
-        raise ValueError(f"the suite has no SAE in layers {missing}, only in {have}: train or load these, or leave them out of layers")
+        raise ValueError(
+            f"the suite has no SAE in layers {missing}, only in {have}: train or load these, or leave them out of layers"
+        )
     order = list(KINDS)
     unknown = [str(site) for site in suite if site.name not in KINDS]
     if unknown:
-        raise ValueError(f"circuits use SAEs at {', '.join(order)}, but the suite has {', '.join(unknown)}: leave these out of it")
+        raise ValueError(
+            f"circuits use SAEs at {', '.join(order)}, but the suite has {', '.join(unknown)}: leave these out of it"
+        )
     sites = sorted((s for s in suite if s.layer in layers), key=lambda s: (s.layer, order.index(s.name)))
     kinds: dict[tuple, Site] = {}
     for site in sites:
@@ -140,7 +144,9 @@ class Effects(eqx.Module):
         return jax.tree.map(lambda a: a[index], self)
 
 
-def _site_effects(sae: SAE, x: Array, y: Array, grad: Array, indicator: Array, patch: Patch) -> tuple[Array, Array, Array]:
+def _site_effects(
+    sae: SAE, x: Array, y: Array, grad: Array, indicator: Array, patch: Patch
+) -> tuple[Array, Array, Array]:
     """Effects (n_roles, d_sae), error effects (n_roles,) and mean activations (n_roles, d_sae) of one SAE."""
     f, err = latents_and_error(sae, x, y)
     total = lambda values: jnp.einsum("bsf,bsr->rf", values, indicator)
@@ -158,7 +164,9 @@ def _task_effects(model: Transformer, suite: Suite, prompts: Prompts, metric: Me
     """Effects on one task."""
     clean = clean_pass(model, suite, prompts, metric)
     indicator = role_indicator(node_roles(prompts))
-    parts = {s: _site_effects(suite[s], clean.reads[s], clean.writes[s], clean.grads[s], indicator, patch) for s in suite}
+    parts = {
+        s: _site_effects(suite[s], clean.reads[s], clean.writes[s], clean.grads[s], indicator, patch) for s in suite
+    }
     latents, errors, means = ({site: part[i] for site, part in parts.items()} for i in range(3))
     return Effects(latents, errors, means, clean.metric)
 

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from icl_lib.circuits.effects import Effects, Suite
+from icl_lib.files.processes import to_host
 from icl_lib.models import Site
-from icl_lib.models.sharding import to_host
 
 UNRANKED = 2**30  # rank of a node that does not help; larger than any count of nodes
 ALL = 2**31 - 1  # upper end of a range of ranks that takes every node
@@ -40,7 +40,9 @@ class Ranking(eqx.Module):
 def rank_nodes(effects: Effects) -> Ranking:
     """All latents with a positive effect, in its order, task by task. `effects` of stacked tasks."""
     if effects.metric.ndim != 1:
-        raise ValueError("rank_nodes takes the effects of stacked tasks; compute them with stack_prompts([prompts, ...])")
+        raise ValueError(
+            "rank_nodes takes the effects of stacked tasks; compute them with stack_prompts([prompts, ...])"
+        )
     sites = list(effects.latents)
     tables = {site: to_host(effects.latents[site]) for site in sites}
     n_tasks = len(next(iter(tables.values())))
@@ -75,7 +77,9 @@ def compact(ranking: Ranking, n: int) -> Ranking:
     return Ranking(rank, latent, ranking.n, whole=False)
 
 
-def random_ranking(ranking: Ranking, effects: Effects, n: Int[Array | np.ndarray, " tasks"], *, key: PRNGKeyArray) -> Ranking:
+def random_ranking(
+    ranking: Ranking, effects: Effects, n: Int[Array | np.ndarray, " tasks"], *, key: PRNGKeyArray
+) -> Ranking:
     """A control for the first n[task] nodes of `ranking`: a random node in place of each, of the same site and role.
 
     Nodes are drawn without repetition among the active ones outside of these n; active means that the latent fires at the
@@ -90,8 +94,12 @@ def random_ranking(ranking: Ranking, effects: Effects, n: Int[Array | np.ndarray
         circuit = np.asarray(table) < np.asarray(limit)[:, None, None]
         free = (to_host(effects.means[site]) > 0) & ~circuit
         score = np.where(free, np.asarray(jax.random.uniform(site_key, table.shape)), -1.0)
-        place = np.argsort(np.argsort(-score, axis=-1, kind="stable"), axis=-1, kind="stable")  # in the order of the draw
-        taken = np.sort(np.where(circuit, np.asarray(table), UNRANKED), axis=-1)  # ranks of this site and role, then none
+        place = np.argsort(
+            np.argsort(-score, axis=-1, kind="stable"), axis=-1, kind="stable"
+        )  # in the order of the draw
+        taken = np.sort(
+            np.where(circuit, np.asarray(table), UNRANKED), axis=-1
+        )  # ranks of this site and role, then none
         rank[site] = jnp.asarray(np.where(free, np.take_along_axis(taken, place, axis=-1), UNRANKED).astype(np.int32))
     return Ranking(rank, ranking.latent, limit)
 
@@ -99,6 +107,8 @@ def random_ranking(ranking: Ranking, effects: Effects, n: Int[Array | np.ndarray
 def restrict(ranking: Ranking, suite: Suite) -> Ranking:
     """The ranking without the sites that `suite` lacks. Raises `ValueError` if a site of the suite was never ranked."""
     if missing := [str(site) for site in suite if site not in ranking.rank]:
-        raise ValueError(f"the ranking has no nodes at {', '.join(missing)}: compute the effects for all layers that are ablated")
+        raise ValueError(
+            f"the ranking has no nodes at {', '.join(missing)}: compute the effects for all layers that are ablated"
+        )
     pick = lambda tables: {site: tables[site] for site in suite}
     return Ranking(pick(ranking.rank), pick(ranking.latent), ranking.n, ranking.whole)

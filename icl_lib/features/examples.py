@@ -3,7 +3,7 @@
 Source: ICL-SFC, Fig. 4.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
@@ -33,19 +33,6 @@ class Examples(eqx.Module):
         return self.activation.max(axis=-1)
 
 
-def token_windows(texts: Iterable[str], tokenizer, length: int, bos_id: int) -> Int[np.ndarray, "n length"]:
-    """Windows of `length` tokens, each begun with BOS, cut from the texts one after another; the rest is left out.
-
-    Raises `ValueError` if the texts do not fill one window.
-    """
-    ids = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-    n = len(ids) // (length - 1)
-    if n == 0:
-        raise ValueError(f"the texts have {len(ids)} tokens, too few for one window of {length}: give more text or shorter windows")
-    body = np.asarray(ids[: n * (length - 1)], np.int32).reshape(n, length - 1)
-    return np.concatenate([np.full((n, 1), bos_id, np.int32), body], axis=1)
-
-
 @eqx.filter_jit
 def _scan(model, sae, latents, batches, valid, k: int):
     """Running top k over batches (n_batches, b, s): window numbers (n, k) and activations (n, k, s)."""
@@ -62,7 +49,11 @@ def _scan(model, sae, latents, batches, valid, k: int):
         peak = jnp.where(valid.any(axis=1)[None], f.max(axis=-1), -0.5)
         peaks, numbers, rows = (jnp.concatenate(pair, axis=1) for pair in zip(carry, (peak, number, f), strict=True))
         best, place = jax.lax.top_k(peaks, k)
-        return (best, jnp.take_along_axis(numbers, place, axis=1), jnp.take_along_axis(rows, place[:, :, None], axis=1)), None
+        return (
+            best,
+            jnp.take_along_axis(numbers, place, axis=1),
+            jnp.take_along_axis(rows, place[:, :, None], axis=1),
+        ), None
 
     n = len(latents)
     empty = (jnp.full((n, k), -1.0), jnp.zeros((n, k), jnp.int32), jnp.zeros((n, k, s)))
@@ -89,11 +80,15 @@ def top_examples(
     latents, tokens = np.asarray(latents, np.int32), np.asarray(tokens, np.int32)
     check_latents(sae, latents)
     if len(tokens) < k:
-        raise ValueError(f"the corpus has {len(tokens)} windows, fewer than the {k} examples asked for: give more text or a smaller k")
+        raise ValueError(
+            f"the corpus has {len(tokens)} windows, fewer than the {k} examples asked for: give more text or a smaller k"
+        )
     if valid is None:
         valid = (tokens != model.config.bos_id) & (tokens != model.config.pad_id)
     fill = -len(tokens) % batch
-    batches = np.pad(tokens, ((0, fill), (0, 0)), constant_values=model.config.pad_id).reshape(-1, batch, tokens.shape[1])
+    batches = np.pad(tokens, ((0, fill), (0, 0)), constant_values=model.config.pad_id).reshape(
+        -1, batch, tokens.shape[1]
+    )
     mask = np.pad(valid, ((0, fill), (0, 0))).reshape(batches.shape)
     number, activation = _scan(model, sae, jnp.asarray(latents), jnp.asarray(batches), jnp.asarray(mask), k)
     number = np.asarray(number)

@@ -48,7 +48,9 @@ class Links(eqx.Module):
 def _some_latents(sae: SAE, latents: Int[Array, " n"]) -> SAE:
     """The folded SAE with the named latents only."""
     parts = lambda s: (s.W_enc, s.b_enc, s.threshold, s.W_dec)
-    return eqx.tree_at(parts, sae, (sae.W_enc[:, latents], sae.b_enc[latents], sae.threshold[latents], sae.W_dec[latents]))
+    return eqx.tree_at(
+        parts, sae, (sae.W_enc[:, latents], sae.b_enc[latents], sae.threshold[latents], sae.W_dec[latents])
+    )
 
 
 def _drop(
@@ -88,7 +90,9 @@ def _links(model, detectors: SAE, executors: SAE, tokens, roles, arrows, where, 
             changed = x - jnp.where(where[:, :, None], shift, 0.0).astype(x.dtype)
             seen: dict[Site, Array] = {}
             model.run_from(first.layer, changed, tap=compose(replace(frozen), record([last], seen)))
-            drop, peak = _drop(executors.encode(seen[last].astype(executors.W_enc.dtype)).astype(jnp.float32), f_e, arrows)
+            drop, peak = _drop(
+                executors.encode(seen[last].astype(executors.W_enc.dtype)).astype(jnp.float32), f_e, arrows
+            )
             silent = mean_d[index] < 1e-6
             return jnp.where(silent & ~jnp.isnan(drop), 0.0, drop), jnp.where(silent, 0.0, peak)
 
@@ -131,22 +135,29 @@ def detector_executor(
             f"detector_executor takes stacked prompts (task, batch, seq), got tokens of shape {prompts.tokens.shape}: use stack_prompts"
         )
     if mode not in ("steer", "ablate") or positions not in ("outputs", "all"):
-        raise ValueError(f"mode must be 'steer' or 'ablate' and positions 'outputs' or 'all', got {mode!r} and {positions!r}")
+        raise ValueError(
+            f"mode must be 'steer' or 'ablate' and positions 'outputs' or 'all', got {mode!r} and {positions!r}"
+        )
     detectors, executors = np.asarray(detectors, np.int32), np.asarray(executors, np.int32)
     check_latents(sae_detector, detectors)
     check_latents(sae_executor, executors)
     scales = jnp.asarray([1.0] if mode == "ablate" else list(strengths), jnp.float32)
     roles = jnp.asarray(prompts.roles)
     where = roles == Role.OUTPUT if positions == "outputs" else jnp.ones(roles.shape, bool)
-    d, e = (_some_latents(sae.fold(), jnp.asarray(i)) for sae, i in ((sae_detector, detectors), (sae_executor, executors)))
+    d, e = (
+        _some_latents(sae.fold(), jnp.asarray(i)) for sae, i in ((sae_detector, detectors), (sae_executor, executors))
+    )
     arrows = jnp.asarray(prompts.mask(Role.ARROW, "last"))  # where the output is predicted from
-    effect, peak, mean_d, mean_e = _links(model, d, e, jnp.asarray(prompts.tokens), roles, arrows, where, scales, mode == "ablate")
+    effect, peak, mean_d, mean_e = _links(
+        model, d, e, jnp.asarray(prompts.tokens), roles, arrows, where, scales, mode == "ablate"
+    )
     by_strength = lambda x: np.asarray(x.transpose(2, 0, 1, 3))
     return Links(by_strength(effect), by_strength(peak), np.asarray(mean_d), np.asarray(mean_e))
 
 
 def display_strength(
-    effect: Float[np.ndarray, "tasks n_detectors n_executors"], peak: Float[np.ndarray, "tasks n_detectors n_executors"] | None = None
+    effect: Float[np.ndarray, "tasks n_detectors n_executors"],
+    peak: Float[np.ndarray, "tasks n_detectors n_executors"] | None = None,
 ) -> Float[np.ndarray, "n_detectors n_executors"]:
     """The paper's Fig. 8: each task divided by its maximum, then the mean over the tasks with a value above 0 (else 0).
 
@@ -159,7 +170,9 @@ def display_strength(
     return (scaled.sum(axis=0) / np.maximum((scaled > 0).sum(axis=0), 1)).astype(np.float32)
 
 
-def mean_strength(effect: Float[np.ndarray, "tasks n_detectors n_executors"]) -> Float[np.ndarray, "n_detectors n_executors"]:
+def mean_strength(
+    effect: Float[np.ndarray, "tasks n_detectors n_executors"],
+) -> Float[np.ndarray, "n_detectors n_executors"]:
     """The plain mean over all tasks in which the executor is active at some arrow (else 0), not divided by anything."""
     defined = ~np.isnan(effect)
     return (np.nan_to_num(effect).sum(axis=0) / np.maximum(defined.sum(axis=0), 1)).astype(np.float32)

@@ -56,7 +56,9 @@ def activation_mass(model: Transformer, sae: SAE, prompts: Prompts, latents) -> 
             f"activation_mass takes stacked prompts (task, batch, seq), got tokens of shape {prompts.tokens.shape}: use stack_prompts"
         )
     if latents.shape != prompts.tokens.shape[:1]:
-        raise ValueError(f"one latent per task is expected, {prompts.tokens.shape[0]} in all, got latents of shape {latents.shape}")
+        raise ValueError(
+            f"one latent per task is expected, {prompts.tokens.shape[0]} in all, got latents of shape {latents.shape}"
+        )
     check_latents(sae, latents)
     sums = np.asarray(_sums(model, sae, prompts, jnp.asarray(latents)))
     distinct, row = np.unique(latents, return_inverse=True)

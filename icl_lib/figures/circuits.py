@@ -87,7 +87,9 @@ def faithfulness_panels(
     return figure
 
 
-def ablation_matrix(change: Values, tasks: Sequence[str], groups: Sequence[str] | None = None, *, ax: Axes | None = None) -> Axes:
+def ablation_matrix(
+    change: Values, tasks: Sequence[str], groups: Sequence[str] | None = None, *, ax: Axes | None = None
+) -> Axes:
     """Fig 6: change of faithfulness of the tested task (column) when the circuit of another task (row) is ablated.
 
     `change` (ablated, tested), negative where the tested task suffers. With `groups` the tasks are set group by group,
@@ -116,7 +118,12 @@ def ablation_matrix(change: Values, tasks: Sequence[str], groups: Sequence[str] 
 
 
 def ie_scatter(
-    estimated: Values, exact: Values, groups: Sequence[object] | None = None, *, unit: str = "units of m", ax: Axes | None = None
+    estimated: Values,
+    exact: Values,
+    groups: Sequence[object] | None = None,
+    *,
+    unit: str = "units of m",
+    ax: Axes | None = None,
 ) -> Axes:
     """App. E: effect of ablating each node alone, estimated by the gradient (x) and measured (y), both (node,).
 
@@ -133,7 +140,16 @@ def ie_scatter(
     most = max(np.abs(x).max(), np.abs(y).max(), 1e-12)
     for name, colour in colours_for(names, KIND_COLOURS | ROLE_COLOURS).items():
         rows = np.array([other == name for other in names])
-        ax.plot(x[rows], y[rows], ".", color=colour, alpha=0.5, markersize=4, label=f"{name} ({rows.sum()})", rasterized=True)
+        ax.plot(
+            x[rows],
+            y[rows],
+            ".",
+            color=colour,
+            alpha=0.5,
+            markersize=4,
+            label=f"{name} ({rows.sum()})",
+            rasterized=True,
+        )
     ax.plot([-most, most], [-most, most], color="black", linewidth=0.8, linestyle="--")
     decades = [float(f"1e{k}") for k in range(-12, 6) if 0.012 * most < 10.0**k <= most]
     ticks = [*(-d for d in reversed(decades)), 0.0, *decades]

@@ -80,7 +80,10 @@ def task_latent_heatmap(
     label = "loss decrease / best of its row" if normalised else "relative loss decrease"
     names = [str(latents[j]) for j in columns]
     heatmap(ax, shown[rows][:, columns], [tasks[i] for i in rows], names, colour_label=label)
-    dots = {"active before cleaning": (encoded, OKABE_ITO["vermillion"], 16), "survives cleaning": (survives, "#00D68F", 9)}
+    dots = {
+        "active before cleaning": (encoded, OKABE_ITO["vermillion"], 16),
+        "survives cleaning": (survives, "#00D68F", 9),
+    }
     for name, (mask, colour, size) in dots.items():
         if mask is not None:
             mask = checked(name, mask, task=len(tasks), latent=len(latents))[rows][:, columns] > 0
@@ -135,7 +138,9 @@ def role_mass(
     return ax
 
 
-def role_mass_table(mass: Values, roles: Sequence[object], published: Mapping[str, Number] | None = None) -> pd.DataFrame:
+def role_mass_table(
+    mass: Values, roles: Sequence[object], published: Mapping[str, Number] | None = None
+) -> pd.DataFrame:
     """Tables 1 and 2: mean and standard deviation over latents of the mass per role in %, beside the published %.
 
     `mass` (latent, role) as fractions; `published` maps role names to per cent, roles without an entry get NaN.
@@ -164,7 +169,9 @@ def link_heatmap(
     """
     strength = checked("strength", strength, detector=len(detectors), executor=len(executors))
     ax = axes_for(ax, width=8.0, height=2.0 + 0.17 * len(detectors))
-    heatmap(ax, strength, detectors, executors, colour_label="activation lost / largest loss of the task, mean over tasks")
+    heatmap(
+        ax, strength, detectors, executors, colour_label="activation lost / largest loss of the task, mean over tasks"
+    )
     ax.set(xlabel="executor", ylabel="detector ablated")
     if same_task is not None:
         same = checked("same_task", same_task, detector=len(detectors), executor=len(executors)) > 0
@@ -182,7 +189,13 @@ def outline(x: int, y: int) -> Rectangle:
 
 
 def latent_control(
-    best: Values, random: Values, tasks: Sequence[str], *, bar: Number = 0.0, percentile: Number = 95.0, ax: Axes | None = None
+    best: Values,
+    random: Values,
+    tasks: Sequence[str],
+    *,
+    bar: Number = 0.0,
+    percentile: Number = 95.0,
+    ax: Axes | None = None,
 ) -> Axes:
     """The control of single-latent steering: the best latent of each task, `best` (task,), against random ones.
 
@@ -196,7 +209,9 @@ def latent_control(
     order, y = np.argsort(best), np.arange(len(tasks))
     above = (best[order] > high[order]) & (best[order] >= bar)
     ax = axes_for(ax, height=1.0 + 0.165 * len(tasks))
-    ax.barh(y, (high - low)[order], 0.55, left=low[order], color="#cfcfcf", label=f"random: 5th to {percentile:g}th pct.")
+    ax.barh(
+        y, (high - low)[order], 0.55, left=low[order], color="#cfcfcf", label=f"random: 5th to {percentile:g}th pct."
+    )
     ax.plot(middle[order], y, "|", color="black", markersize=6, label="random: median")
     ax.plot(best[order][above], y[above], "o", color=OKABE_ITO["vermillion"], markersize=5, label="best latent")
     ax.plot(best[order][~above], y[~above], "o", mfc="white", color=OKABE_ITO["vermillion"], markersize=5)
@@ -214,7 +229,9 @@ def latent_control(
     return ax
 
 
-def scale_sweep(scales: Values, decrease: Mapping[str, Values], *, chosen: Number | None = None, ax: Axes | None = None) -> Axes:
+def scale_sweep(
+    scales: Values, decrease: Mapping[str, Values], *, chosen: Number | None = None, ax: Axes | None = None
+) -> Axes:
     """Relative loss decrease against the length of the steering vector, `decrease[name]` (task, scale), log axis.
 
     Bold is the mean over tasks with its standard error, faint are the tasks; `chosen` marks the length used.

@@ -121,7 +121,9 @@ def draw_frame(ax: Axes, layout: Layout, columns: int, n_rows: int) -> None:
         )  # fmt: skip
     layers = sorted({layer for layer, _ in layout.rows})
     for layer in layers[1:]:
-        ax.axhline(min(low for (at, _), (low, _) in layout.rows.items() if at == layer) - 0.5, color="white", linewidth=2.5)
+        ax.axhline(
+            min(low for (at, _), (low, _) in layout.rows.items() if at == layer) - 0.5, color="white", linewidth=2.5
+        )
 
 
 def draw_boxes(ax: Axes, layout: Layout, nodes: pd.DataFrame, norm: CenteredNorm, columns: int) -> None:
@@ -145,7 +147,9 @@ def draw_edges(ax: Axes, layout: Layout, nodes: pd.DataFrame, edges: pd.DataFram
     need_columns("edges", edges, ("source", "target", "effect"))
     ends = nodes.index.get_indexer(edges["source"]), nodes.index.get_indexer(edges["target"])
     if (ends[0] < 0).any() or (ends[1] < 0).any():
-        raise ValueError("an edge starts or ends at a node that is not in nodes: source and target are values of its index")
+        raise ValueError(
+            "an edge starts or ends at a node that is not in nodes: source and target are values of its index"
+        )
     weight = edges["effect"].to_numpy(dtype=float)
     size = np.sqrt(np.abs(weight) / max(np.abs(weight).max(), 1e-12))
     for i in np.argsort(size):

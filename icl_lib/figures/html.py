@@ -15,11 +15,7 @@ CELL = "padding:1px 8px 1px 0;text-align:left;vertical-align:top"
 
 
 def examples_html(
-    examples: Sequence[Sequence[str]],
-    activations: Sequence[Values],
-    *,
-    title: str = "",
-    maximum: Number | None = None,
+    examples: Sequence[Sequence[str]], activations: Sequence[Values], *, title: str = "", maximum: Number | None = None
 ) -> str:
     """Max-activating examples as an HTML table: peak value, then the tokens shaded by activation over `maximum`.
 
@@ -51,11 +47,7 @@ def spans(tokens: Sequence[str], values: np.ndarray, maximum: Number) -> list[st
 
 
 def style_table(
-    table: pd.DataFrame,
-    *,
-    caption: str = "",
-    digits: int | Mapping[str, int] = 2,
-    shade: Sequence[str] = (),
+    table: pd.DataFrame, *, caption: str = "", digits: int | Mapping[str, int] = 2, shade: Sequence[str] = ()
 ) -> HTML:
     """`table` with a caption, rounded numbers, and the columns in `shade` coloured by size (`cividis`, column by column).
 
@@ -70,8 +62,14 @@ def style_table(
     floats = table.select_dtypes("floating").columns
     common = digits if isinstance(digits, int) else 2
     formats = {name: f"{{:.{per_column.get(name, common)}f}}" for name in floats}
-    identity = "t" + "".join(c for c in "".join(map(str, [caption[:20], *table.columns])) if c.isalnum() and c.isascii())
-    styler = table.style.set_uuid(identity[:40]).format(formats, na_rep="–", escape="html").format_index(escape="html", axis=0)
+    identity = "t" + "".join(
+        c for c in "".join(map(str, [caption[:20], *table.columns])) if c.isalnum() and c.isascii()
+    )
+    styler = (
+        table.style.set_uuid(identity[:40])
+        .format(formats, na_rep="–", escape="html")
+        .format_index(escape="html", axis=0)
+    )
     styler = styler.format_index(escape="html", axis=1).set_table_styles(
         [
             {"selector": "caption", "props": "text-align:left;font-weight:bold;padding-bottom:4px"},

@@ -50,7 +50,9 @@ def accuracy_vs_shots(
     return ax
 
 
-def training_curve(steps: Values, curves: Mapping[str, Values], *, ax: Axes | None = None, ylabel: str = "loss (nats per token)") -> Axes:
+def training_curve(
+    steps: Values, curves: Mapping[str, Values], *, ax: Axes | None = None, ylabel: str = "loss (nats per token)"
+) -> Axes:
     """One line per entry of `curves` (name -> (step,)) against the training step; logarithmic where all are positive."""
     steps = checked("steps", steps, step=None)
     ax = axes_for(ax, height=2.8)
@@ -80,7 +82,9 @@ def sae_quality(table: pd.DataFrame, *, recovered: str = "ce_recovered", bar: Nu
         for layer, x, y in zip(rows["layer"], rows["l0"], rows["fvu"], strict=True):
             left.annotate(str(int(layer)), (x, y), xytext=(4, 2), textcoords="offset points", fontsize=7, color=colour)
         right.plot(rows["layer"], rows[recovered], "o-", color=colour, label=kind, markersize=4, linewidth=1.3)
-    left.set(xlabel="L0 (active latents per token)", ylabel="FVU (0 perfect, 1 the mean)", xlim=(0, None), ylim=(0, None))
+    left.set(
+        xlabel="L0 (active latents per token)", ylabel="FVU (0 perfect, 1 the mean)", xlim=(0, None), ylim=(0, None)
+    )
     left.set_title("sparsity and error (number: layer)")
     right.set(xlabel="layer", ylabel="CE loss recovered", title="what the model keeps with the SAE in place")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -91,7 +95,13 @@ def sae_quality(table: pd.DataFrame, *, recovered: str = "ce_recovered", bar: Nu
 
 
 def width_lines(
-    table: pd.DataFrame, column: str, *, ax: Axes | None = None, style: str = "o-", suffix: str = "", legend: bool = True
+    table: pd.DataFrame,
+    column: str,
+    *,
+    ax: Axes | None = None,
+    style: str = "o-",
+    suffix: str = "",
+    legend: bool = True,
 ) -> Axes:
     """One column of a table of SAEs of several widths and sparsities against their L0: one line a width, narrow dark to wide bright.
 
@@ -102,7 +112,14 @@ def width_lines(
     widths = sorted(set(table["d_sae"]))
     for width, colour in zip(widths, plt.get_cmap("cividis")(np.linspace(0, 0.85, len(widths))), strict=True):
         rows = table[table["d_sae"] == width].sort_values("l0")
-        ax.plot(rows["l0"], rows[column], style, color=colour, linewidth=1.3, label=f"{width} latents{suffix}" if legend else None)
+        ax.plot(
+            rows["l0"],
+            rows[column],
+            style,
+            color=colour,
+            linewidth=1.3,
+            label=f"{width} latents{suffix}" if legend else None,
+        )
     plain_log(ax.xaxis)
     ax.set(xlabel="L0 of the SAE (active latents per token)", ylabel=column)
     return ax

@@ -44,12 +44,26 @@ def text_figure(height: Number) -> tuple[Figure, Axes]:
 
 
 def word(
-    ax: Axes, x: Number, y: Number, width: Number, text: str, size: Number, face: object, edge: str = "none", bold: bool = False
+    ax: Axes,
+    x: Number,
+    y: Number,
+    width: Number,
+    text: str,
+    size: Number,
+    face: object,
+    edge: str = "none",
+    bold: bool = False,
 ) -> None:
     """One token in a box whose left edge is at x and whose middle is at y, in points."""
     high = size * 1.55
     box = FancyBboxPatch(
-        (x, y - high / 2), width, high, boxstyle="round,pad=0,rounding_size=2", facecolor=face, edgecolor=edge, linewidth=0.8
+        (x, y - high / 2),
+        width,
+        high,
+        boxstyle="round,pad=0,rounding_size=2",
+        facecolor=face,
+        edgecolor=edge,
+        linewidth=0.8,
     )
     ax.add_patch(box)
     weight = "bold" if bold else "normal"
@@ -106,7 +120,9 @@ def examples_figure(
     return figure
 
 
-def checked_examples(examples: Sequence[Sequence[str]], activations: Sequence[Values]) -> list[tuple[list[str], np.ndarray]]:
+def checked_examples(
+    examples: Sequence[Sequence[str]], activations: Sequence[Values]
+) -> list[tuple[list[str], np.ndarray]]:
     """Pairs of tokens and activations (token,); raises `ValueError` where the two lengths differ."""
     if len(examples) != len(activations) or not len(examples):
         raise ValueError(f"one activation row per example, got {len(examples)} examples and {len(activations)} rows")

@@ -53,7 +53,9 @@ def schematic(
     stem(ax, (target[0], target[1] - 10), (target[0], heights["answer"] + 10), ROLE_COLOURS["arrow"])
     badge(ax, *target, executor, ROLE_COLOURS["arrow"])
     badge(ax, target[0], heights["answer"], pairs[-1][1], "#444444")
-    ax.text(middles[2] - 8, 106, "attention, MLP", fontsize=8.5, color=ROLE_COLOURS["output"], ha="right", style="italic")
+    ax.text(
+        middles[2] - 8, 106, "attention, MLP", fontsize=8.5, color=ROLE_COLOURS["output"], ha="right", style="italic"
+    )
     return figure
 
 
@@ -101,6 +103,13 @@ def cleaning_overview() -> Figure:
     stem(ax, (352, top + 22), (320, bottom - 16), blue)
     stem(ax, (257, bottom), (210, top + 20), blue, bend=-0.3)
     ax.text(
-        186, 112, "Adam step;\nwhat falls below its\nthreshold stays off", ha="right", va="center", fontsize=8, color=blue, style="italic"
+        186,
+        112,
+        "Adam step;\nwhat falls below its\nthreshold stays off",
+        ha="right",
+        va="center",
+        fontsize=8,
+        color=blue,
+        style="italic",
     )
     return figure

@@ -85,7 +85,9 @@ def checked(name: str, values: Values, **axes: int | None) -> np.ndarray:
     """
     array = np.asarray(values, dtype=np.float64)
     sizes = tuple(axes.values())
-    fits = array.ndim == len(sizes) and all(got > 0 and want in (None, got) for got, want in zip(array.shape, sizes, strict=True))
+    fits = array.ndim == len(sizes) and all(
+        got > 0 and want in (None, got) for got, want in zip(array.shape, sizes, strict=True)
+    )
     if not fits:
         wanted = ", ".join(axis if size is None else f"{axis} = {size}" for axis, size in axes.items())
         raise ValueError(

@@ -38,7 +38,9 @@ MARKERS = "osD^vPX"
 CHANGE = "relative change of loss, $(L - L_0)/L_0$"
 
 
-def layer_curves(layers: Values, change: Mapping[str, Values], *, ax: Axes | None = None, mark: int | None = None) -> Axes:
+def layer_curves(
+    layers: Values, change: Mapping[str, Values], *, ax: Axes | None = None, mark: int | None = None
+) -> Axes:
     """Fig 3a: relative loss change against the layer of insertion, one line per method, `change[method]` (task, layer).
 
     Lines are means over tasks, bands their standard errors; `mark` draws the layer used afterwards.
@@ -110,7 +112,11 @@ def sweep_scatter(
         )  # fmt: skip
     ax.axhline(0, color="black", linewidth=0.8)
     ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
-    ax.set(xlabel="L0 / L0 of the SAE encoding", ylabel=r"gain over the task vector, $(L_\mathrm{TV} - L)/L_0$", xlim=(0, None))
+    ax.set(
+        xlabel="L0 / L0 of the SAE encoding",
+        ylabel=r"gain over the task vector, $(L_\mathrm{TV} - L)/L_0$",
+        xlim=(0, None),
+    )
     ax.legend(loc="lower right")
     return ax
 
@@ -126,7 +132,9 @@ def sweep_panels(l1: Values, decrease: Values, fraction: Values, *, reference: N
     if (l1 <= 0).any():
         raise ValueError(f"l1 is drawn on a logarithmic axis and must be positive, got {l1.tolist()}")
     figure, panels = plt.subplots(2, 1, figsize=(6.4, 4.6), sharex=True, layout="constrained")
-    for ax, values, colour in zip(panels, (decrease, fraction), (OKABE_ITO["vermillion"], OKABE_ITO["blue"]), strict=True):
+    for ax, values, colour in zip(
+        panels, (decrease, fraction), (OKABE_ITO["vermillion"], OKABE_ITO["blue"]), strict=True
+    ):
         mean, spread = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
         ax.plot(l1, mean, "o-", color=colour)
         ax.fill_between(l1, mean - spread, mean + spread, color=colour, alpha=0.18, linewidth=0, antialiased=False)
@@ -168,7 +176,9 @@ def pareto_front(points: Mapping[str, tuple[Values, Values]], *, ylabel: str = C
     return ax
 
 
-def ito_curve(k: Values, change: Values, points: Mapping[str, tuple[Values, Values]], *, ax: Axes | None = None) -> Axes:
+def ito_curve(
+    k: Values, change: Values, points: Mapping[str, tuple[Values, Values]], *, ax: Axes | None = None
+) -> Axes:
     """Relative loss change of ITO against its number of latents, `change` (task, k), and other methods as single points.
 
     `points[method] = (l0, change)`, both (task,): the mean is drawn with standard errors in both directions. A point
@@ -184,7 +194,9 @@ def ito_curve(k: Values, change: Values, points: Mapping[str, tuple[Values, Valu
         l0 = checked(f"points[{method!r}][0]", l0, task=len(change))
         values = checked(f"points[{method!r}][1]", values, task=len(change))
         (x, dx), (y, dy) = mean_and_error(l0), mean_and_error(values)
-        ax.errorbar(x, y, dy, dx, fmt=MARKERS[i + 1], color=colours[method], markersize=7, capsize=3, label=method, zorder=5)
+        ax.errorbar(
+            x, y, dy, dx, fmt=MARKERS[i + 1], color=colours[method], markersize=7, capsize=3, label=method, zorder=5
+        )
     ax.set(xlabel="active latents (L0, log scale)", ylabel=CHANGE, title=f"mean of {len(change)} tasks ± s.e.")
     plain_log(ax.xaxis)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -214,7 +226,9 @@ def equal_l0(ito: Values, tvc: Values, tasks: Sequence[str], l0: Values, *, ax: 
     return ax
 
 
-def effect_vs_shots(shots: Values, change: Mapping[str, Values], *, ax: Axes | None = None, ylabel: str = CHANGE) -> Axes:
+def effect_vs_shots(
+    shots: Values, change: Mapping[str, Values], *, ax: Axes | None = None, ylabel: str = CHANGE
+) -> Axes:
     """How a vector's effect depends on the number of examples it was read from: `change[method]` (task, shots)."""
     shots = checked("shots", shots, shots=None)
     ax = axes_for(ax, height=3.0)

@@ -116,15 +116,29 @@ class ModelConfig:
         """
         if site == "z":
             return self.n_heads * self.d_head
-        widths_of_model = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_in", "attn_out", "mlp_in", "mlp_normalized", "mlp_out")
+        widths_of_model = (
+            "embed",
+            "resid_pre",
+            "resid_mid",
+            "resid_post",
+            "attn_in",
+            "attn_out",
+            "mlp_in",
+            "mlp_normalized",
+            "mlp_out",
+        )
         if site in (*widths_of_model, "final_norm"):
             return self.d_model
-        raise ValueError(f"site {site!r} has no width of its own; those with one are {', '.join(widths_of_model)}, final_norm and z")
+        raise ValueError(
+            f"site {site!r} has no width of its own; those with one are {', '.join(widths_of_model)}, final_norm and z"
+        )
 
     def check_layer(self, layer: int, what: str = "layer") -> int:
         """`layer` itself. Raises `ValueError` where the model has no such block."""
         if not 0 <= layer < self.n_layers:
-            raise ValueError(f"{what} must be in 0..{self.n_layers - 1} for this model of {self.n_layers} layers, got {layer}")
+            raise ValueError(
+                f"{what} must be in 0..{self.n_layers - 1} for this model of {self.n_layers} layers, got {layer}"
+            )
         return layer
 
     @classmethod
@@ -138,10 +152,15 @@ class ModelConfig:
         if family not in TRAITS:
             raise ValueError(f"{source}: model_type is {family!r}; supported families are {', '.join(FAMILIES)}")
         sizes = _sizes(raw, family, source)
-        traits = TRAITS[family] | {"activation": _activation(raw, family, source), "windows": _windows(raw, family, source)}
+        traits = TRAITS[family] | {
+            "activation": _activation(raw, family, source),
+            "windows": _windows(raw, family, source),
+        }
         name, default = ("layer_norm_eps", 1e-5) if family == "gpt_neox" else ("rms_norm_eps", 1e-6)
         eps = _number(raw.get(name, default), name, source)
-        rest = _biases(raw, family) | _rope(raw, sizes["d_head"], source) | _ids(raw, source) | _caps(raw, family, source)
+        rest = (
+            _biases(raw, family) | _rope(raw, sizes["d_head"], source) | _ids(raw, source) | _caps(raw, family, source)
+        )
         return cls(family=family, **(sizes | traits | rest), norm_eps=eps)
 
     def to_hf(self, dtype: str) -> dict[str, Any]:
@@ -166,8 +185,13 @@ def _sizes(raw: dict, family: str, source: str) -> dict[str, int]:
     if missing := [field for field in names.values() if field not in raw]:
         raise ValueError(f"{source}: field {missing[0]!r} is missing; is this the config of a {family} model?")
     sizes = {ours: _number(raw[field], field, source, whole=True) for ours, field in names.items()}
-    others = {"n_kv_heads": ("num_key_value_heads", sizes["n_heads"]), "d_head": ("head_dim", sizes["d_model"] // sizes["n_heads"])}
-    return sizes | {ours: _number(raw.get(field) or default, field, source, whole=True) for ours, (field, default) in others.items()}
+    others = {
+        "n_kv_heads": ("num_key_value_heads", sizes["n_heads"]),
+        "d_head": ("head_dim", sizes["d_model"] // sizes["n_heads"]),
+    }
+    return sizes | {
+        ours: _number(raw.get(field) or default, field, source, whole=True) for ours, (field, default) in others.items()
+    }
 
 
 def _activation(raw: dict, family: str, source: str) -> str:
@@ -185,7 +209,11 @@ def _windows(raw: dict, family: str, source: str) -> tuple[int | None, ...] | No
     """Keys that each layer sees. New configs list `layer_types`; in old ones the family's rule applies."""
     default = {"gemma2": 4096, "qwen2": 4096}.get(family)  # as in transformers
     size, n = raw.get("sliding_window", default), raw["num_hidden_layers"]
-    if family not in ("gemma2", "phi3", "qwen2") or size is None or (family == "qwen2" and not raw.get("use_sliding_window")):
+    if (
+        family not in ("gemma2", "phi3", "qwen2")
+        or size is None
+        or (family == "qwen2" and not raw.get("use_sliding_window"))
+    ):
         return None
     size = _number(size, "sliding_window", source, whole=True)
     if "layer_types" in raw and raw["layer_types"] is not None:
@@ -210,7 +238,9 @@ def _rope(raw: dict, d_head: int, source: str) -> dict[str, Any]:
     new, old = (raw.get(field) or {} for field in ("rope_parameters", "rope_scaling"))
     for field, value in (("rope_parameters", new), ("rope_scaling", old)):
         if not isinstance(value, dict):
-            raise ValueError(f"{source}: {field} must be an object with rope_type and its numbers, or null, got {value!r}")
+            raise ValueError(
+                f"{source}: {field} must be an object with rope_type and its numbers, or null, got {value!r}"
+            )
     scaling = new | old
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "llama3"):

@@ -39,7 +39,9 @@ _GEMMA2 = _COMMON | {
     "ln2_post.weight": "post_feedforward_layernorm.weight",
 }
 _PHI3 = (
-    _COMMON | {f"attn.{x}": "self_attn.qkv_proj.weight" for x in "qkv"} | {f"mlp.{x}": "mlp.gate_up_proj.weight" for x in ("gate", "up")}
+    _COMMON
+    | {f"attn.{x}": "self_attn.qkv_proj.weight" for x in "qkv"}
+    | {f"mlp.{x}": "mlp.gate_up_proj.weight" for x in ("gate", "up")}
 )
 _NEOX = {
     "embed": "gpt_neox.embed_in.weight",
@@ -57,7 +59,14 @@ _NEOX = {
     "mlp.b_down": "mlp.dense_4h_to_h.bias",
 }
 _NAMES = {"gemma": _COMMON, "gemma2": _GEMMA2, "phi3": _PHI3, "gpt_neox": _NEOX, "qwen2": _COMMON, "llama": _COMMON}
-_CLASSES = {"gemma": "Gemma", "gemma2": "Gemma2", "phi3": "Phi3", "gpt_neox": "GPTNeoX", "qwen2": "Qwen2", "llama": "Llama"}
+_CLASSES = {
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
+    "phi3": "Phi3",
+    "gpt_neox": "GPTNeoX",
+    "qwen2": "Qwen2",
+    "llama": "Llama",
+}
 _BUFFERS = re.compile(r"(attention\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 
 
@@ -166,7 +175,9 @@ def _own_fields(config: ModelConfig, activation: str) -> dict[str, Any]:
         "high_freq_factor": scaling.high_freq_factor, "original_max_position_embeddings": scaling.original_n_ctx,
     }  # fmt: skip
     window = next((w for w in config.windows or () if w is not None), None)
-    kinds = ["full_attention" if w is None else "sliding_attention" for w in config.windows or (None,) * config.n_layers]
+    kinds = [
+        "full_attention" if w is None else "sliding_attention" for w in config.windows or (None,) * config.n_layers
+    ]
     match config.family:
         case "gemma":
             return {"hidden_activation": activation}
@@ -180,7 +191,11 @@ def _own_fields(config: ModelConfig, activation: str) -> dict[str, Any]:
                 "layer_types": kinds,
             }
         case "phi3":
-            return {"sliding_window": window, "partial_rotary_factor": part, "original_max_position_embeddings": config.n_ctx}
+            return {
+                "sliding_window": window,
+                "partial_rotary_factor": part,
+                "original_max_position_embeddings": config.n_ctx,
+            }
         case "qwen2":
             return {"sliding_window": window, "use_sliding_window": window is not None, "layer_types": kinds}
         case "gpt_neox":

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icl_lib.models.sharding import is_writer, to_host
+from icl_lib.files.processes import is_writer, to_host
 from icl_lib.models.transformer import Transformer
 from icl_lib.models.weights import GATE as FILE
 
@@ -72,13 +72,18 @@ def check(model: Transformer, tokenizer, folder: str | Path) -> float | None:
     kept = _read(path)
     ids = [int(i) for i in tokenizer(kept["prompt"])["input_ids"]]
     if ids != kept["tokens"]:
-        at = next((i for i, (a, b) in enumerate(zip(ids, kept["tokens"], strict=False)) if a != b), min(len(ids), len(kept["tokens"])))
+        at = next(
+            (i for i, (a, b) in enumerate(zip(ids, kept["tokens"], strict=False)) if a != b),
+            min(len(ids), len(kept["tokens"])),
+        )
         raise GateError(
             f"this tokenizer is not the one recorded in {path}: of the prompt {kept['prompt']!r} token {at} is {ids[at : at + 1]}, recorded "
             f"{kept['tokens'][at : at + 1]} ({len(ids)} tokens, recorded {len(kept['tokens'])}); load tokenizer and model from the same folder"
         )
     if model.config.d_vocab != kept["d_vocab"]:
-        raise GateError(f"{path} was recorded with {kept['d_vocab']} logits, this model has {model.config.d_vocab}: it is another model")
+        raise GateError(
+            f"{path} was recorded with {kept['d_vocab']} logits, this model has {model.config.d_vocab}: it is another model"
+        )
     logits, dtype = _measure(model, ids)
     tolerance = kept["tolerance"] * max(1.0, _share(dtype) / _share(kept["dtype"]))
     differ = np.abs(logits[kept["top_ids"]] - np.asarray(kept["top_logits"], np.float32))
@@ -101,5 +106,7 @@ def _read(path: Path) -> dict:
     fields = ("prompt", "tokens", "dtype", "d_vocab", "device", "top_ids", "top_logits", "tolerance")
     missing = [name for name in fields if not isinstance(kept, dict) or name not in kept]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: delete it, or record the gate again with icl_lib.models.gate.record")
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}: delete it, or record the gate again with icl_lib.models.gate.record"
+        )
     return kept

@@ -29,7 +29,9 @@ def generate(
             f"n_new is at least 1 and lengths are 1 to {seq}, the width of tokens; got {n_new=} and lengths {shortest} to {longest}"
         )
     if longest + n_new > model.config.n_ctx:
-        raise ValueError(f"{longest} tokens and {n_new} new ones are more than the model's context of {model.config.n_ctx}: lower n_new")
+        raise ValueError(
+            f"{longest} tokens and {n_new} new ones are more than the model's context of {model.config.n_ctx}: lower n_new"
+        )
     stop = (model.config.eos_id, *model.config.more_eos) if stop is None else tuple(stop)
     stop = tuple(end for end in stop if end is not None)
     return _generate(model, tokens.astype(jnp.int32), length.astype(jnp.int32), jnp.asarray(stop, jnp.int32), n_new)

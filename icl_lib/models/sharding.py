@@ -4,7 +4,7 @@ Along `data` each device holds other rows of the batch; along `model` it holds o
 carry their places with them, so the model's code is the same on one device and on many: XLA adds the communication.
 """
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -43,7 +43,9 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     all of them). Words that do not divide are no error: every device then keeps the whole embedding.
     """
     if set(mesh.axis_names) != {"data", "model"}:
-        raise ValueError(f"the mesh of a model has the axes 'data' and 'model', got {mesh.axis_names}: make it with make_mesh")
+        raise ValueError(
+            f"the mesh of a model has the axes 'data' and 'model', got {mesh.axis_names}: make it with make_mesh"
+        )
     n, heads = mesh.shape["model"], config.n_kv_heads
     problems = [f"{name} = {size}" for name, size in (("n_heads", config.n_heads), ("d_mlp", config.d_mlp)) if size % n]
     problems += [f"n_kv_heads = {heads}"] if heads % n and n % heads else []
@@ -80,7 +82,9 @@ def mesh_of(model: Transformer) -> Mesh | None:
 def shardings(config: ModelConfig, mesh: Mesh) -> Transformer:
     """The place of every weight: a `Transformer` with a `NamedSharding` for each array. Raises as `check_mesh` does."""
     check_mesh(config, mesh)
-    return jax.tree_util.tree_map_with_path(lambda path, _: NamedSharding(mesh, _spec(config, mesh, leaf_path(path))), abstract(config))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: NamedSharding(mesh, _spec(config, mesh, leaf_path(path))), abstract(config)
+    )
 
 
 def _spec(config: ModelConfig, mesh: Mesh, leaf: str) -> P:
@@ -120,17 +124,3 @@ def _put(x, place: NamedSharding) -> jax.Array:
         return jax.device_put(x, place)
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
-
-
-def is_writer() -> bool:
-    """Whether this process writes files: process 0, or the only one."""
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
-
-
-def to_host(x: Any) -> np.ndarray:
-    """An array as NumPy on this process, whole even where its parts lie with others; every process has to call it then."""
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        from jax.experimental import multihost_utils
-
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)

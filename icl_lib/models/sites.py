@@ -53,7 +53,9 @@ class Site:
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"unknown site {self.name!r}{hint} Sites are {', '.join(known)}")
         if (self.layer is None) == (self.name in LAYER_SITES):
-            raise ValueError(f"site {self.name!r} {'needs a' if self.layer is None else 'takes no'} layer, got {self.layer}")
+            raise ValueError(
+                f"site {self.name!r} {'needs a' if self.layer is None else 'takes no'} layer, got {self.layer}"
+            )
 
     def __str__(self) -> str:
         if self.layer is None:

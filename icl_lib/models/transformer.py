@@ -17,7 +17,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from icl_lib.models.config import ModelConfig
 from icl_lib.models.sites import Site, Tap, record
 
-_ACTIVATIONS = {"gelu_tanh": partial(jax.nn.gelu, approximate=True), "gelu": partial(jax.nn.gelu, approximate=False), "silu": jax.nn.silu}
+_ACTIVATIONS = {
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
+}
 
 
 class Norm(eqx.Module):
@@ -166,7 +170,12 @@ class Attention(eqx.Module):
         scale = config.d_head**-0.5 if config.attn_scale is None else config.attn_scale
         # The queries that share a key head go side by side into one product (r and s as one axis): few large products, not many small.
         # r before s, because heads may lie on several devices: the joint axis is then still cut where they are.
-        q = (q * scale).reshape(batch, seq, groups, -1, config.d_head).transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, config.d_head)
+        q = (
+            (q * scale)
+            .reshape(batch, seq, groups, -1, config.d_head)
+            .transpose(0, 2, 3, 1, 4)
+            .reshape(batch, groups, -1, config.d_head)
+        )
         scores = jnp.einsum("bgmd,btgd->bgmt", q, k, preferred_element_type=jnp.float32)
         scores = soft_cap(scores, config.attn_softcap).reshape(batch, config.n_heads, seq, k.shape[1])
         scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
@@ -249,7 +258,9 @@ def _checked(tap: Tap | None) -> Tap:
         y = x if tap is None else tap(site, x)
         if getattr(y, "shape", None) != x.shape:
             came = type(y).__name__ if getattr(y, "shape", None) is None else f"shape {y.shape}"
-            raise ValueError(f"a tap must return an array of the site's shape: expected {x.shape} at {site}, got {came}")
+            raise ValueError(
+                f"a tap must return an array of the site's shape: expected {x.shape} at {site}, got {came}"
+            )
         return y
 
     return checked
@@ -278,7 +289,9 @@ class Transformer(eqx.Module):
 
     def __call__(self, tokens: Int[Array, "batch seq"], tap: Tap | None = None) -> Float[Array, "batch seq d_vocab"]:
         if tokens.ndim != 2:
-            raise ValueError(f"the model takes tokens of shape (batch, seq), got {tokens.shape}; is tokens[None] meant?")
+            raise ValueError(
+                f"the model takes tokens of shape (batch, seq), got {tokens.shape}; is tokens[None] meant?"
+            )
         return self.run_from(0, _checked(tap)(Site("embed"), self.embedding(tokens)), tap)
 
     def embedding(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq d_model"]:
@@ -286,18 +299,17 @@ class Transformer(eqx.Module):
         return self.embed[tokens] * jnp.asarray(self.config.embed_scale, self.embed.dtype)
 
     def run_from(
-        self,
-        layer: int,
-        resid_pre: Float[Array, "batch seq d_model"],
-        tap: Tap | None = None,
-        past: Past | None = None,
+        self, layer: int, resid_pre: Float[Array, "batch seq d_model"], tap: Tap | None = None, past: Past | None = None
     ) -> Float[Array, "batch seq d_vocab"]:
         """Logits from the input of block `layer` on; with `past`, token j of row b stands at `past.length[b] + j`."""
         self.config.check_layer(layer)
         tap = _checked(tap)
         seq = resid_pre.shape[1]
         positions = jnp.arange(seq)[None, :] + (0 if past is None else past.length[:, None])
-        masks = {window: causal_mask(seq, past, window) for window in set(map(self.config.window, range(layer, self.config.n_layers)))}
+        masks = {
+            window: causal_mask(seq, past, window)
+            for window in set(map(self.config.window, range(layer, self.config.n_layers)))
+        }
         x = resid_pre
         for i, block in enumerate(self.blocks[layer:], start=layer):
             x = block(x, positions, masks[self.config.window(i)], self.config, i, tap, past)

@@ -18,10 +18,11 @@ from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from icl_lib.files.hub import fetch_folder
+from icl_lib.files.processes import is_writer, to_host
 from icl_lib.models.config import ModelConfig
 from icl_lib.models.families import abstract, ignored, leaf_path, sources, tensor_shapes
-from icl_lib.models.hub import fetch_folder
-from icl_lib.models.sharding import auto_mesh, is_writer, shardings, to_host
+from icl_lib.models.sharding import auto_mesh, shardings
 from icl_lib.models.transformer import Transformer
 
 GATE = "icl_gate.json"  # recorded logits, where the folder has them: see `gate`
@@ -49,7 +50,9 @@ def load_config(name: str | Path, revision: str | None = None) -> ModelConfig:
     return ModelConfig.from_hf(_read_json(path), source=str(path))
 
 
-def load_model(name: str | Path, revision: str | None = None, dtype: str = "float32", mesh: Mesh | str | None = None) -> Transformer:
+def load_model(
+    name: str | Path, revision: str | None = None, dtype: str = "float32", mesh: Mesh | str | None = None
+) -> Transformer:
     """The model of a Hugging Face folder or hub id, its weights converted to `dtype`.
 
     With a mesh (`make_mesh`) each device holds its part of the weights and reads no more than that; "auto" makes a mesh of
@@ -64,7 +67,11 @@ def load_model(name: str | Path, revision: str | None = None, dtype: str = "floa
         if mesh != "auto":
             raise ValueError(f"mesh must be a Mesh (make_mesh), 'auto' or None, got {mesh!r}")
         mesh = auto_mesh(config)
-    places = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), model) if mesh is None else shardings(config, mesh)
+    places = (
+        jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), model)
+        if mesh is None
+        else shardings(config, mesh)
+    )
     files = _find_tensors(folder, config)
     where = sources(config)
 
@@ -104,14 +111,20 @@ def load_tokenizer(name: str | Path, revision: str | None = None):
     folder = fetch(name, revision)
     known = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((folder / file).is_file() for file in known):
-        raise FileNotFoundError(f"{folder} holds no tokenizer ({', '.join(known)}): copy tokenizer.json of the model into it")
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer ({', '.join(known)}): copy tokenizer.json of the model into it"
+        )
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers and tokenizers raise whatever their parsers meet
         fast = (folder / "tokenizer.json").is_file()
-        remedy = "download it again" if fast else "add the tokenizer.json of the model, so that none has to be made from older files"
+        remedy = (
+            "download it again"
+            if fast
+            else "add the tokenizer.json of the model, so that none has to be made from older files"
+        )
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): {remedy}") from error
     if not tokenizer.is_fast:
         raise ValueError(
@@ -176,14 +189,18 @@ def _open(file: Path):
     try:
         return safe_open(file, framework="numpy")
     except (SafetensorError, struct.error, OSError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors ({error}): is it cut short? Download it again") from error
+        raise ValueError(
+            f"{file} cannot be read as safetensors ({error}): is it cut short? Download it again"
+        ) from error
 
 
 def _read_leaf(file: Path, name: str, rows: np.ndarray | None, shape: tuple, dtype: np.dtype, place: Sharding) -> Array:
     """One weight in its place. Devices that hold the same part share one reading of it."""
     holders: dict[tuple, list] = {}
     for device, index in place.addressable_devices_indices_map(shape).items():
-        holders.setdefault(tuple(part.indices(size) for part, size in zip(index, shape, strict=True)), []).append(device)
+        holders.setdefault(tuple(part.indices(size) for part, size in zip(index, shape, strict=True)), []).append(
+            device
+        )
     shards = []
     for index, devices in holders.items():
         part = _read_part(file, name, rows, [slice(*bounds) for bounds in index], math.prod(shape[1:]), dtype)
@@ -192,7 +209,9 @@ def _read_leaf(file: Path, name: str, rows: np.ndarray | None, shape: tuple, dty
     return jax.make_array_from_single_device_arrays(shape, place, shards)
 
 
-def _read_part(file: Path, name: str, rows: np.ndarray | None, index: list[slice], width: int, dtype: np.dtype) -> np.ndarray:
+def _read_part(
+    file: Path, name: str, rows: np.ndarray | None, index: list[slice], width: int, dtype: np.dtype
+) -> np.ndarray:
     """Rows `index[0]` of a weight (and columns `index[1]`), converted to `dtype`; a whole row has `width` elements."""
     out = np.empty([part.stop - part.start for part in index], dtype)
     done = 0

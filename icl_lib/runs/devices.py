@@ -1,4 +1,4 @@
-"""Devices and processes: what a run computes on, its compilation cache, its dtype, and which process writes."""
+"""Devices and processes: what a run computes on, how its processes find each other, its compilation cache and its dtype."""
 
 import functools
 import importlib.util
@@ -8,10 +8,7 @@ from typing import Any
 
 import jax
 
-from icl_lib.models.sharding import is_writer, to_host
-from icl_lib.runs.paths import run_folder
-
-__all__ = ["compute_dtype", "describe", "is_writer", "join_processes", "setup", "to_host", "wait_for_all"]
+from icl_lib.files.paths import run_folder
 
 
 def setup(run_dir: str | Path) -> dict[str, Any]:
@@ -82,7 +79,9 @@ def _local_devices(local: int | None) -> list[int] | None:
     """
     if "JAX_LOCAL_DEVICE_IDS" in os.environ:
         return None
-    beside = _integer("OMPI_COMM_WORLD_LOCAL_SIZE")  # under SLURM's variables too, which are then of mpirun's own helpers
+    beside = _integer(
+        "OMPI_COMM_WORLD_LOCAL_SIZE"
+    )  # under SLURM's variables too, which are then of mpirun's own helpers
     tasks, nodes = _integer("SLURM_STEP_NUM_TASKS"), _integer("SLURM_STEP_NUM_NODES")
     alone = (tasks is not None and tasks == nodes) if beside is None else beside == 1
     if alone or "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ","):
@@ -122,7 +121,11 @@ def _join_pod() -> None:
 def _on_tpu_vm() -> bool:
     """Whether this is a TPU virtual machine; whether of a pod, JAX then asks the machine's metadata."""
     chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-    return chips and importlib.util.find_spec("libtpu") is not None and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+    return (
+        chips
+        and importlib.util.find_spec("libtpu") is not None
+        and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+    )
 
 
 def _integer(name: str) -> int | None:
@@ -130,14 +133,6 @@ def _integer(name: str) -> int | None:
     if text is not None and not text.isdigit():
         raise ValueError(f"the environment variable {name} must be a number, got {text!r}")
     return None if text is None else int(text)
-
-
-def wait_for_all(what: str) -> None:
-    """Return when every process has come here; `what` names the place. At once if there is one process."""
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(what)
 
 
 def describe() -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from icl_lib.runs.store import Store, StoreError, write_atomic
+from icl_lib.files.write import write_bytes
+from icl_lib.runs.store import Store, StoreError
 
 COLUMNS = ["notebook", "key", "item", "unit", "published", "ours", "criterion", "holds"]
 
@@ -25,7 +26,9 @@ class Ledger:
         self.notebook = notebook
         self.entries: dict[str, dict[str, Any]] = {}
 
-    def record(self, key: str, *, item: str, published: Any, ours: Any, criterion: str, holds: Any, unit: str = "") -> None:
+    def record(
+        self, key: str, *, item: str, published: Any, ours: Any, criterion: str, holds: Any, unit: str = ""
+    ) -> None:
         """Add one number.
 
         `item` is the figure, table or section; `published` the paper's value (None where it gives none); `criterion` the shape or
@@ -52,7 +55,7 @@ class Ledger:
 
     def write(self) -> None:
         """Write the notebook's file, replacing the one of an earlier run."""
-        write_atomic(self.path, _dump(list(self.entries.values())))
+        write_bytes(self.path, _dump(list(self.entries.values())))
 
 
 def merge(run_dir: Path) -> pd.DataFrame:
@@ -63,7 +66,7 @@ def merge(run_dir: Path) -> pd.DataFrame:
     entries: list[dict[str, Any]] = []
     for path in sorted((run_dir / "ledger").glob("*.json")):
         entries += _read(path)
-    write_atomic(run_dir / "ledger.json", _dump(entries))
+    write_bytes(run_dir / "ledger.json", _dump(entries))
     return pd.DataFrame(entries, columns=COLUMNS)
 
 
@@ -74,7 +77,15 @@ def show(table: pd.DataFrame) -> str:
     rows = [["notebook", "item", "what", "published", "ours", "verdict", "criterion"]]
     for e in table.to_dict("records"):
         rows.append(
-            [e["notebook"][:2], e["item"], e["key"], number(e["published"]), number(e["ours"]) + _unit(e), verdict(e), e["criterion"]]
+            [
+                e["notebook"][:2],
+                e["item"],
+                e["key"],
+                number(e["published"]),
+                number(e["ours"]) + _unit(e),
+                verdict(e),
+                e["criterion"],
+            ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     lines = ["  ".join([cell.ljust(w) for cell, w in zip(row, widths, strict=False)] + row[-1:]) for row in rows]

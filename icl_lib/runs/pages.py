@@ -50,5 +50,7 @@ class _Exporter(HTMLExporter):
 
 def page_of(notebook: Path) -> str:
     """The page of a notebook, figures embedded."""
-    exporter = _Exporter(raw_template=_TEMPLATE, embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter = _Exporter(
+        raw_template=_TEMPLATE, embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True
+    )
     return exporter.from_filename(str(notebook))[0]

@@ -1,20 +1,19 @@
 """The report of a run: its ledger, and its notebooks as HTML that opens from the file system.
 
-`python -m icl_lib.runs.report runs/tiny`; a card, params/tiny.yaml, names its run as well.
+`python -m icl_lib.commands.report runs/tiny`; a card, params/tiny.yaml, names its run as well.
 """
 
 import datetime
 import html
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from icl_lib.runs.ledger import merge, number, show, verdict
-from icl_lib.runs.params import CardError, check_card
-from icl_lib.runs.paths import run_folder
-from icl_lib.runs.store import StoreError, code_version, write_atomic
+from icl_lib.files.hashes import code_version
+from icl_lib.files.write import write_bytes
+from icl_lib.runs.ledger import merge, number, verdict
+from icl_lib.runs.store import StoreError
 
 _STYLE = """
 body { font: 16px/1.5 sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff; }
@@ -33,12 +32,14 @@ def build(run_dir: Path) -> tuple[Path, pd.DataFrame]:
     """
     notebooks = sorted((run_dir / "notebooks").glob("*.ipynb"))
     if not notebooks:
-        raise StoreError(f"{run_dir} holds no executed notebook; run the card first: `snakemake --configfile CARD --cores 2`")
+        raise StoreError(
+            f"{run_dir} holds no executed notebook; run the card first: `snakemake --configfile CARD --cores 2`"
+        )
     table = merge(run_dir)
     folder = run_dir / "report"
     pages = [(write_page(path, folder), title) for path in notebooks for title in [_title(path)]]
     index = folder / "index.html"
-    write_atomic(index, _index(run_dir, pages, table).encode())
+    write_bytes(index, _index(run_dir, pages, table).encode())
     return index, table
 
 
@@ -48,7 +49,7 @@ def write_page(notebook: Path, folder: Path) -> Path:
 
     page = folder / f"{notebook.stem}.html"
     if not (page.is_file() and page.stat().st_mtime > notebook.stat().st_mtime):
-        write_atomic(page, page_of(notebook).encode())
+        write_bytes(page, page_of(notebook).encode())
     return page
 
 
@@ -99,21 +100,3 @@ def _row(entry: dict[str, Any]) -> str:
 
 def _e(text: Any) -> str:
     return html.escape(str(text))
-
-
-def main(argv: list[str]) -> int:
-    """Build the report of a run folder or of a card, print the ledger and where things are."""
-    try:
-        target = argv[0] if argv else "runs/tiny"
-        run_dir = run_folder(check_card(target)["run_dir"] if Path(target).suffix in (".yaml", ".yml") else target)
-        index, table = build(run_dir)
-    except (CardError, StoreError) as err:
-        print(err, file=sys.stderr)
-        return 2
-    print(show(table))
-    print(f"\nExecuted notebooks: {run_dir / 'notebooks'}\nLedger:             {run_dir / 'ledger.json'}\nReport:             {index}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

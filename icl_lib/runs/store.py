@@ -15,13 +15,10 @@ Of several processes only the first writes; the others wait for it, so that all 
 
 import datetime
 import difflib
-import functools
 import hashlib
 import io
 import json
-import os
 import re
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,8 +27,11 @@ import numpy as np
 import pandas as pd
 import safetensors.numpy
 
-from icl_lib.runs.devices import describe, is_writer, to_host, wait_for_all
-from icl_lib.runs.paths import fingerprint, resolve, root, run_folder
+from icl_lib.files.hashes import code_version, fingerprint
+from icl_lib.files.paths import resolve, root, run_folder
+from icl_lib.files.processes import is_writer, to_host, wait_for_all
+from icl_lib.files.write import write_bytes
+from icl_lib.runs.devices import describe
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.]*(-[\w.]+)*")
 
@@ -94,8 +94,8 @@ class Store:
         manifest["provenance"] = self._provenance()
         text = json.dumps(manifest, indent=1, default=_plain)  # before any file is touched: meta may not be JSON
         before = self._previous(name)
-        write_atomic(path, data)
-        write_atomic(self.folder / f"{name}.json", text.encode())
+        write_bytes(path, data)
+        write_bytes(self.folder / f"{name}.json", text.encode())
         if before and before != path.name and is_writer():
             (self.folder / before).unlink(missing_ok=True)
         wait_for_all(f"{name} is saved")
@@ -105,14 +105,20 @@ class Store:
         manifest = self._manifest(name)
         path = self.folder / manifest["file"]
         if path.suffix != f".{kind}":
-            raise StoreError(f"{name} is a {path.suffix[1:]} file, not {kind}; use {'load_table' if kind == 'safetensors' else 'load'}")
+            raise StoreError(
+                f"{name} is a {path.suffix[1:]} file, not {kind}; use {'load_table' if kind == 'safetensors' else 'load'}"
+            )
         data = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
-            raise StoreError(f"{path} was cut short or altered after it was written ({len(data)} bytes); {self._remedy(name)}")
+            raise StoreError(
+                f"{path} was cut short or altered after it was written ({len(data)} bytes); {self._remedy(name)}"
+            )
         for key, value in (expect or {}).items():
             if manifest["meta"].get(key) != value:
                 came = manifest["meta"].get(key)
-                raise StoreError(f"{path} was made with {key} = {came!r}, but {value!r} is expected here; {self._remedy(name)}")
+                raise StoreError(
+                    f"{path} was made with {key} = {came!r}, but {value!r} is expected here; {self._remedy(name)}"
+                )
         made_from = manifest.get("files", {})
         for key, now in _files(expect or {}).items():
             if made_from.get(key, now) != now:
@@ -145,7 +151,9 @@ class Store:
     def _remedy(self, name: str) -> str:
         """The command that makes an artefact."""
         makers = [p.stem for p in sorted((root() / "notebooks").glob("[0-9][0-9]_*.py")) if _saves(p, name)]
-        who = f"notebooks/{makers[0]}.ipynb makes it, run that first: " if makers else "run the notebook that makes it: "
+        who = (
+            f"notebooks/{makers[0]}.ipynb makes it, run that first: " if makers else "run the notebook that makes it: "
+        )
         which = makers[0] if makers else "NAME"
         return (
             f"{who}`papermill notebooks/{which}.ipynb {_shown(self.run_dir)}/notebooks/{which}.ipynb -f CARD --cwd notebooks`, "
@@ -162,44 +170,12 @@ class Store:
         }
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write under a temporary name, flush to disk, rename: whoever reads `path` never sees half of it.
-
-    Only the first of several processes does so.
-    """
-    if not is_writer():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@functools.cache
-def code_version() -> dict[str, str]:
-    """The git commit, where there is one, and a hash of the library's own files, which also tells uncommitted edits apart."""
-    package = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".tsv", ".mplstyle")):
-        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
-    command = ["git", "-C", str(package), "rev-parse", "--short=12", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = "no git"
-    return {"commit": commit, "library": digest.hexdigest()[:12]}
-
-
 def _files(meta: Mapping[str, Any]) -> dict[str, list[str]]:
     """Fingerprints of the folders under the root that `model` and `saes` name; hub ids and patterns have none."""
     named = {key: [meta[key]] if isinstance(meta[key], str) else meta[key] for key in ("model", "saes") if key in meta}
-    return {key: [fingerprint(Path(p)) for p in map(resolve, paths) if Path(p).is_dir()] for key, paths in named.items()}
+    return {
+        key: [fingerprint(Path(p)) for p in map(resolve, paths) if Path(p).is_dir()] for key, paths in named.items()
+    }
 
 
 def _array(name: str, key: str, x: Any) -> np.ndarray:
@@ -208,7 +184,9 @@ def _array(name: str, key: str, x: Any) -> np.ndarray:
     if x.dtype.name == "bfloat16":
         x = x.astype(np.float32)
     if x.dtype.kind not in "biuf":
-        raise StoreError(f"{name}: {key!r} has dtype {x.dtype}; save numbers as arrays, text in meta or with save_table")
+        raise StoreError(
+            f"{name}: {key!r} has dtype {x.dtype}; save numbers as arrays, text in meta or with save_table"
+        )
     return np.ascontiguousarray(x)
 
 

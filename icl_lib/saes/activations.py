@@ -1,15 +1,14 @@
 """Activations of a model at many sites, harvested for training SAEs: one forward pass for all sites, special tokens dropped."""
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from icl_lib.models import Site, Transformer, record
 from icl_lib.models.sites import check_sites
+from icl_lib.text.tokens import batches, check_tokens, token_mask
 
 
 def output_site(site_in: Site) -> Site:
@@ -25,19 +24,6 @@ def suite_sites(n_layers: int) -> list[Site]:
 def needed_sites(sites: Iterable[Site]) -> list[Site]:
     """Sites to harvest for SAEs that encode `sites`: inputs and targets, each once, in the order given."""
     return list(dict.fromkeys(site for s in sites for site in (s, output_site(s))))
-
-
-def token_mask(tokens: np.ndarray | Array, config) -> np.ndarray | Array:
-    """True where a token is neither BOS nor padding: the tokens that SAEs are trained and judged on."""
-    real = tokens != config.pad_id
-    return real if config.bos_id is None else real & (tokens != config.bos_id)
-
-
-def check_tokens(tokens: np.ndarray | Array, config) -> None:
-    """Raises `ValueError` on a token id that the model does not have; under `jit` it would silently give NaN."""
-    low, high = int(np.min(tokens)), int(np.max(tokens))
-    if low < 0 or high >= config.d_vocab:
-        raise ValueError(f"token ids must be in 0..{config.d_vocab - 1}, got {low}..{high}: were they made with another model's tokenizer?")
 
 
 def harvest(
@@ -62,7 +48,9 @@ def harvest(
     check_tokens(tokens, model.config)
     n = int(mask.sum())
     if n == 0:
-        raise ValueError("the mask drops every token: it must be true where an activation is wanted (neither BOS nor padding)")
+        raise ValueError(
+            "the mask drops every token: it must be true where an activation is wanted (neither BOS nor padding)"
+        )
     acts: dict[Site, np.ndarray] = {}
     start = 0
     for rows, keep in batches(tokens, mask, batch_size):
@@ -86,16 +74,9 @@ def _activations(model: Transformer, tokens: Array, sites: tuple[Site, ...]) -> 
     return cache
 
 
-def batches(tokens: np.ndarray, mask: np.ndarray, batch_size: int) -> Iterator[tuple[Array, np.ndarray]]:
-    """Batches of tokens and mask of one shape, so that the model is compiled once; the last is filled up with masked rows."""
-    size = min(batch_size, len(tokens))
-    for i in range(math.ceil(len(tokens) / size)):
-        rows, keep = tokens[i * size : (i + 1) * size], mask[i * size : (i + 1) * size]
-        fill = ((0, size - len(rows)), (0, 0))
-        yield jnp.asarray(np.pad(rows, fill)), np.pad(keep, fill)
-
-
 def _check_finite(acts: Mapping[Site, np.ndarray]) -> None:
     for site, values in acts.items():
         if not np.isfinite(values).all():
-            raise ValueError(f"activations at {site} are not finite in {values.dtype}: harvest in float32, or check the model's weights")
+            raise ValueError(
+                f"activations at {site} are not finite in {values.dtype}: harvest in float32, or check the model's weights"
+            )

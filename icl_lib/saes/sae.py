@@ -11,7 +11,13 @@ from icl_lib.models import Site
 
 ARCHITECTURES = ("standard", "gated", "jumprelu", "topk", "batchtopk")
 # what each form has beyond the two matrices and their biases
-_EXTRA = {"standard": (), "gated": ("r_mag", "b_mag"), "jumprelu": ("threshold",), "topk": (), "batchtopk": ("threshold",)}
+_EXTRA = {
+    "standard": (),
+    "gated": ("r_mag", "b_mag"),
+    "jumprelu": ("threshold",),
+    "topk": (),
+    "batchtopk": ("threshold",),
+}
 
 
 def along(vector: Float[Array, " n"], x: Array) -> Array:
@@ -77,12 +83,18 @@ class SAE(eqx.Module):
             value = getattr(self, name)
             if value is None or value.shape != shape:
                 came = "nothing" if value is None else f"shape {value.shape}"
-                raise ValueError(f"a {self.architecture} SAE with W_enc {self.W_enc.shape} needs {name} of shape {shape}, got {came}")
+                raise ValueError(
+                    f"a {self.architecture} SAE with W_enc {self.W_enc.shape} needs {name} of shape {shape}, got {came}"
+                )
         for name in {"threshold", "r_mag", "b_mag"} - set(_EXTRA[self.architecture]):
             if getattr(self, name) is not None:
-                raise ValueError(f"a {self.architecture} SAE has no {name}: leave it out or choose another architecture")
+                raise ValueError(
+                    f"a {self.architecture} SAE has no {name}: leave it out or choose another architecture"
+                )
         if (self.k is None) == (self.architecture == "topk") or (self.k is not None and not 1 <= self.k <= d_sae):
-            raise ValueError(f"a topk SAE needs k in 1..{d_sae}, other architectures have none; got k = {self.k} for {self.architecture}")
+            raise ValueError(
+                f"a topk SAE needs k in 1..{d_sae}, other architectures have none; got k = {self.k} for {self.architecture}"
+            )
         if self.W_skip is not None and not self.is_transcoder:
             raise ValueError(f"W_skip is for transcoders: with it, an SAE of {self.site_in} could copy its input")
 
@@ -125,7 +137,9 @@ class SAE(eqx.Module):
             return jnp.where(h + along(self.b_enc, h) > 0, jax.nn.relu(self._magnitude(h)), 0)
         return self.activate(h + along(self.b_enc, h))
 
-    def decode(self, f: Float[Array, "*batch d_sae"], x: Float[Array, "*batch d_in"] | None = None) -> Float[Array, "*batch d_out"]:
+    def decode(
+        self, f: Float[Array, "*batch d_sae"], x: Float[Array, "*batch d_in"] | None = None
+    ) -> Float[Array, "*batch d_out"]:
         """Reconstruction, in units of `site_out`. The skip matrix of a transcoder that has one acts on `x`, the encoded input.
 
         Raises `ValueError` if the last axis is not d_sae, or if `x` is needed and missing.
@@ -139,7 +153,9 @@ class SAE(eqx.Module):
         if self.W_skip is None:
             return x_hat
         if x is None:
-            raise ValueError(f"the transcoder at {self.site_in} has a skip matrix, which acts on the input: call decode(f, x)")
+            raise ValueError(
+                f"the transcoder at {self.site_in} has a skip matrix, which acts on the input: call decode(f, x)"
+            )
         return x_hat + x.astype(self.W_skip.dtype) @ self.W_skip
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from icl_lib.files.processes import to_host
 from icl_lib.models import Transformer, record
-from icl_lib.models.sharding import to_host
-from icl_lib.saes.activations import batches, check_tokens, token_mask
 from icl_lib.saes.sae import SAE
+from icl_lib.text.tokens import batches, check_tokens, token_mask
 
 _BLOCK = 1024  # decoder rows compared with all others at a time
 
@@ -32,7 +32,9 @@ def firing_rates(
     check_tokens(tokens, model.config)
     mask = np.asarray(token_mask(tokens, model.config)) if mask is None else mask
     if not mask.any():
-        raise ValueError("the mask drops every token: it must be true where latents are counted (neither BOS nor padding)")
+        raise ValueError(
+            "the mask drops every token: it must be true where latents are counted (neither BOS nor padding)"
+        )
     fired = [jnp.zeros(sae.d_sae) for sae in suite.values()]
     for rows, keep in batches(tokens, mask, batch_size):
         fired = _count(model, tuple(suite.values()), rows, jnp.asarray(keep), fired)

@@ -1,6 +1,5 @@
 """Tasks as input-output pairs, prompts made of them with the role of every token, and the metrics read from logits."""
 
-from icl_lib.tasks.accuracy import accuracy_table, published_accuracy
 from icl_lib.tasks.metrics import answer_accuracy, answer_nll, pair_logit, pair_logprob, token_logprobs
 from icl_lib.tasks.prompts import Prompts, make_prompts, stack_prompts
 from icl_lib.tasks.tasks import Task, UnknownTask, load_tasks, read_table, select_tasks
@@ -12,14 +11,12 @@ __all__ = [
     "Task",
     "Template",
     "UnknownTask",
-    "accuracy_table",
     "answer_accuracy",
     "answer_nll",
     "load_tasks",
     "make_prompts",
     "pair_logit",
     "pair_logprob",
-    "published_accuracy",
     "read_table",
     "select_tasks",
     "stack_prompts",

@@ -10,7 +10,9 @@ from jaxtyping import Array, Float, Int
 from icl_lib.tasks.prompts import Prompts, Role
 
 
-def token_logprobs(logits: Float[Array, "*axes seq d_vocab"], tokens: Int[Array, "*axes seq"]) -> Float[Array, "*axes seq-1"]:
+def token_logprobs(
+    logits: Float[Array, "*axes seq d_vocab"], tokens: Int[Array, "*axes seq"]
+) -> Float[Array, "*axes seq-1"]:
     """Log-probability in nats of each token after the first, given those before it: entry j is that of token j + 1."""
     logits = logits[..., :-1, :].astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[..., 1:, None], axis=-1)[..., 0]

@@ -127,7 +127,9 @@ def make_prompts(
     pad_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
     longest = max(len(row) for row in rows)
     if length is not None and longest > length:
-        raise ValueError(f"a prompt of task {task.name!r} has {longest} tokens, more than {length=}: raise it, or lower n_shots")
+        raise ValueError(
+            f"a prompt of task {task.name!r} has {longest} tokens, more than {length=}: raise it, or lower n_shots"
+        )
     table = np.full((n_prompts, longest if length is None else length, 3), (pad_id, Role.OTHER, NO_PAIR), np.int32)
     for i, row in enumerate(rows):
         table[i, : len(row)] = row

@@ -31,10 +31,7 @@ FOLDERS = {"paper": "icl_task_vectors", "function_vectors": "function_vectors"}
 _TABLES = {
     "country_capital": ("knowledge", [("countries", "country", "capital")]),
     "country_currency": ("knowledge", [("countries", "country", "currency")]),
-    "location_continent": (
-        "knowledge",
-        [("countries", "country", "continent"), ("countries", "capital", "continent")],
-    ),
+    "location_continent": ("knowledge", [("countries", "country", "continent"), ("countries", "capital", "continent")]),
     "location_language": ("knowledge", [("countries", "country", "language"), ("countries", "capital", "language")]),
     "location_country": ("knowledge", [("countries", "capital", "country")]),
     "person_profession": ("knowledge", [("people", "person", "profession")]),
@@ -198,7 +195,9 @@ def _embedded() -> dict[str, Task]:
         for name, (group, parts) in _TABLES.items()
     }
     foreign = tuple(
-        (row[language.lower()], language) for language in ("Spanish", "French", "Italian") for row in tables["nouns"] + tables["adjectives"]
+        (row[language.lower()], language)
+        for language in ("Spanish", "French", "Italian")
+        for row in tables["nouns"] + tables["adjectives"]
     )
     return tasks | {"word_language": Task("word_language", foreign, "knowledge", "embedded")}
 

@@ -56,7 +56,9 @@ class Template:
         try:
             fields = list(string.Formatter().parse(self.pair))
         except ValueError as error:
-            raise ValueError(f"the pair of a template cannot be read ({error}), got {self.pair!r}: write other braces twice") from error
+            raise ValueError(
+                f"the pair of a template cannot be read ({error}), got {self.pair!r}: write other braces twice"
+            ) from error
         names = [name for _, name, _, _ in fields if name is not None]
         if names != ["x", "y"] or any(spec or conversion for _, _, spec, conversion in fields):
             raise ValueError(

@@ -1,8 +1,7 @@
 """Task vectors: extracted from prompts, decomposed over a dictionary, cleaned by gradient descent, and inserted."""
 
 from icl_lib.vectors.cleaning import Cleaned, clean, select_l1
-from icl_lib.vectors.pursuit import gradient_pursuit, pursuit_path
-from icl_lib.vectors.steering import (
+from icl_lib.vectors.insert import (
     Cut,
     base_nll,
     cut,
@@ -14,6 +13,7 @@ from icl_lib.vectors.steering import (
     relative_change,
     steer,
 )
+from icl_lib.vectors.pursuit import gradient_pursuit, pursuit_path
 from icl_lib.vectors.task_vectors import output_vector, subtract_corrupted, task_vector
 
 __all__ = [

@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Int
 
 from icl_lib.models import Transformer
 from icl_lib.saes import SAE
+from icl_lib.vectors.insert import Cut, at_once, check_width, nll_of_one, with_task_axis
 from icl_lib.vectors.pursuit import gradient_pursuit
-from icl_lib.vectors.steering import Cut, at_once, check_width, nll_of_one, with_task_axis
 
 MONITORS = ("l0", "loss")
 INITS = ("encoder", "pursuit")
@@ -118,18 +118,26 @@ def _clean(model, sae, theta, cut, l1, lr, patience: int, max_steps: int, monito
     return jax.lax.map(one_task, (theta, cut), batch_size=chunk)
 
 
-def _check(model: Transformer, sae: SAE, vector, cut: Cut, monitor: str, init: str, l1: np.ndarray, max_steps: int) -> None:
+def _check(
+    model: Transformer, sae: SAE, vector, cut: Cut, monitor: str, init: str, l1: np.ndarray, max_steps: int
+) -> None:
     check_width(model, sae)
     if sae.d_in != sae.d_out:
-        raise ValueError(f"cleaning needs an SAE of the residual stream, got a map from width {sae.d_in} to {sae.d_out}")
+        raise ValueError(
+            f"cleaning needs an SAE of the residual stream, got a map from width {sae.d_in} to {sae.d_out}"
+        )
     if vector.shape != (*cut.tasks, sae.d_in):
-        raise ValueError(f"vector must have shape {(*cut.tasks, sae.d_in)} (the tasks of the cut, d_model), got {vector.shape}")
+        raise ValueError(
+            f"vector must have shape {(*cut.tasks, sae.d_in)} (the tasks of the cut, d_model), got {vector.shape}"
+        )
     if monitor not in MONITORS:
         raise ValueError(f"monitor must be one of {', '.join(MONITORS)}, got {monitor!r}")
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
     if l1.ndim > 1 or l1.size == 0 or (l1 < 0).any() or max_steps < 1:
-        raise ValueError(f"l1 must be one number or a list of numbers >= 0, and max_steps at least 1; got {l1.tolist()} and {max_steps}")
+        raise ValueError(
+            f"l1 must be one number or a list of numbers >= 0, and max_steps at least 1; got {l1.tolist()} and {max_steps}"
+        )
 
 
 def clean(
@@ -165,7 +173,18 @@ def clean(
     theta = _start(folded, vector.reshape(-1, vector.shape[-1]), init, k)
     # the backward pass keeps about twice what the forward pass needs
     chunk, _ = at_once(model, stack, stack.tasks[0], 2 * penalties.size, _TURN_BYTES)
-    out = _clean(model, folded, theta, stack, jnp.asarray(penalties.reshape(-1)), jnp.float32(lr), patience, max_steps, monitor, chunk)
+    out = _clean(
+        model,
+        folded,
+        theta,
+        stack,
+        jnp.asarray(penalties.reshape(-1)),
+        jnp.float32(lr),
+        patience,
+        max_steps,
+        monitor,
+        chunk,
+    )
     lanes = cut.tasks + penalties.shape
     return jax.tree.map(lambda x: x.reshape(*lanes, *x.shape[2:]), out)
 

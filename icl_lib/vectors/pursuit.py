@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def _step(v: Float[Array, " d"], dictionary: Float[Array, "d_sae d"], w: Float[Array, " d_sae"]) -> Float[Array, " d_sae"]:
+def _step(
+    v: Float[Array, " d"], dictionary: Float[Array, "d_sae d"], w: Float[Array, " d_sae"]
+) -> Float[Array, " d_sae"]:
     r"""One pursuit step for one vector.
 
     $r = v - wD,\; c = Dr,\; S = \mathrm{supp}(w) \cup \{\arg\max c\},\; g = c 1_S,\; u = gD,\;
@@ -52,7 +54,9 @@ def _check(v, dictionary, k: int) -> None:
         raise ValueError(f"k must be in 1..{dictionary.shape[0]} (the rows of the dictionary), got {k}")
 
 
-def gradient_pursuit(v: Float[Array, "*batch d_model"], dictionary: Float[Array, "d_sae d_model"], k: int) -> Float[Array, "*batch d_sae"]:
+def gradient_pursuit(
+    v: Float[Array, "*batch d_model"], dictionary: Float[Array, "d_sae d_model"], k: int
+) -> Float[Array, "*batch d_sae"]:
     r"""Non-negative weights of at most `k` dictionary rows with $w D \approx v$.
 
     `dictionary` is usually `sae.W_dec`; the reconstruction `w @ dictionary` is used without `b_dec`. float32.
@@ -66,7 +70,9 @@ def gradient_pursuit(v: Float[Array, "*batch d_model"], dictionary: Float[Array,
     return w.reshape(*v.shape[:-1], dictionary.shape[0])
 
 
-def pursuit_path(v: Float[Array, "*batch d_model"], dictionary: Float[Array, "d_sae d_model"], k: int) -> Float[Array, "k *batch d_sae"]:
+def pursuit_path(
+    v: Float[Array, "*batch d_model"], dictionary: Float[Array, "d_sae d_model"], k: int
+) -> Float[Array, "k *batch d_sae"]:
     """The weights after each of `k` steps of `gradient_pursuit`: row j has at most j + 1 active latents.
 
     A step does not depend on the number of steps to come, so one run gives a whole sweep over k.

@@ -39,14 +39,18 @@ def _mean_at(model: Transformer, tokens, mask: np.ndarray, layers: Iterable[int]
     for layer in layers:
         model.config.check_layer(layer)
     if not mask.any(axis=(-2, -1)).all():
-        raise ValueError(f"no {what} found in the prompts of some task, so there is nothing to average; make them with n_shots >= 1")
+        raise ValueError(
+            f"no {what} found in the prompts of some task, so there is nothing to average; make them with n_shots >= 1"
+        )
     shape = tokens.shape
     flat = lambda x, dtype: jnp.asarray(x, dtype).reshape(-1, *shape[-2:])
     means = _mean_resid(model, flat(tokens, jnp.int32), flat(mask, jnp.float32), layers)
     return means.reshape(*shape[:-2], *means.shape[1:])
 
 
-def task_vector(model: Transformer, prompts: Prompts, layers: Iterable[int] | None = None) -> Float[Array, "*task n_layers d_model"]:
+def task_vector(
+    model: Transformer, prompts: Prompts, layers: Iterable[int] | None = None
+) -> Float[Array, "*task n_layers d_model"]:
     r"""The task vector of every layer: mean of resid_pre over **all** arrow tokens of all prompts.
 
     $v_l = \mathrm{mean}_{b,\,t:\,tok_t = \mathrm{arrow}}\; x^{pre}_l[b, t]$, first example and query included, the
@@ -59,7 +63,9 @@ def task_vector(model: Transformer, prompts: Prompts, layers: Iterable[int] | No
     return _mean_at(model, prompts.tokens, mask, layers, "arrow")
 
 
-def output_vector(model: Transformer, prompts: Prompts, layers: Iterable[int] | None = None) -> Float[Array, "*task n_layers d_model"]:
+def output_vector(
+    model: Transformer, prompts: Prompts, layers: Iterable[int] | None = None
+) -> Float[Array, "*task n_layers d_model"]:
     r"""Mean of resid_pre over the last output token of every example, the vector from which detectors are cleaned.
 
     The query is left out: its answer ends the prompt, no newline follows it. Raises as `task_vector` does.

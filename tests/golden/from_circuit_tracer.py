@@ -32,7 +32,9 @@ def main() -> None:
     weights |= {"b_dec": 0.5 * torch.randn(D), "W_skip": torch.randn(D, D)}
     HERE.mkdir(parents=True, exist_ok=True)
     save_file(weights, HERE / "layer_4.safetensors")
-    (HERE / "config.yaml").write_text("model_kind: transcoder_set\nfeature_input_hook: mlp.hook_in\nfeature_output_hook: hook_mlp_out\n")
+    (HERE / "config.yaml").write_text(
+        "model_kind: transcoder_set\nfeature_input_hook: mlp.hook_in\nfeature_output_hook: hook_mlp_out\n"
+    )
     x = torch.randn(TOKENS, D)
     f, x_hat = (torch.stack(rows).numpy() for rows in zip(*(transcode(weights, token) for token in x), strict=True))
     np.savez_compressed(HERE / "expected.npz", x=x.numpy(), f=f, x_hat=x_hat)

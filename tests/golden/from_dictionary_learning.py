@@ -46,14 +46,18 @@ def save(name: str, dictionary, submodule: str, k: int | None = None) -> None:
         "lm_name": "EleutherAI/pythia-70m-deduped",
     }
     trainer |= {"submodule_name": submodule} | ({"k": k} if k else {})
-    (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"d_submodule": D, "ctx_len": 128}}, indent=1) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps({"trainer": trainer, "buffer": {"d_submodule": D, "ctx_len": 128}}, indent=1) + "\n"
+    )
     loaded = type(dictionary).from_pretrained(folder / "ae.pt")
     x = torch.randn(TOKENS, D)
     extra = {}
     with torch.no_grad():
         if type(dictionary) is AutoEncoderTopK:
             extra["f_threshold"] = loaded.encode(x, use_threshold=True).numpy()
-        np.savez_compressed(folder / "expected.npz", x=x.numpy(), f=loaded.encode(x).numpy(), x_hat=loaded(x).numpy(), **extra)
+        np.savez_compressed(
+            folder / "expected.npz", x=x.numpy(), f=loaded.encode(x).numpy(), x_hat=loaded(x).numpy(), **extra
+        )
 
 
 def backup() -> None:

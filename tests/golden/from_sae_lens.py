@@ -20,7 +20,12 @@ from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
 D, F, OUT, TOKENS = 8, 24, 6, 12
-METADATA = {"model_name": "gemma-2-2b", "hook_name": "blocks.3.hook_resid_pre", "hook_head_index": None, "prepend_bos": True}
+METADATA = {
+    "model_name": "gemma-2-2b",
+    "hook_name": "blocks.3.hook_resid_pre",
+    "hook_head_index": None,
+    "prepend_bos": True,
+}
 
 
 def fill(sae: torch.nn.Module) -> None:
@@ -43,7 +48,9 @@ def saved_by_sae_lens(name: str, architecture: str, **settings) -> None:
     folder = HERE / "sae_lens" / name
     shutil.rmtree(folder, ignore_errors=True)
     hook_out = {"hook_name_out": "blocks.3.hook_mlp_out"} if "transcoder" in architecture else {}
-    sites = METADATA | hook_out | ({"hook_name": "blocks.3.mlp.hook_in"} if hook_out else {}) | settings.pop("metadata", {})
+    sites = (
+        METADATA | hook_out | ({"hook_name": "blocks.3.mlp.hook_in"} if hook_out else {}) | settings.pop("metadata", {})
+    )
     config = (
         {"architecture": architecture, "d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu"}
         | ({"d_out": OUT} if hook_out else {})
@@ -75,13 +82,26 @@ def flat(name: str, weights: dict[str, torch.Tensor], **settings) -> None:
     """A file from before version 6, whose config was flat, as sae-lens still reads it."""
     folder = HERE / "sae_lens" / name
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu", "model_name": "gemma-2b", "l1_coefficient": 5.0}
-    config |= {"hook_point": "blocks.6.hook_resid_post", "hook_point_layer": 6, "hook_point_head_index": None} | settings
+    config = {
+        "d_in": D,
+        "d_sae": F,
+        "dtype": "float32",
+        "device": "cpu",
+        "model_name": "gemma-2b",
+        "l1_coefficient": 5.0,
+    }
+    config |= {
+        "hook_point": "blocks.6.hook_resid_post",
+        "hook_point_layer": 6,
+        "hook_point_head_index": None,
+    } | settings
     (folder / "cfg.json").write_text(json.dumps(config, indent=1) + "\n")
     save_file(weights, folder / "sae_weights.safetensors")
     sae = SAE.load_from_disk(folder)
     if config.get("normalize_activations") is True:  # what sae-lens does for registered SAEs
-        sae.fold_activation_norm_scaling_factor(json.loads((folder / "activation_scaler.json").read_text())["scaling_factor"])
+        sae.fold_activation_norm_scaling_factor(
+            json.loads((folder / "activation_scaler.json").read_text())["scaling_factor"]
+        )
     expected(folder, sae, torch.randn(TOKENS, D))
 
 
@@ -92,16 +112,23 @@ def plain(d_out: int = D, **more: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def linear(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec", "decoder.bias": "b_dec"}
-    return {theirs: weights[ours].T.contiguous() if weights[ours].ndim == 2 else weights[ours] for theirs, ours in names.items()}
+    return {
+        theirs: weights[ours].T.contiguous() if weights[ours].ndim == 2 else weights[ours]
+        for theirs, ours in names.items()
+    }
 
 
-def through_loader(repo: str, inside: str, folder_name: str, d_sae_of: str | None = None, scale: float | None = None) -> None:
+def through_loader(
+    repo: str, inside: str, folder_name: str, d_sae_of: str | None = None, scale: float | None = None
+) -> None:
     """What sae-lens' own loader of a public format makes of the file that lies in `HERE/repo/inside`."""
     name = next(key for key in ("llama_scope", "mwhanna", "gemma") if key in repo.replace("Llama", "llama_scope"))
     loader = {
         "llama_scope": loaders.llama_scope_sae_huggingface_loader,
         "mwhanna": loaders.mwhanna_transcoder_huggingface_loader,
-        "gemma": loaders.gemma_2_transcoder_huggingface_loader if "transcoders" in repo else loaders.gemma_2_sae_huggingface_loader,
+        "gemma": loaders.gemma_2_transcoder_huggingface_loader
+        if "transcoders" in repo
+        else loaders.gemma_2_sae_huggingface_loader,
     }[name]
     small = {"d_in": D, "d_sae": F, "dtype": "float32"} | ({"d_out": D} if "transcoder" in repo else {})
     config, state, _ = loader(repo, folder_name, "cpu", False, small)
@@ -112,7 +139,11 @@ def through_loader(repo: str, inside: str, folder_name: str, d_sae_of: str | Non
     if scale:
         sae.fold_activation_norm_scaling_factor(scale)
     folder = HERE / repo / inside
-    expected(folder if folder.is_dir() else folder.parent, sae, torch.randn(TOKENS, *((2, D // 2) if "att" in repo else (D,))))
+    expected(
+        folder if folder.is_dir() else folder.parent,
+        sae,
+        torch.randn(TOKENS, *((2, D // 2) if "att" in repo else (D,))),
+    )
 
 
 def more() -> None:
@@ -155,7 +186,9 @@ def gemma_scope(kind: str, inside: str, lower_case: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.numpy() for name, value in plain(threshold=torch.rand(F)).items()}
     if lower_case:
-        weights = {name.replace("W_", "w_"): value for name, value in weights.items()} | {"scaling_factor": np.ones(F, np.float32)}
+        weights = {name.replace("W_", "w_"): value for name, value in weights.items()} | {
+            "scaling_factor": np.ones(F, np.float32)
+        }
     if inside.startswith("embedding"):
         weights["b_dec"] *= 0  # sae-lens does not scale it with the decoder; without a bias there is no difference
     np.savez(folder / "params.npz", **weights)
@@ -167,7 +200,15 @@ def main() -> None:
     # sae-lens asks the hub for single files: give it ours
     local = lambda repo_id, filename, subfolder="", **_: str(HERE / repo_id / subfolder / filename)
     loaders.hf_hub_download = local
-    for name in ("standard", "gated", "jumprelu", "transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"):
+    for name in (
+        "standard",
+        "gated",
+        "jumprelu",
+        "transcoder",
+        "skip_transcoder",
+        "jumprelu_transcoder",
+        "jumprelu_skip_transcoder",
+    ):
         saved_by_sae_lens(name, name, apply_b_dec_to_input="transcoder" not in name)
     saved_by_sae_lens("standard_input_as_it_is", "standard", apply_b_dec_to_input=False)
     saved_by_sae_lens("topk", "topk", k=4, apply_b_dec_to_input=True)
@@ -188,7 +229,13 @@ def main() -> None:
     norms = {"in": 11.0, "out": 11.0}
     folder = HERE / "fnlp/Llama3_1-8B-Base-LXR-8x/Llama3_1-8B-Base-L15R-8x"
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    hyper = {"d_model": D, "d_sae": F, "act_fn": "jumprelu", "jump_relu_threshold": 0.33, "dataset_average_activation_norm": norms}
+    hyper = {
+        "d_model": D,
+        "d_sae": F,
+        "act_fn": "jumprelu",
+        "jump_relu_threshold": 0.33,
+        "dataset_average_activation_norm": norms,
+    }
     hyper |= {
         "hook_point_in": "blocks.15.hook_resid_post",
         "hook_point_out": "blocks.15.hook_resid_post",
@@ -202,7 +249,9 @@ def main() -> None:
     weights = plain()
     save_file(weights | {"W_enc": weights["W_enc"].T.contiguous()}, folder / "layer_7.safetensors")
     (folder / "config.yaml").write_text("model_name: Qwen/Qwen3-0.6B\nmodel_kind: transcoder_set\n")
-    (folder / "wandb-config.yaml").write_text(f"d_model: {{value: {D}}}\nd_feature: {{value: {F}}}\nbatch_size: {{value: 1}}\n")
+    (folder / "wandb-config.yaml").write_text(
+        f"d_model: {{value: {D}}}\nd_feature: {{value: {F}}}\nbatch_size: {{value: 1}}\n"
+    )
     through_loader("mwhanna/qwen3-0.6b-transcoders-lowl0", "layer_7.safetensors", "layer_7.safetensors")
     more()
     short()

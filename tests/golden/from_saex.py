@@ -14,7 +14,9 @@ HERE = Path(__file__).parent / "nev"
 D, F, TOKENS = 8, 24, 12
 
 
-def save(name: str, rng: np.random.Generator, mean_norm: float | None, tgt_mean_norm: float | None, gated: bool = True) -> None:
+def save(
+    name: str, rng: np.random.Generator, mean_norm: float | None, tgt_mean_norm: float | None, gated: bool = True
+) -> None:
     folder = HERE / name
     folder.mkdir(parents=True, exist_ok=True)
     draw = lambda scale, *shape: (scale * rng.standard_normal(shape)).astype(np.float32)
@@ -45,7 +47,9 @@ def save(name: str, rng: np.random.Generator, mean_norm: float | None, tgt_mean_
     else:
         f = relu(h + w["b_enc"]) * w["scaling_factor"]
     result |= {"f": f, "x_hat": (f @ w["W_dec"] + w["b_dec"]) / out}
-    np.savez_compressed(folder / "expected.npz", **{key: np.asarray(value, np.float32) for key, value in result.items()})
+    np.savez_compressed(
+        folder / "expected.npz", **{key: np.asarray(value, np.float32) for key, value in result.items()}
+    )
 
 
 def main() -> None:

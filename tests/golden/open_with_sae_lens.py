@@ -25,7 +25,9 @@ def write() -> None:
     from icl_lib.saes import SAE, save_sae
 
     residual, z, transcoder = (Site("resid_pre", 3),) * 2, (Site("z", 3),) * 2, (Site("mlp_in", 3), Site("mlp_out", 3))
-    cases = [(name, residual, False) for name in ("standard", "gated", "jumprelu", "topk", "batchtopk")] + [("gated", z, False)]
+    cases = [(name, residual, False) for name in ("standard", "gated", "jumprelu", "topk", "batchtopk")] + [
+        ("gated", z, False)
+    ]
     cases += [(name, transcoder, False) for name in ("standard", "gated", "jumprelu", "batchtopk")]
     cases += [(name, transcoder, True) for name in ("standard", "gated")]
     for i, (architecture, (site_in, site_out), skip) in enumerate(cases):
@@ -54,7 +56,9 @@ def check() -> None:
             heads = x.reshape(TOKENS, 2, D // 2) if "-z" in path.name else x
             f, x_hat = sae.encode(heads).numpy(), sae(heads).numpy().reshape(TOKENS, -1)
         worst = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in ((ours["f"], f), (ours["x_hat"], x_hat))]
-        print(f"{path.name:20} as {sae.cfg.architecture():26} at {sae.cfg.metadata.hook_name:24} f {worst[0]:.1e} x_hat {worst[1]:.1e}")
+        print(
+            f"{path.name:20} as {sae.cfg.architecture():26} at {sae.cfg.metadata.hook_name:24} f {worst[0]:.1e} x_hat {worst[1]:.1e}"
+        )
         assert max(worst) < 1e-5, path
         np.savez_compressed(path / "expected.npz", x=x.numpy(), f=f, x_hat=x_hat)
         (path / "ours.npz").unlink()

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from icl_lib.files.write import replace_file, write_json
 from icl_lib.models import Site
-from icl_lib.saes.formats import files
-from icl_lib.saes.formats.files import Sites, Weights
+from icl_lib.saes.formats import common
+from icl_lib.saes.formats.common import Sites, Weights
 from icl_lib.saes.formats.torch_file import read_torch
 from icl_lib.saes.sae import SAE
 
@@ -51,15 +52,17 @@ def read(path: Path, site: Sites | None = None, variant: str | None = None) -> S
     """
     folder, file = (path, path / WEIGHTS) if path.is_dir() else (path.parent, path)
     folder = folder.parent if folder.name == "checkpoints" else folder  # of a run; its settings lie above
-    config = files.read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    config = common.read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     trainer = config.get("trainer", config)
     found = _state(file)
     name = _class(found, trainer.get("dict_class"), file)
     sites = site or _sites(trainer, folder)
     spec = {
-        theirs: entry for theirs, entry in _CLASSES[name].items() if theirs != "threshold" or theirs in found or name != "AutoEncoderTopK"
+        theirs: entry
+        for theirs, entry in _CLASSES[name].items()
+        if theirs != "threshold" or theirs in found or name != "AutoEncoderTopK"
     }
-    w = files.take(found, spec, file)  # an early TopK has no threshold
+    w = common.take(found, spec, file)  # an early TopK has no threshold
     k, form = w.pop("k", None), _FORMS[name]
     w.pop("group_sizes", None)
     if form == "topk":
@@ -69,11 +72,13 @@ def read(path: Path, site: Sites | None = None, variant: str | None = None) -> S
     if form == "batchtopk":
         w = _with_threshold(w, name, file)
     if name not in _INPUT_AS_IT_IS:
-        w = files.fold_input_shift(w, w["b_dec"])
+        w = common.fold_input_shift(w, w["b_dec"])
     if name == "AutoEncoder":  # from_pretrained gives its decoder rows norm 1
-        w = files.fold_feature_scale(w, np.linalg.norm(w["W_dec"], axis=1), file)
-    meta = {"dict_class": name} | {ours: trainer[theirs] for ours, theirs in (("model_name", "lm_name"), ("k", "k")) if theirs in trainer}
-    return files.build(w, (sites[0], sites[1]), form, file, meta, k=int(k) if form == "topk" else None)
+        w = common.fold_feature_scale(w, np.linalg.norm(w["W_dec"], axis=1), file)
+    meta = {"dict_class": name} | {
+        ours: trainer[theirs] for ours, theirs in (("model_name", "lm_name"), ("k", "k")) if theirs in trainer
+    }
+    return common.build(w, (sites[0], sites[1]), form, file, meta, k=int(k) if form == "topk" else None)
 
 
 def write(sae: SAE, folder: str | Path) -> Path:
@@ -86,11 +91,16 @@ def write(sae: SAE, folder: str | Path) -> Path:
     if sae.is_transcoder:
         raise ValueError(f"dictionary_learning has no class for a transcoder ({sae.site_in} to {sae.site_out})")
     sae = sae.fold() if sae.architecture == "batchtopk" else sae
-    classes = {"standard": "AutoEncoderNew", "gated": "GatedAutoEncoder", "topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder"}
+    classes = {
+        "standard": "AutoEncoderNew",
+        "gated": "GatedAutoEncoder",
+        "topk": "AutoEncoderTopK",
+        "jumprelu": "JumpReluAutoEncoder",
+    }
     name, folder = classes[sae.architecture], Path(folder)
     w = {key: np.asarray(value, np.float32) for key, value in vars(sae).items() if hasattr(value, "shape")}
     if name not in _INPUT_AS_IT_IS:
-        w = files.fold_input_shift(w, -w["b_dec"])
+        w = common.fold_input_shift(w, -w["b_dec"])
     state: dict[str, Any] = {}
     for theirs, entry in _CLASSES[name].items():
         ours, *axes = entry.split()
@@ -99,12 +109,17 @@ def write(sae: SAE, folder: str | Path) -> Path:
         elif theirs == "threshold" and not axes:
             state[theirs] = torch.tensor(-1.0)
         else:
-            state[theirs] = torch.tensor(w[ours].T.copy() if axes in (["F", "d"], ["d", "F"]) and "." in theirs else w[ours])
+            state[theirs] = torch.tensor(
+                w[ours].T.copy() if axes in (["F", "d"], ["d", "F"]) and "." in theirs else w[ours]
+            )
     trainer = {"dict_class": name, "activation_dim": sae.d_in, "dict_size": sae.d_sae, "layer": sae.site_in.layer}
-    trainer |= {"lm_name": str(dict(sae.metadata).get("model_name", "unknown")), "submodule_name": _submodule(sae.site_in)}
+    trainer |= {
+        "lm_name": str(dict(sae.metadata).get("model_name", "unknown")),
+        "submodule_name": _submodule(sae.site_in),
+    }
     trainer |= {"k": sae.k} if sae.k else {}
-    files.replace_file(folder / WEIGHTS, lambda partial: torch.save(state, partial))
-    files.write_json(folder / CONFIG, {"trainer": trainer, "buffer": {"d_submodule": sae.d_in, "ctx_len": 128}})
+    replace_file(folder / WEIGHTS, lambda partial: torch.save(state, partial))
+    write_json(folder / CONFIG, {"trainer": trainer, "buffer": {"d_submodule": sae.d_in, "ctx_len": 128}})
     return folder
 
 
@@ -130,9 +145,13 @@ def _class(found: dict[str, np.ndarray], named: str | None, file: Path) -> str:
     tells |= {"group_sizes": "MatryoshkaBatchTopKSAE", "k": "", "threshold": "JumpReluAutoEncoder"}
     name = next((name for key, name in tells.items() if key in found), None)
     if name is None:
-        raise ValueError(f"{file} has the tensors {', '.join(found) or 'none'}, which are those of no class of dictionary_learning")
+        raise ValueError(
+            f"{file} has the tensors {', '.join(found) or 'none'}, which are those of no class of dictionary_learning"
+        )
     if not name:
-        raise ValueError(f"{file} is a TopK or a BatchTopK SAE, which have the same tensors: its config.json, which tells, is missing")
+        raise ValueError(
+            f"{file} is a TopK or a BatchTopK SAE, which have the same tensors: its config.json, which tells, is missing"
+        )
     return name
 
 
@@ -147,9 +166,9 @@ def _with_threshold(w: Weights, name: str, file: Path) -> Weights:
 
 def _sites(trainer: dict[str, Any], folder: Path) -> Sites:
     names = [str(trainer.get("submodule_name")), *reversed(folder.absolute().parts[-3:])]
-    found = next((site for site in map(files.place, names) if site), None)
+    found = next((site for site in map(common.place, names) if site), None)
     if found is None:
-        raise files.no_site(folder)
+        raise common.no_site(folder)
     return found, found
 
 

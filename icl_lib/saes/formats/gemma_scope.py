@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+from icl_lib.files.write import replace_file
 from icl_lib.models import Site
-from icl_lib.saes.formats import files
-from icl_lib.saes.formats.files import Sites
+from icl_lib.saes.formats import common
+from icl_lib.saes.formats.common import Sites
 from icl_lib.saes.sae import SAE
 
 WEIGHTS = "params.npz"
@@ -32,7 +33,9 @@ _KINDS = {
     "res": ("resid_post", "resid_post"), "att": ("z", "z"), "mlp": ("mlp_out", "mlp_out"), "transcoders": ("mlp_normalized", "mlp_out"),
 }  # fmt: skip
 _RELEASE = re.compile(r"(gemma-scope-\w+-\w+-(res|att|mlp|transcoders))(?:-canonical)?/")
-_ID = re.compile(r"(?:google/)?(gemma-scope-\w+-\w+-(?:res|att|mlp|transcoders))(?:-canonical)?/(.+)")  # SAELens: release/id
+_ID = re.compile(
+    r"(?:google/)?(gemma-scope-\w+-\w+-(?:res|att|mlp|transcoders))(?:-canonical)?/(.+)"
+)  # SAELens: release/id
 _PLACE = re.compile(r"(?:layer_(\d+)|(embedding))/width_(\w+)/(canonical|average_l0_\d+)")
 
 
@@ -41,7 +44,10 @@ def table() -> dict[tuple[str, str, str], tuple[str, tuple[int, ...]]]:
     """By release, layer (or "embedding") and width: the canonical L0 ("" if there is none) and all that the hub has."""
     with resources.files("icl_lib.saes.formats").joinpath("gemma_scope.tsv").open(encoding="utf-8") as file:
         rows = csv.DictReader(file, delimiter="\t")
-        return {(r["release"], r["layer"], r["width"]): (r["canonical"], tuple(int(n) for n in r["average_l0"].split())) for r in rows}
+        return {
+            (r["release"], r["layer"], r["width"]): (r["canonical"], tuple(int(n) for n in r["average_l0"].split()))
+            for r in rows
+        }
 
 
 def resolve(name: str) -> str:
@@ -91,13 +97,13 @@ def read(path: Path, site: Sites | None = None, variant: str | None = None) -> S
     """The SAE in a folder with `params.npz`; see `load_sae`."""
     file = path / WEIGHTS if path.is_dir() else path
     sites = site or _sites(file)
-    w = files.take(_read_npz(file), _SPEC, file)
+    w = common.take(_read_npz(file), _SPEC, file)
     if sites[0] == Site("embed"):
         root = math.sqrt(w["W_enc"].shape[0])
-        w = files.fold_output_scale(files.fold_input_scale(w, 1 / root), root)
+        w = common.fold_output_scale(common.fold_input_scale(w, 1 / root), root)
     place = _PLACE.search(file.absolute().as_posix())
     meta = {"folder": place[0]} if place else {}
-    return files.build(w, sites, "jumprelu", file, meta)
+    return common.build(w, sites, "jumprelu", file, meta)
 
 
 def write(sae: SAE, folder: str | Path) -> Path:
@@ -108,8 +114,8 @@ def write(sae: SAE, folder: str | Path) -> Path:
         raise ValueError(f"Gemma Scope has no skip matrices, but the transcoder at {sae.site_in} has one")
     if sae.site_in == Site("embed"):
         root = math.sqrt(sae.d_in)
-        w = files.fold_output_scale(files.fold_input_scale(w, root), 1 / root)
-    files.replace_file(folder / WEIGHTS, lambda partial: np.savez(partial, **w))
+        w = common.fold_output_scale(common.fold_input_scale(w, root), 1 / root)
+    replace_file(folder / WEIGHTS, lambda partial: np.savez(partial, **w))
     return folder
 
 
@@ -136,6 +142,6 @@ def _sites(file: Path) -> Sites:
     if place and place[2]:
         return Site("embed"), Site("embed")
     if not release or not place:
-        raise files.no_site(file)
+        raise common.no_site(file)
     site_in, site_out = (Site(name, int(place[1])) for name in _KINDS[release[2]])
     return site_in, site_out

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from icl_lib.files.write import replace_file
 from icl_lib.models import Site
-from icl_lib.saes.formats import files
-from icl_lib.saes.formats.files import Sites
+from icl_lib.saes.formats import common
+from icl_lib.saes.formats.common import Sites
 from icl_lib.saes.sae import SAE
 
 NAME = re.compile(r"layer_(\d+)\.safetensors")
@@ -23,10 +24,10 @@ _SKIP = {"W_skip": "W_skip o d"}
 
 def read(path: Path, site: Sites | None = None, variant: str | None = None) -> SAE:
     """The transcoder in one file; see `load_sae`."""
-    found = files.read_safetensors(path)
-    w = files.take(found, _SPEC | (_SKIP if "W_skip" in found else {}), path)
+    found = common.read_safetensors(path)
+    w = common.take(found, _SPEC | (_SKIP if "W_skip" in found else {}), path)
     layer = int(NAME.fullmatch(path.name)[1])
-    return files.build(w, site or (Site("mlp_in", layer), Site("mlp_out", layer)), "standard", path)
+    return common.build(w, site or (Site("mlp_in", layer), Site("mlp_out", layer)), "standard", path)
 
 
 def write(sae: SAE, folder: str | Path) -> Path:
@@ -37,5 +38,5 @@ def write(sae: SAE, folder: str | Path) -> Path:
     tensors |= {} if sae.W_skip is None else {"W_skip": sae.W_skip.T}
     tensors = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
     path = Path(folder) / f"layer_{sae.site_in.layer}.safetensors"
-    files.replace_file(path, lambda partial: save_file(tensors, partial))
+    replace_file(path, lambda partial: save_file(tensors, partial))
     return path

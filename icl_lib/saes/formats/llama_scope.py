@@ -11,52 +11,72 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from icl_lib.saes.formats import files
-from icl_lib.saes.formats.files import Sites
+from icl_lib.files.write import replace_file, write_json
+from icl_lib.saes.formats import common
+from icl_lib.saes.formats.common import Sites
 from icl_lib.saes.sae import SAE
 
 CONFIG, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 FILES = (CONFIG, WEIGHTS)
-_SPEC = {"encoder.weight": "W_enc F d", "encoder.bias": "b_enc F", "decoder.weight": "W_dec o F", "decoder.bias": "b_dec o"}
+_SPEC = {
+    "encoder.weight": "W_enc F d",
+    "encoder.bias": "b_enc F",
+    "decoder.weight": "W_dec o F",
+    "decoder.bias": "b_dec o",
+}
 
 
 def read(folder: Path, site: Sites | None = None, variant: str | None = None) -> SAE:
     """The SAE in a folder of Llama Scope; see `load_sae`."""
     path = folder / CONFIG
-    cfg = files.read_json(path)
+    cfg = common.read_json(path)
     if cfg.get("act_fn", "jumprelu") != "jumprelu" or cfg.get("apply_decoder_bias_to_pre_encoder", False):
-        raise ValueError(f"{path} has act_fn {cfg.get('act_fn')!r}; we read the published jumprelu SAEs, which take x as it is")
+        raise ValueError(
+            f"{path} has act_fn {cfg.get('act_fn')!r}; we read the published jumprelu SAEs, which take x as it is"
+        )
     if (norm := cfg.get("norm_activation", "dataset-wise")) != "dataset-wise":
         raise ValueError(
             f"{path} has norm_activation {norm!r}; we read dataset-wise, as published: "
             "no fixed weights scale each token or batch by its own norm"
         )
     theta, norms = cfg.get("jump_relu_threshold"), cfg.get("dataset_average_activation_norm")
-    if not isinstance(theta, int | float) or not isinstance(norms, dict) or not all(norms.get(key, 0) > 0 for key in ("in", "out")):
+    if (
+        not isinstance(theta, int | float)
+        or not isinstance(norms, dict)
+        or not all(norms.get(key, 0) > 0 for key in ("in", "out"))
+    ):
         raise ValueError(
             f"{path} must give jump_relu_threshold and dataset_average_activation_norm with in and out, got {theta} and {norms}"
         )
-    d = files.size(cfg, "d_model", path)
-    w = files.take(files.read_safetensors(folder / WEIGHTS), _SPEC, folder / WEIGHTS, d=d, o=d, F=files.size(cfg, "d_sae", path))
+    d = common.size(cfg, "d_model", path)
+    w = common.take(
+        common.read_safetensors(folder / WEIGHTS), _SPEC, folder / WEIGHTS, d=d, o=d, F=common.size(cfg, "d_sae", path)
+    )
     scale, scale_out = (math.sqrt(d) / norms[key] for key in ("in", "out"))
-    w = files.fold_output_scale(files.fold_input_scale(w, scale), 1 / scale_out)
+    w = common.fold_output_scale(common.fold_input_scale(w, scale), 1 / scale_out)
     w = w | {"threshold": np.full(len(w["b_enc"]), theta * scale, np.float32)}
-    site_in = site[0] if site else files.hook(cfg.get("hook_point_in"), path)
-    site_out = site[1] if site else files.hook(cfg.get("hook_point_out", cfg.get("hook_point_in")), path)
-    return files.build(w, (site_in, site_out), "jumprelu", folder)
+    site_in = site[0] if site else common.hook(cfg.get("hook_point_in"), path)
+    site_out = site[1] if site else common.hook(cfg.get("hook_point_out", cfg.get("hook_point_in")), path)
+    return common.build(w, (site_in, site_out), "jumprelu", folder)
 
 
 def write(sae: SAE, folder: str | Path, threshold: float, mean_norm: float = 1.0) -> Path:
     """Write a jumprelu SAE as Llama Scope does, for inputs of that mean norm. All thresholds must be `threshold`."""
     sae, folder, scale = sae.fold(), Path(folder), math.sqrt(sae.d_in) / mean_norm
     if not np.allclose(sae.threshold, threshold):
-        raise ValueError(f"Llama Scope has one threshold for all latents, not {float(sae.threshold.min())} to {float(sae.threshold.max())}")
+        raise ValueError(
+            f"Llama Scope has one threshold for all latents, not {float(sae.threshold.min())} to {float(sae.threshold.max())}"
+        )
     w = {key: np.asarray(value, np.float32) for key, value in vars(sae).items() if hasattr(value, "shape")}
-    w = files.fold_output_scale(files.fold_input_scale(w, 1 / scale), scale)
+    w = common.fold_output_scale(common.fold_input_scale(w, 1 / scale), scale)
     tensors = {"encoder.weight": w["W_enc"].T.copy(), "encoder.bias": w["b_enc"], "decoder.weight": w["W_dec"].T.copy()}
     cfg = {"d_model": sae.d_in, "d_sae": sae.d_sae, "act_fn": "jumprelu", "jump_relu_threshold": threshold / scale}
     cfg |= {"norm_activation": "dataset-wise", "dataset_average_activation_norm": {"in": mean_norm, "out": mean_norm}}
-    cfg |= {"hook_point_in": str(sae.site_in), "hook_point_out": str(sae.site_out), "apply_decoder_bias_to_pre_encoder": False}
-    files.replace_file(folder / WEIGHTS, lambda partial: save_file(tensors | {"decoder.bias": w["b_dec"]}, partial))
-    files.write_json(folder / CONFIG, cfg)
+    cfg |= {
+        "hook_point_in": str(sae.site_in),
+        "hook_point_out": str(sae.site_out),
+        "apply_decoder_bias_to_pre_encoder": False,
+    }
+    replace_file(folder / WEIGHTS, lambda partial: save_file(tensors | {"decoder.bias": w["b_dec"]}, partial))
+    write_json(folder / CONFIG, cfg)
     return folder

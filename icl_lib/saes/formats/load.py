@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from icl_lib.files.hub import fetch_folder
 from icl_lib.models import Site
-from icl_lib.models.hub import fetch_folder
 from icl_lib.saes.formats import dictionary_learning, gemma_scope, layer_files, llama_scope, saelens, saex, sparsify
 from icl_lib.saes.sae import SAE
 
@@ -49,7 +49,9 @@ def load_sae(
     path = _locate(str(name), revision)
     kind = detect(path)
     if kind is None:
-        raise FileNotFoundError(f"{path} holds no SAE that we can read: expected one of {', '.join(dict.fromkeys(_FILES))}")
+        raise FileNotFoundError(
+            f"{path} holds no SAE that we can read: expected one of {', '.join(dict.fromkeys(_FILES))}"
+        )
     if variant is not None and variant not in _VARIANTS.get(kind, ()):
         has = ", ".join(f"{v!r} of {k}" for k, names in _VARIANTS.items() for v in names)
         raise ValueError(f"variant {variant!r} is not one of {kind}, the format of {path}; there are {has}")
@@ -70,7 +72,9 @@ def detect(path: Path) -> str | None:
         cfg = json.loads((path / saelens.CONFIG).read_text())
     except ValueError:
         return "saelens"  # whose reader says what is wrong with the file
-    ours = isinstance(cfg, dict) and "l1_coefficient" in cfg and not cfg.keys() & {"metadata", "hook_name", "hook_point"}
+    ours = (
+        isinstance(cfg, dict) and "l1_coefficient" in cfg and not cfg.keys() & {"metadata", "hook_name", "hook_point"}
+    )
     return "saex" if ours else "saelens"
 
 
@@ -118,7 +122,9 @@ def fetch_suite(name: str, revision: str | None) -> Path:
     except FileNotFoundError as error:
         if not inside:
             raise
-        raise FileNotFoundError(f"no folder {name!r} here; on the hub, {inside} of {repo} is not to be had either: {error}") from error
+        raise FileNotFoundError(
+            f"no folder {name!r} here; on the hub, {inside} of {repo} is not to be had either: {error}"
+        ) from error
     if not (root / inside).is_dir():
         raise FileNotFoundError(f"no folder {name!r} here, and " + _absent(repo, inside, revision))
     return root / inside
@@ -127,7 +133,9 @@ def fetch_suite(name: str, revision: str | None) -> Path:
 def _split(name: str) -> tuple[str, str]:
     """Repository on the hub and path in it; empty for what can only be a folder here."""
     parts = name.strip("/").split("/")
-    return ("", "") if len(parts) < 2 or name.startswith(("/", ".", "~")) else ("/".join(parts[:2]), "/".join(parts[2:]))
+    return (
+        ("", "") if len(parts) < 2 or name.startswith(("/", ".", "~")) else ("/".join(parts[:2]), "/".join(parts[2:]))
+    )
 
 
 def _absent(repo: str, what: str, revision: str | None) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from safetensors.flax import save_file
 
+from icl_lib.files.write import replace_file, write_json
 from icl_lib.models import Site
-from icl_lib.saes.formats import files
-from icl_lib.saes.formats.files import Sites, Weights
+from icl_lib.saes.formats import common
+from icl_lib.saes.formats.common import Sites, Weights
 from icl_lib.saes.sae import SAE
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
@@ -41,24 +42,26 @@ _KNOWN_SCALES = {"gemma_2b_blocks.12.hook_resid_post_16384": 0.21381938399317255
 def read(folder: Path, site: Sites | None = None, variant: str | None = None) -> SAE:
     """The SAE in a folder of SAELens; see `load_sae`."""
     path = folder / CONFIG
-    cfg = _new_style(files.read_json(path), path)
+    cfg = _new_style(common.read_json(path), path)
     form, spec = _LAYOUTS[cfg["architecture"]]
     transcoder = "transcoder" in cfg["architecture"]
-    d_in, d_sae = (files.size(cfg, key, path) for key in ("d_in", "d_sae"))
+    d_in, d_sae = (common.size(cfg, key, path) for key in ("d_in", "d_sae"))
     sites = site or _sites(cfg, path, transcoder)
-    found = files.read_safetensors(folder / WEIGHTS)
+    found = common.read_safetensors(folder / WEIGHTS)
     if "scaling_factor" in found:  # an old addition, all ones unless the SAE was fine-tuned with it
         if not np.allclose(found.pop("scaling_factor"), 1):
-            raise ValueError(f"{folder / WEIGHTS} has a scaling_factor other than 1: fine-tuned features are not part of our SAEs")
-    w = files.take(found, spec, folder / WEIGHTS, d=d_in, F=d_sae, o=cfg.get("d_out", d_in))
+            raise ValueError(
+                f"{folder / WEIGHTS} has a scaling_factor other than 1: fine-tuned features are not part of our SAEs"
+            )
+    w = common.take(found, spec, folder / WEIGHTS, d=d_in, F=d_sae, o=cfg.get("d_out", d_in))
     # SAELens' default is true, and no transcoder of its applies it, whose b_dec is as wide as the output
     if cfg.get("apply_b_dec_to_input", True) and not transcoder:
-        w = files.fold_input_shift(w, w["b_dec"])
+        w = common.fold_input_shift(w, w["b_dec"])
     if form == "topk" and cfg.get("rescale_acts_by_decoder_norm", False):
-        w = files.fold_feature_scale(w, np.linalg.norm(w["W_dec"], axis=1), folder)
+        w = common.fold_feature_scale(w, np.linalg.norm(w["W_dec"], axis=1), folder)
     w = _unscaled(w, cfg, folder)
     meta = {k: v for k, v in cfg["metadata"].items() if k not in ("hook_name", "hook_name_out", "sae_lens_version")}
-    return files.build(w, sites, form, folder, meta, k=files.size(cfg, "k", path) if form == "topk" else None)
+    return common.build(w, sites, form, folder, meta, k=common.size(cfg, "k", path) if form == "topk" else None)
 
 
 def write(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
@@ -71,9 +74,9 @@ def write(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
         ours = entry.split()[0]
         value = getattr(sae, ours)
         weights[theirs] = (value.T if ours == "W_skip" else value).astype(dtype if value.ndim == 2 else "float32")
-    files.check_finite(weights, f"{folder} (as {dtype})")
-    files.replace_file(folder / WEIGHTS, lambda path: save_file(weights, path))
-    files.write_json(folder / CONFIG, _config(sae, name, dtype))
+    common.check_finite(weights, f"{folder} (as {dtype})")
+    replace_file(folder / WEIGHTS, lambda path: save_file(weights, path))
+    write_json(folder / CONFIG, _config(sae, name, dtype))
     return folder
 
 
@@ -81,12 +84,22 @@ def _name(sae: SAE) -> str:
     if not sae.is_transcoder:
         return sae.architecture
     if sae.architecture == "topk":
-        raise ValueError(f"SAELens has no topk transcoder, and the one at {sae.site_in} cannot be folded: formats.sparsify writes it")
-    return {"standard": "", "jumprelu": "jumprelu_"}[sae.architecture] + ("skip_" if sae.W_skip is not None else "") + "transcoder"
+        raise ValueError(
+            f"SAELens has no topk transcoder, and the one at {sae.site_in} cannot be folded: formats.sparsify writes it"
+        )
+    return (
+        {"standard": "", "jumprelu": "jumprelu_"}[sae.architecture]
+        + ("skip_" if sae.W_skip is not None else "")
+        + "transcoder"
+    )
 
 
 def _config(sae: SAE, architecture: str, dtype: str) -> dict[str, Any]:
-    meta = dict(sae.metadata) | {"hook_name": str(sae.site_in), "hook_head_index": None, "sae_lens_version": LAYOUT_VERSION}
+    meta = dict(sae.metadata) | {
+        "hook_name": str(sae.site_in),
+        "hook_head_index": None,
+        "sae_lens_version": LAYOUT_VERSION,
+    }
     cfg = {"architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": dtype, "device": "cpu"}
     cfg |= {"apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none"}
     if sae.site_in.name == "z":
@@ -104,10 +117,16 @@ def _new_style(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
     if not isinstance(cfg.get("metadata"), dict):
         hook = cfg.get("hook_name", cfg.get("hook_point"))
         if hook is None:
-            raise ValueError(f"{path} lacks metadata with a hook_name, and hook_point as well: it is no config of SAELens")
+            raise ValueError(
+                f"{path} lacks metadata with a hook_name, and hook_point as well: it is no config of SAELens"
+            )
         head = cfg.get("hook_head_index", cfg.get("hook_point_head_index"))
         activation = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
-        meta = {k: cfg[k] for k in ("model_name", "dataset_path", "context_size", "prepend_bos", "neuronpedia_id") if k in cfg}
+        meta = {
+            k: cfg[k]
+            for k in ("model_name", "dataset_path", "context_size", "prepend_bos", "neuronpedia_id")
+            if k in cfg
+        }
         cfg = {"architecture": "standard"} | cfg | {"metadata": meta | {"hook_name": hook, "hook_head_index": head}}
         if activation == "topk":
             cfg |= {"architecture": "topk", "k": (cfg.get("activation_fn_kwargs") or {}).get("k")}
@@ -119,7 +138,9 @@ def _new_style(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
             "sae-lens writes its other training SAEs as jumprelu with save_inference_model"
         )
     if cfg["metadata"].get("hook_head_index") is not None:
-        raise ValueError(f"{path} is for the single head {cfg['metadata']['hook_head_index']} of its hook; we read SAEs of whole sites")
+        raise ValueError(
+            f"{path} is for the single head {cfg['metadata']['hook_head_index']} of its hook; we read SAEs of whole sites"
+        )
     return cfg
 
 
@@ -132,17 +153,21 @@ def _sites(cfg: dict[str, Any], path: Path, transcoder: bool) -> Sites:
         raise ValueError(f"{path} is for a transcoder but names no hook_name_out: pass site=(input, output)")
     site_out = _site(out, model, path) if out else site_in
     if transcoder and site_in == site_out:
-        raise ValueError(f"{path} is for a transcoder, but its input and its output are both {site_in}: pass site=(input, output)")
+        raise ValueError(
+            f"{path} is for a transcoder, but its input and its output are both {site_in}: pass site=(input, output)"
+        )
     return site_in, site_out
 
 
 def _site(name: Any, model: str, path: Path) -> Site:
     """The site of a TransformerLens hook, or of a module of Hugging Face's, by which SAELens means what the module returns."""
-    found = files.place(str(name))
+    found = common.place(str(name))
     if found is None:
-        return files.hook(name, path)
+        return common.hook(name, path)
     if found.name in ("attn_out", "mlp_out") and re.search(r"gemma-?[23](?!b)", model):  # not of gemma-2b, the first
-        raise ValueError(f"{path}: {name} of {model} lies before a second norm, and our site behind it: pass site= if another one is meant")
+        raise ValueError(
+            f"{path}: {name} of {model} lies before a second norm, and our site behind it: pass site= if another one is meant"
+        )
     return found
 
 
@@ -161,13 +186,15 @@ def _unscaled(w: Weights, cfg: dict[str, Any], folder: Path) -> Weights:
             "fixed weights do; we read none and expected_average_only_in"
         )
     if how not in (True, "expected_average_only_in"):
-        raise ValueError(f"{folder / CONFIG} has normalize_activations = {how!r}; we read none and expected_average_only_in")
+        raise ValueError(
+            f"{folder / CONFIG} has normalize_activations = {how!r}; we read none and expected_average_only_in"
+        )
     scaler = folder / SCALER
-    scale = files.read_json(scaler).get("scaling_factor") if scaler.is_file() else None
+    scale = common.read_json(scaler).get("scaling_factor") if scaler.is_file() else None
     scale = scale or cfg.get("norm_scaling_factor") or _KNOWN_SCALES.get(folder.name)
     if not isinstance(scale, float | int) or scale <= 0:
         raise ValueError(
             f"{folder / CONFIG} has normalize_activations = expected_average_only_in, but the scale is nowhere: write "
             f'{{"scaling_factor": sqrt(d_in) / mean norm of the activations}} to {scaler}'
         )
-    return files.fold_output_scale(files.fold_input_scale(w, float(scale)), 1 / float(scale))
+    return common.fold_output_scale(common.fold_input_scale(w, float(scale)), 1 / float(scale))

@@ -19,41 +19,57 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from icl_lib.files.write import replace_file, write_json
 from icl_lib.models import Site
-from icl_lib.saes.formats import files
-from icl_lib.saes.formats.files import Sites, Weights
+from icl_lib.saes.formats import common
+from icl_lib.saes.formats.common import Sites, Weights
 from icl_lib.saes.sae import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 VARIANTS = ("paper",)
 _PLAIN = {"W_enc": "W_enc d F", "b_enc": "b_enc F", "W_dec": "W_dec F o", "b_dec": "b_dec o"}
 _OPTIONAL = {"scaling_factor": "c F", "s_gate": "s_gate F", "b_gate": "b_mag F", "mean_norm": "n", "tgt_mean_norm": "m"}
-_KINDS = {"residual": ("resid_pre", "resid_pre"), "attn_out": ("attn_out", "attn_out"), "transcoder": ("mlp_in", "mlp_out")}
+_KINDS = {
+    "residual": ("resid_pre", "resid_pre"),
+    "attn_out": ("attn_out", "attn_out"),
+    "transcoder": ("mlp_in", "mlp_out"),
+}
 
 
 def read(folder: Path, site: Sites | None = None, variant: str | None = None) -> SAE:
     """The SAE in a folder of saex, in the form that was trained or in that of the paper's experiments; see `load_sae`."""
     path = folder / WEIGHTS
-    cfg = files.read_json(folder / CONFIG)
-    found = files.read_safetensors(path)
+    cfg = common.read_json(folder / CONFIG)
+    found = common.read_safetensors(path)
     spec = _PLAIN | {name: entry for name, entry in _OPTIONAL.items() if name in found}
     if ("s_gate" in spec) != ("b_gate" in spec):
-        raise ValueError(f"{path} must hold both s_gate and b_gate or neither, it has {'s_gate' if 's_gate' in spec else 'b_gate'}")
-    w = files.take(found, spec, path, d=files.size(cfg, "d_in", folder / CONFIG), F=files.size(cfg, "d_sae", folder / CONFIG))
+        raise ValueError(
+            f"{path} must hold both s_gate and b_gate or neither, it has {'s_gate' if 's_gate' in spec else 'b_gate'}"
+        )
+    w = common.take(
+        found, spec, path, d=common.size(cfg, "d_in", folder / CONFIG), F=common.size(cfg, "d_sae", folder / CONFIG)
+    )
     w, d = _normalised(w), w["W_enc"].shape[0]
     scale = w.pop("c", np.ones(w["b_enc"].shape, np.float32))
-    meta = {"l1_coefficient": cfg.get("l1_coefficient"), "variant": variant or "trained", "folder": folder.name, "d_model": d}
+    meta = {
+        "l1_coefficient": cfg.get("l1_coefficient"),
+        "variant": variant or "trained",
+        "folder": folder.name,
+        "d_model": d,
+    }
     if "s_gate" not in w:  # plain ReLU, its features multiplied
         w = w | {"W_enc": w["W_enc"] * scale[None, :], "b_enc": w["b_enc"] * scale}
-        return files.build(w, site or _sites(folder), "standard", folder, meta)
+        return common.build(w, site or _sites(folder), "standard", folder, meta)
     s = np.logaddexp(0, w.pop("s_gate")) * scale
     if not (s > 0).all():
-        raise ValueError(f"{path}: softplus(s_gate) * scaling_factor is not positive at {np.flatnonzero(s <= 0)[:5].tolist()}")
+        raise ValueError(
+            f"{path}: softplus(s_gate) * scaling_factor is not positive at {np.flatnonzero(s <= 0)[:5].tolist()}"
+        )
     if variant == "paper":
         threshold = np.maximum(0, w.pop("b_mag") - w["b_enc"] * s)
         w = w | {"W_enc": w["W_enc"] * s[None, :], "b_enc": w["b_enc"] * s, "threshold": threshold}
-        return files.build(w, site or _sites(folder), "jumprelu", folder, meta)
-    return files.build(w | {"r_mag": np.log(s)}, site or _sites(folder), "gated", folder, meta)
+        return common.build(w, site or _sites(folder), "jumprelu", folder, meta)
+    return common.build(w | {"r_mag": np.log(s)}, site or _sites(folder), "gated", folder, meta)
 
 
 def write(sae: SAE, folder: str | Path, mean_norm: float | None = None) -> Path:
@@ -63,7 +79,7 @@ def write(sae: SAE, folder: str | Path, mean_norm: float | None = None) -> Path:
     folder = Path(folder)
     w = {key: np.asarray(value, np.float32) for key, value in vars(sae).items() if hasattr(value, "shape")}
     if mean_norm is not None:
-        w = files.fold_output_scale(files.fold_input_scale(w, mean_norm / math.sqrt(sae.d_in)), math.sqrt(sae.d_in))
+        w = common.fold_output_scale(common.fold_input_scale(w, mean_norm / math.sqrt(sae.d_in)), math.sqrt(sae.d_in))
     tensors = {name: w[name] for name in _PLAIN} | {"b_gate": w["b_mag"]}
     tensors["s_gate"] = np.log(np.expm1(np.exp(w["r_mag"])))  # the inverse of softplus
     tensors["scaling_factor"] = np.ones(sae.d_sae, np.float32)
@@ -71,8 +87,8 @@ def write(sae: SAE, folder: str | Path, mean_norm: float | None = None) -> Path:
     cfg = {"d_in": sae.d_in, "dtype": "float32", "expansion_factor": sae.d_sae // sae.d_in, "l1_coefficient": 0.0}
     cfg |= {"train_batch_size": 1, "dead_feature_window": 1, "use_ghost_grads": True, "d_sae": sae.d_sae}
     tensors = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
-    files.replace_file(folder / WEIGHTS, lambda partial: save_file(tensors, partial))
-    files.write_json(folder / CONFIG, cfg)
+    replace_file(folder / WEIGHTS, lambda partial: save_file(tensors, partial))
+    write_json(folder / CONFIG, cfg)
     return folder
 
 
@@ -84,13 +100,13 @@ def _normalised(w: Weights) -> Weights:
     w = {name: value for name, value in w.items() if name not in ("n", "m")}
     if norm == 1:
         return w
-    return files.fold_output_scale(files.fold_input_scale(w, root / norm), target / root)
+    return common.fold_output_scale(common.fold_input_scale(w, root / norm), target / root)
 
 
 def _sites(folder: Path) -> Sites:
     """From a name like it-l12-attn_out-test-run-1-2.00E-05, or l16-test-run-3-4e-05 for the residual."""
     match = re.match(r"(?:it-)?l(\d+)-(?:(residual|attn_out|transcoder)-)?test-run", folder.absolute().name)
     if not match:
-        raise files.no_site(folder)
+        raise common.no_site(folder)
     site_in, site_out = (Site(name, int(match[1])) for name in _KINDS[match[2] or "residual"])
     return site_in, site_out

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.flax import save_file
 
+from icl_lib.files.write import replace_file, write_json
 from icl_lib.models import Site
-from icl_lib.saes.formats import files
-from icl_lib.saes.formats.files import Sites
+from icl_lib.saes.formats import common
+from icl_lib.saes.formats.common import Sites
 from icl_lib.saes.sae import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -26,16 +27,18 @@ _SPEC = {"encoder.weight": "W_enc F d", "encoder.bias": "b_enc F", "W_dec": "W_d
 def read(folder: Path, site: Sites | None = None, variant: str | None = None) -> SAE:
     """The SAE or transcoder in a folder of sparsify; see `load_sae`. An SAE encodes x - b_dec, a transcoder x."""
     path = folder / CONFIG
-    cfg = files.read_json(path)
+    cfg = common.read_json(path)
     transcoder = bool(cfg.get("transcode", False))
-    d_in, k = files.size(cfg, "d_in", path), files.size(cfg, "k", path)
-    d_sae = cfg.get("num_latents") or d_in * files.size(cfg, "expansion_factor", path)
+    d_in, k = common.size(cfg, "d_in", path), common.size(cfg, "k", path)
+    d_sae = cfg.get("num_latents") or d_in * common.size(cfg, "expansion_factor", path)
     if cfg.get("activation", "topk") != "topk" or cfg.get("signed", False):
-        raise ValueError(f"{path} has activation {cfg.get('activation')!r}, signed {cfg.get('signed', False)}; we read topk, not signed")
+        raise ValueError(
+            f"{path} has activation {cfg.get('activation')!r}, signed {cfg.get('signed', False)}; we read topk, not signed"
+        )
     spec = _SPEC | ({"W_skip": "W_skip o d"} if cfg.get("skip_connection", False) else {})
-    w = files.take(files.read_safetensors(folder / WEIGHTS), spec, folder / WEIGHTS, d=d_in, F=d_sae, o=d_in)
-    w = w if transcoder else files.fold_input_shift(w, w["b_dec"])
-    return files.build(w, site or _sites(cfg, folder, transcoder), "topk", folder, cfg.get("metadata"), k=k)
+    w = common.take(common.read_safetensors(folder / WEIGHTS), spec, folder / WEIGHTS, d=d_in, F=d_sae, o=d_in)
+    w = w if transcoder else common.fold_input_shift(w, w["b_dec"])
+    return common.build(w, site or _sites(cfg, folder, transcoder), "topk", folder, cfg.get("metadata"), k=k)
 
 
 def write(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
@@ -44,27 +47,41 @@ def write(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
     Raises `ValueError` on another architecture, on a transcoder between widths, or if a weight is not finite in `dtype`.
     """
     if sae.architecture != "topk" or sae.d_in != sae.d_out:
-        raise ValueError(f"sparsify's files are for topk SAEs of one width, got a {sae.architecture} one, {sae.d_in} to {sae.d_out}")
+        raise ValueError(
+            f"sparsify's files are for topk SAEs of one width, got a {sae.architecture} one, {sae.d_in} to {sae.d_out}"
+        )
     folder = Path(folder)
     w = {key: np.asarray(value, np.float32) for key, value in vars(sae).items() if hasattr(value, "shape")}
-    w = w if sae.is_transcoder else files.fold_input_shift(w, -w["b_dec"])
-    tensors = {"encoder.weight": w["W_enc"].T.copy(), "encoder.bias": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
+    w = w if sae.is_transcoder else common.fold_input_shift(w, -w["b_dec"])
+    tensors = {
+        "encoder.weight": w["W_enc"].T.copy(),
+        "encoder.bias": w["b_enc"],
+        "W_dec": w["W_dec"],
+        "b_dec": w["b_dec"],
+    }
     tensors |= {"W_skip": w["W_skip"].T.copy()} if "W_skip" in w else {}
     tensors = {name: jnp.asarray(value, dtype if value.ndim == 2 else "float32") for name, value in tensors.items()}
-    files.check_finite(tensors, f"{folder} (as {dtype})")
-    cfg = {"activation": "topk", "expansion_factor": 1, "num_latents": sae.d_sae, "k": sae.k, "d_in": sae.d_in, "multi_topk": False}
+    common.check_finite(tensors, f"{folder} (as {dtype})")
+    cfg = {
+        "activation": "topk",
+        "expansion_factor": 1,
+        "num_latents": sae.d_sae,
+        "k": sae.k,
+        "d_in": sae.d_in,
+        "multi_topk": False,
+    }
     cfg |= {"normalize_decoder": False, "skip_connection": "W_skip" in w, "transcode": sae.is_transcoder}
     cfg |= {"site_in": str(sae.site_in), "site_out": str(sae.site_out), "metadata": dict(sae.metadata)}
-    files.replace_file(folder / WEIGHTS, lambda partial: save_file(tensors, partial))
-    files.write_json(folder / CONFIG, cfg)
+    replace_file(folder / WEIGHTS, lambda partial: save_file(tensors, partial))
+    write_json(folder / CONFIG, cfg)
     return folder
 
 
 def _sites(cfg: dict[str, Any], folder: Path, transcoder: bool) -> Sites:
     if "site_in" in cfg:
-        return files.hook(cfg["site_in"], folder), files.hook(cfg.get("site_out", cfg["site_in"]), folder)
+        return common.hook(cfg["site_in"], folder), common.hook(cfg.get("site_out", cfg["site_in"]), folder)
     name = folder.absolute().name
-    found = files.place(name)
+    found = common.place(name)
     if transcoder:
         match = re.fullmatch(r"(?:model\.)?layers[._](\d+)\.mlp", name)
         if not match:
@@ -73,5 +90,5 @@ def _sites(cfg: dict[str, Any], folder: Path, transcoder: bool) -> Sites:
             )
         return Site("mlp_in", int(match[1])), Site("mlp_out", int(match[1]))
     if found is None:
-        raise files.no_site(folder)
+        raise common.no_site(folder)
     return found, found

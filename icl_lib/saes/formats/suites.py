@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from icl_lib.files.processes import to_host
 from icl_lib.models import ModelConfig, Site
-from icl_lib.models.sharding import to_host
 from icl_lib.saes.formats import layer_files, saelens, sparsify
 from icl_lib.saes.formats.load import detect, fetch_suite, is_one, load_sae
 from icl_lib.saes.sae import SAE
@@ -47,7 +47,9 @@ def load_suite(
     layers, kept = None if layers is None else tuple(layers), None if sites is None else frozenset(sites)
     sources = [source] if isinstance(source, str | Path) else list(source)
     suite: dict[Site, SAE] = {}
-    for pattern, name in [(str(each), name) for each in sources for name in _names(str(each), config, layers, revision)]:
+    for pattern, name in [
+        (str(each), name) for each in sources for name in _names(str(each), config, layers, revision)
+    ]:
         sae = _renamed(load_sae(name, revision, variant), config)
         if layers is not None and not has_layer(pattern) and sae.site_in.layer not in layers:
             continue
@@ -110,7 +112,9 @@ def has_layer(pattern: str) -> bool:
     """Whether a name stands for many: `{layer}` or `{layer:0-16}` is in it. Raises `ValueError` on any other form of it."""
     match = _LAYER.search(pattern)
     if "{layer" in pattern and (match is None or (match[1] and int(match[1]) > int(match[2]))):
-        raise ValueError(f"{pattern!r}: layers are written {{layer}}, or {{layer:0-16}} where only those from 0 to 16 have an SAE")
+        raise ValueError(
+            f"{pattern!r}: layers are written {{layer}}, or {{layer:0-16}} where only those from 0 to 16 have an SAE"
+        )
     return match is not None
 
 
@@ -129,8 +133,13 @@ def _names(source: str, config: ModelConfig | None, layers: tuple[int, ...] | No
     """Names for `load_sae` of what one source stands for."""
     if has_layer(source):
         if layers is None and config is None:
-            raise ValueError(f"{source!r} has a {{layer}} in it: say which with layers=[...], or pass the model's config for all")
-        return [with_layer(source, layer) for layer in layers_of(source, range(config.n_layers) if layers is None else layers)]
+            raise ValueError(
+                f"{source!r} has a {{layer}} in it: say which with layers=[...], or pass the model's config for all"
+            )
+        return [
+            with_layer(source, layer)
+            for layer in layers_of(source, range(config.n_layers) if layers is None else layers)
+        ]
     if is_one(source) and not Path(source).is_dir():
         return [source]
     folder = fetch_suite(source, revision)
@@ -150,4 +159,6 @@ def _renamed(sae: SAE, config: ModelConfig | None) -> SAE:
     site = sae.site_in
     if config is None or site.name != "resid_post" or site.layer + 1 >= config.n_layers or sae.is_transcoder:
         return sae
-    return dataclasses.replace(sae, site_in=Site("resid_pre", site.layer + 1), site_out=Site("resid_pre", site.layer + 1))
+    return dataclasses.replace(
+        sae, site_in=Site("resid_pre", site.layer + 1), site_out=Site("resid_pre", site.layer + 1)
+    )

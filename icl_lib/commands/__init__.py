@@ -1,0 +1,1 @@
+"""Everything with a `main()`: `python -m icl_lib.commands.NAME`."""

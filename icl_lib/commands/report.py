@@ -1,0 +1,30 @@
+"""`python -m icl_lib.commands.report params/tiny.yaml`: the report of a card's run, or of a run folder, and its ledger on the terminal."""
+
+import sys
+from pathlib import Path
+
+from icl_lib.cards.card import CardError, check_card
+from icl_lib.files.paths import run_folder
+from icl_lib.runs.ledger import show
+from icl_lib.runs.report import build
+from icl_lib.runs.store import StoreError
+
+
+def main(argv: list[str]) -> int:
+    """Build the report of a run folder or of a card, print the ledger and where things are."""
+    try:
+        target = argv[0] if argv else "runs/tiny"
+        run_dir = run_folder(check_card(target)["run_dir"] if Path(target).suffix in (".yaml", ".yml") else target)
+        index, table = build(run_dir)
+    except (CardError, StoreError) as err:
+        print(err, file=sys.stderr)
+        return 2
+    print(show(table))
+    print(
+        f"\nExecuted notebooks: {run_dir / 'notebooks'}\nLedger:             {run_dir / 'ledger.json'}\nReport:             {index}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,104 @@
+"""`python -m icl_lib.commands.train params/suites/gemma-1-2b.yaml`: train the suite of a card; the same command goes on with it.
+
+A card of a suite names a model, a text and the SAEs; `SuiteCard` says what each key means.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+import pandas as pd
+from jax.sharding import AxisType, Mesh
+
+from icl_lib.cards.card import CardError
+from icl_lib.cards.suite import SuiteCard, members, read_suite_card, recipe
+from icl_lib.embedded.icl_tiny.language import LANGUAGE
+from icl_lib.files.paths import resolve, run_folder
+from icl_lib.models import load_config, load_model, load_tokenizer
+from icl_lib.models.sharding import make_mesh
+from icl_lib.runs import devices
+from icl_lib.text.corpus import Corpus, TextCorpus, open_text
+from icl_lib.training.job import train_suite
+from icl_lib.training.plan import AXIS
+from icl_lib.training.recipes import TrainingError
+
+
+def corpus(card: SuiteCard, bos_id: int | None) -> Corpus:
+    """The text of the card, tokenised for its model."""
+    if card.text == LANGUAGE:
+        from icl_lib.embedded.icl_tiny.stream import LanguageCorpus
+
+        return LanguageCorpus(card.context, seed=card.seed)
+    stream = open_text(resolve(card.text), subset=card.subset, revision=card.text_revision)
+    tokenizer = load_tokenizer(resolve(card.model), card.revision)
+    which = ", ".join(filter(None, (card.subset, card.text_revision)))
+    name = f"{card.text} ({which})" if which else card.text
+    return TextCorpus(
+        stream, tokenizer, card.context, bos_id=bos_id, text_column=card.text_column, epochs=card.epochs, name=name
+    )
+
+
+def meshes(card: SuiteCard) -> tuple[Mesh | None, Mesh | None]:
+    """That of the language model and that of the SAEs, over the same devices in the same order; None where there is one device.
+
+    Raises `CardError` if the devices do not divide into copies of the model.
+    """
+    n, each = jax.device_count(), card.devices_per_model
+    if jax.local_device_count() % each:
+        raise CardError(
+            f"`devices_per_model`: {each} does not divide the {jax.local_device_count()} {jax.default_backend()} device(s) of a process"
+        )
+    if n == 1:
+        return None, None
+    of_model = make_mesh(data=n // each, model=each)
+    return of_model, Mesh(of_model.devices.ravel(), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def run(card: SuiteCard) -> Path:
+    """Train the suite; on several devices each copy of the model has its share of the contexts. Gives the folder of the SAEs."""
+    config = load_config(resolve(card.model), card.revision)
+    suite, how = members(card, config.n_layers), recipe(card)
+    for member in suite:
+        config.check_layer(member.site.layer, "layer of the card")
+    of_model, mesh = meshes(card)
+    text = corpus(card, config.bos_id)
+    model = load_model(resolve(card.model), card.revision, card.dtype, of_model)
+    train_suite(
+        model, text, suite, how, run_folder(card.run_dir), seed=card.seed, contexts=card.contexts, passes=card.passes,
+        steps_per_pass=card.steps_per_pass, held_out=card.held_out, save_every=card.save_every, keep=card.keep, mesh=mesh, shard=card.shard,
+        metadata={"model_name": card.model, "dataset": card.text, "context_size": card.context},
+    )  # fmt: skip
+    return run_folder(card.run_dir) / "saes"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("card", type=Path)
+    try:
+        card = read_suite_card(parser.parse_args().card)
+        devices.setup(card.run_dir)
+        print(f"wrote {run(card)}")
+        if (table := run_folder(card.run_dir) / "quality.parquet").is_file():
+            shown = [
+                "site",
+                "d_sae",
+                "sparsity",
+                "l0",
+                "fvu",
+                "ce_recovered_zero",
+                "ce_recovered_mean",
+                "dead",
+                "dense",
+            ]
+            print(
+                f"quality on {card.held_out} contexts held out:\n{pd.read_parquet(table)[shown].round(3).to_string(index=False)}"
+            )
+    except (TrainingError, ValueError, OSError) as err:
+        print(err, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

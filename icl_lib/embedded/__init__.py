@@ -1,0 +1,1 @@
+"""The embedded models: what comes with the repository and works without a network."""

@@ -1,0 +1,1 @@
+"""`icl-tiny`: its language, its pretraining, and the suite of SAEs made with it."""

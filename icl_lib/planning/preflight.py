@@ -1,0 +1,241 @@
+"""Does a card fit on a machine, and what would it take? Said before anything is downloaded or paid for.
+
+    python -m icl_lib.commands.preflight params/gemma-2-9b.yaml --devices 8xv5e
+
+Prints parameters, bytes per device, disk, FLOPs and a time estimate per notebook, and the largest batch that fits; exit status 1 and one
+message if the card cannot fit. It needs no network: the sizes of the cards' models are part of the package, those of any other are read
+from its folder. Where the named devices are there, the largest computations are compiled for them (at two depths, from which the full one
+follows: memory and FLOPs are linear in the number of layers) and the compiler's figures take the place of the arithmetic; host memory
+and disk are then this machine's, and have to suffice as well.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from huggingface_hub import constants, try_to_load_from_cache
+
+import icl_lib.models.families as families
+from icl_lib.cards.card import LOCAL
+from icl_lib.cards.checks import check_against_model, config_of
+from icl_lib.files.paths import resolve
+from icl_lib.models import ModelConfig
+from icl_lib.models.sharding import check_mesh, largest_split, make_mesh, shardings
+from icl_lib.planning.dictionaries import Dictionary, dictionaries
+from icl_lib.planning.hardware import EFFICIENCY, Devices, host_memory, present, with_own_memory
+from icl_lib.planning.workload import Step, parameters, steps
+
+_DEPTHS = (2, 4)  # layers of the models that are compiled; even, for families whose layers alternate
+
+
+class PreflightError(ValueError):
+    """A card that cannot run on the machine named; one message, with what would help."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Everything that `show` prints. Bytes are of one device unless they are called total."""
+
+    card: Mapping[str, Any]
+    config: ModelConfig
+    devices: Devices
+    split: int  # devices along the model's axis
+    n_params: int
+    weights: int  # bytes
+    saes: list[Dictionary]
+    steps: list[Step]
+    disk: int  # bytes that are still to be downloaded
+    host: int  # bytes of activations that notebook 01 keeps in host memory
+    here: bool  # the devices are this machine's, and the figures of every step in which the model runs the compiler's
+
+    def host_bytes(self, step: Step) -> int:
+        """Host memory while a step runs: the activations that notebook 01 keeps, and on a CPU all else too."""
+        return (self.host if step.notebook == "01" else 0) + (
+            self.peak(step) * self.devices.count if self.devices.kind == "cpu" else 0
+        )
+
+    def sae_bytes(self, notebook: str) -> int:
+        """SAEs that a notebook holds: residual ones in 02 and 03, those of two layers in 04, all in the others; none in 00."""
+        held = {
+            "00": [],
+            "02": [d for d in self.saes if d.kind == "resid"],
+            "04": [d for d in self.saes if d.kind == "resid"][:2],
+        }
+        return sum(d.bytes for d in held.get("02" if notebook == "03" else notebook, self.saes)) // self.split
+
+    def peak(self, step: Step) -> int:
+        """Weights, SAEs and work arrays while a step runs."""
+        return self.weights + self.sae_bytes(step.notebook) + step.temp
+
+    def hours(self, notebook: str) -> float:
+        """Time of a notebook at the usual part of the peak speed."""
+        return (
+            sum(s.flops * s.times for s in self.steps if s.notebook == notebook)
+            / (self.devices.flops * self.split * EFFICIENCY)
+            / 3600
+        )
+
+    def largest_batch(self, step: Step) -> int:
+        """Rows of this step that would fit."""
+        return max(0, step.rows + (self.devices.memory - self.peak(step)) // step.per_row)
+
+
+def sizes_of(model: str) -> ModelConfig:
+    """The config of a known model or of a folder. Raises `PreflightError` for any other."""
+    config = config_of(model)
+    if config is None:
+        raise PreflightError(
+            f"the sizes of {model!r} are not known here: pass a folder with its config.json as `model` in the card"
+        )
+    return config
+
+
+def estimate(card: Mapping[str, Any], devices: Devices, compile: bool | None = None) -> Estimate:
+    """What the card asks of these devices. `compile` None compiles where they are present. Raises `PreflightError` or `CardError`."""
+    config = sizes_of(card["model"])
+    check_against_model(card, card["card"])
+    split, size = largest_split(config, devices.count), 4 if devices.dtype == "float32" else 2
+    n = parameters(config)
+    saes, todo = dictionaries(card, config), steps(card, config, split, devices.dtype)
+    if compile is None and (compile := present(devices)):
+        devices = with_own_memory(devices)
+    if compile:
+        todo = [measured(step, config, devices.dtype, split) for step in todo]
+    # a matrix that does not divide (words, key-value heads) is whole on every device; it is the embedding that counts
+    whole = config.d_vocab * config.d_model * (1 if config.tied else 2) if config.d_vocab % split else 0
+    weights = int(size * ((n - whole) / split + whole))
+    rows = max(s.seq for s in todo if s.notebook == "01") * (card["rate_rows"] * len(saes) + 500)
+    disk = 0 if _downloaded(card["model"]) else n * _stored(card["model"])
+    disk += sum(d.bytes for d in saes) if any(not name.startswith(LOCAL) for name in card["saes"]) else 0
+    return Estimate(card, config, devices, split, n, weights, saes, todo, disk, rows * config.d_model * 2, compile)
+
+
+def _downloaded(model: str) -> bool:
+    """Whether the model is a folder, or lies in the hub's cache with all its weights; a download that broke off has none or some of them."""
+    if Path(resolve(model)).is_dir():
+        return True
+    cached = lambda name: try_to_load_from_cache(model, name)  # noqa: E731
+    index = cached("model.safetensors.index.json")
+    weights = (
+        json.loads(Path(index).read_text())["weight_map"].values() if isinstance(index, str) else ["model.safetensors"]
+    )
+    return all(isinstance(cached(name), str) for name in {"config.json", *weights})
+
+
+def _free_disk() -> int:
+    """Bytes that are free where the hub's files go."""
+    folder = Path(constants.HF_HUB_CACHE)
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def _stored(model: str) -> int:
+    """Bytes of a stored weight."""
+    known = json.loads((Path(families.__file__).parent / "known_configs.json").read_text())
+    return 4 if "-it" not in model and known.get(model, {}).get("torch_dtype", "bfloat16") == "float32" else 2
+
+
+def measured(step: Step, config: ModelConfig, dtype: str, split: int = 1) -> Step:
+    """The step with the compiler's figures for the devices that are there; what the function leaves out stays as in the arithmetic."""
+    if step.function is None:
+        return step
+    found = [_compiled(step, _shallow(config, depth), dtype, split) for depth in _DEPTHS]
+    line = lambda i: found[0][i] + (found[1][i] - found[0][i]) / (_DEPTHS[1] - _DEPTHS[0]) * (step.depth - _DEPTHS[0])  # noqa: E731
+    temp = int(line(0)) + step.extra
+    flops = line(1) * split + step.extra_flops
+    return dataclasses.replace(step, temp=temp + step.fixed, per_row=max(1, temp // step.rows), flops=flops)
+
+
+def _shallow(config: ModelConfig, depth: int) -> ModelConfig:
+    windows = None if config.windows is None else config.windows[:depth]
+    return dataclasses.replace(config, n_layers=depth, windows=windows)
+
+
+def _compiled(step: Step, config: ModelConfig, dtype: str, split: int) -> tuple[float, float]:
+    """Bytes of work arrays and results, and FLOPs, of one device."""
+    model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), families.abstract(config))
+    if split > 1:
+        mesh = make_mesh(jax.device_count() // split)
+        check_mesh(config, mesh)
+        model = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place), model, shardings(config, mesh)
+        )
+    tokens = jax.ShapeDtypeStruct((step.rows, step.seq), "int32")
+    program = jax.jit(step.function).lower(model, tokens).compile()
+    memory, cost = program.memory_analysis(), program.cost_analysis()
+    return float(memory.temp_size_in_bytes + memory.output_size_in_bytes), float(cost["flops"])
+
+
+def refuse(e: Estimate) -> None:
+    """Raises `PreflightError` if something does not fit, with the worst step and what would do."""
+    worst = max(e.steps, key=e.peak)
+    if e.peak(worst) > e.devices.memory:
+        raise PreflightError(_too_large(e, worst))
+    if not e.here:
+        return
+    worst, room = max(e.steps, key=e.host_bytes), host_memory()
+    if e.host_bytes(worst) > room:
+        raise PreflightError(
+            f"{e.card['card']} does not fit into the memory of this machine: notebook {worst.notebook} ({worst.what}) needs "
+            f"{_gb(e.host_bytes(worst))}, and {_gb(room)} can be used; fewer `rate_rows` or `sae_layers` would need less"
+        )
+    if e.disk > (free := _free_disk()):
+        raise PreflightError(
+            f"{e.card['card']} downloads {_gb(e.disk)} of weights and SAEs, and {_gb(free)} are free in {constants.HF_HUB_CACHE}: "
+            "make room, or set HF_HUB_CACHE to a folder on another disk"
+        )
+
+
+def _too_large(e: Estimate, worst: Step) -> str:
+    """Why the worst step does not fit on a device, and what would."""
+    parts = f"weights {_gb(e.weights)}, SAEs {_gb(e.sae_bytes(worst.notebook))}, work arrays {_gb(worst.temp)}"
+    rows = e.largest_batch(worst)
+    advice = [f"{rows} rows of {worst.rows} would fit"] if rows else []
+    more = next((n for n in (2, 4, 8, 16, 32, 64) if n > e.devices.count and _fits(e, n)), None)
+    advice += [f"{more} x {e.devices.kind} would do"] if more else []
+    advice += ["fewer `sae_layers` would need less"] if e.sae_bytes(worst.notebook) > e.weights else []
+    return (
+        f"{e.card['card']} does not fit on {e.devices}: notebook {worst.notebook} ({worst.what}) needs {_gb(e.peak(worst))} a device "
+        f"({parts}), and there are {_gb(e.devices.memory)}. {'; '.join(advice) or 'Take devices with more memory'}."
+    )
+
+
+def _gb(x: float | int) -> str:
+    return f"{x / 1e9:,.1f} GB"
+
+
+def _fits(e: Estimate, count: int) -> bool:
+    other = estimate(e.card, dataclasses.replace(e.devices, count=count), compile=False)
+    return all(other.peak(step) <= other.devices.memory for step in other.steps)
+
+
+def show(e: Estimate) -> str:
+    """The estimate as text."""
+    used = f"the model divided among {e.split} of them" if e.split > 1 else "the model whole on one"
+    if copies := e.devices.count - e.split:
+        used += f"; the other {copies} hold{'s a copy and makes' if copies == 1 else ' copies and make'} nothing faster"
+    lines = [
+        f"{e.card['card']} on {e.devices}: {_gb(e.devices.memory)} usable each, {used}",
+        f"model     {e.card['model']}: {e.n_params:,} parameters, {_gb(e.weights)} a device in {e.devices.dtype}",
+        f"SAEs      {len(e.saes)} at {len(e.card['sae_layers'])} layers, {max((d.d_sae for d in e.saes), default=0):,} latents: "
+        f"{_gb(e.sae_bytes('05'))} a device in float32 when all are loaded",
+        f"disk      {_gb(e.disk)} of weights and SAEs to download{f', {_gb(_free_disk())} free' if e.here else ''}; "
+        f"host memory {_gb(e.host)} for the activations of notebook 01",
+        f"figures   {'compiled for these devices' if e.here else 'by arithmetic, these devices are not here'}; "
+        f"times at {100 * EFFICIENCY:.0f} % of the peak, without compilation",
+        "",
+        f"{'notebook':<9} {'largest computation':<32} {'batch':>12} {'a device':>10} {'FLOPs':>9} {'hours':>7} {'largest batch':>14}",
+    ]
+    for notebook in sorted({s.notebook for s in e.steps}):
+        own = [s for s in e.steps if s.notebook == notebook]
+        top = max(own, key=e.peak)
+        flops = sum(s.flops * s.times for s in own)
+        batch = f"{top.rows} x {top.seq}"
+        lines.append(
+            f"{notebook:<9} {top.what:<32} {batch:>12} {_gb(e.peak(top)):>10} {flops:9.1e} {e.hours(notebook):7.2f} {e.largest_batch(top):14,}"
+        )
+    total = sum(e.hours(n) for n in {s.notebook for s in e.steps})
+    return "\n".join([*lines, f"In all about {total:.1f} hours."])

@@ -1,0 +1,207 @@
+"""Stand-ins of the models and SAEs that a card names: same family, same file formats, small random weights.
+
+They say nothing about the model. They go through the same code: the family's config and tensor names, its kind of tokenizer with the
+special tokens of its template, and SAEs in the format, at the sites and under the folder names that the card gives.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from icl_lib.models import ModelConfig, Site, Transformer, run_with_cache, save_model
+from icl_lib.saes import SAE, save_suite
+from icl_lib.saes.formats import common, dictionary_learning, gemma_scope, saex
+from icl_lib.saes.formats.suites import has_layer, layers_of, with_layer
+from icl_lib.tasks import Task, Template, make_prompts, stack_prompts
+
+_D_SAE = 160
+_FIRE = 0.9  # share of a latent's pre-activations that stay below its threshold
+# the first cut of Qwen's and Llama's tokenizers
+_MODERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPECIAL = {
+    "gemma": ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"],
+    "phi3": ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"],
+    "gpt_neox": ["<|endoftext|>"],
+    "qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+}
+_SPECIAL |= {"gemma2": _SPECIAL["gemma"], "llama": ["<|begin_of_text|>", "<|end_of_text|>"]}
+_NAMED = {  # what each family calls its special tokens
+    "gemma": {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"},
+    "phi3": {"bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<unk>"},
+    "gpt_neox": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+    "qwen2": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+    "llama": {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
+}
+_NAMED["gemma2"] = _NAMED["gemma"]
+
+
+def small_tokenizer(family: str, lines: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of the family's kind trained on `lines`: SentencePiece-like for Gemma and Phi, byte-level for the others."""
+    special = _SPECIAL[family]
+    if family in ("gemma", "gemma2", "phi3"):
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        words = pre_tokenizers.Metaspace(prepend_scheme="never")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), words])
+        special = special + [f"<0x{i:02X}>" for i in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=1200, special_tokens=special, show_progress=False)
+        tokenizer.train_from_iterator(lines, trainer)
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    else:
+        tokenizer, cut = Tokenizer(models.BPE()), family != "gpt_neox"
+        levels = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not cut)
+        split = [pre_tokenizers.Split(Regex(_MODERN), "isolated")] if cut else []
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, levels])
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=1200, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+        tokenizer.train_from_iterator(lines, trainer)
+    named = _NAMED[family]
+    others = [token for token in _SPECIAL[family] if token not in named.values()]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named, additional_special_tokens=others)
+
+
+def small_config(config: ModelConfig, n_layers: int, tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
+    """The same family with few and narrow layers: shared and separate key heads, rotary part and windows in proportion."""
+    n_heads = 4
+    kv = {1: 1, config.n_heads: n_heads}.get(config.n_kv_heads, 2)
+    # where the heads together are wider or narrower than the residual stream, they are here: SAEs of `z` see the difference
+    d_head = 16 if config.n_heads * config.d_head == config.d_model else 24
+    windows = None if config.windows is None else tuple(None if w is None else 48 for w in config.windows[:n_layers])
+    token = lambda name, other: other if getattr(tokenizer, name) is None else int(getattr(tokenizer, name))  # noqa: E731
+    return dataclasses.replace(
+        config, d_model=64, n_layers=n_layers, n_heads=n_heads, n_kv_heads=kv, d_head=d_head, d_mlp=128, d_vocab=len(tokenizer), n_ctx=512,
+        rotary_dim=None if config.rotary_dim is None else d_head * config.rotary_dim // config.d_head, windows=windows,
+        attn_scale=None if config.attn_scale is None else d_head**-0.5, bos_id=token("bos_token_id", None),
+        eos_id=token("eos_token_id", 0), more_eos=(), pad_id=token("pad_token_id", 0),
+    )  # fmt: skip
+
+
+def write_model(
+    folder: Path, config: ModelConfig, n_layers: int, tasks: Mapping[str, Task], template: Template, seed: int
+) -> Transformer:
+    """A model folder as the hub has it: `config.json`, `model.safetensors`, `tokenizer.json`."""
+    lines = [template.prefix, "X -> Y\n"] + [f"{x} -> {y}\n" for task in tasks.values() for x, y in task.pairs]
+    tokenizer = small_tokenizer(config.family, lines)
+    model = Transformer.init(small_config(config, n_layers, tokenizer), key=jax.random.key(seed))
+    save_model(model, folder, dtype="float32")
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def sites_of(pattern: str, layer: int) -> tuple[Site, Site]:
+    """Where the SAE sits that this name stands for with that number in it: (input, output)."""
+    name = with_layer(pattern, layer)
+    if "saex" in pattern:
+        return saex._sites(Path(name.replace("*", "1.00E-05")))
+    if "gemma-scope" in pattern:
+        return gemma_scope._sites(Path(name))
+    found = next((site for part in reversed(Path(name).parts) if (site := common.place(part))), None)
+    if found is None:
+        raise ValueError(f"the name {pattern!r} does not say where its SAEs sit, and no stand-in can be written for it")
+    return found, found
+
+
+def write_saes(
+    card: Mapping[str, Any], root: Path, model: Transformer, tasks: Mapping[str, Task], tokenizer, template: Template
+) -> None:
+    """The SAEs of a card in the format of each of its names, below `root`; thresholds so that about a tenth of the latents fire."""
+    wanted = {}  # (input, output) -> name and format
+    for pattern in card["saes"]:
+        if has_layer(pattern):
+            wanted |= {sites_of(pattern, layer): (pattern, layer) for layer in layers_of(pattern, card["sae_layers"])}
+        else:
+            kinds = (("resid_pre", "resid_pre"), ("attn_out", "attn_out"), ("mlp_in", "mlp_out"))
+            wanted |= {
+                tuple(Site(name, layer) for name in kind): (pattern, layer)
+                for kind in kinds
+                for layer in card["sae_layers"]
+            }
+    prompts = stack_prompts(
+        [make_prompts(t, tokenizer, n_prompts=4, n_shots=4, seed=0, template=template) for t in tasks.values()]
+    )
+    tokens = prompts.tokens.reshape(-1, prompts.tokens.shape[-1])
+    real = np.asarray(prompts.roles).reshape(tokens.shape) > 0
+    _, seen = run_with_cache(model, tokens, sorted({site for pair in wanted for site in pair}))
+    own: dict[str, dict[Site, SAE]] = {}
+    for i, (pair, (pattern, layer)) in enumerate(wanted.items()):
+        x = np.asarray(seen[pair[0]], np.float32)[real]
+        sae = random_sae(
+            pair, x, seen[pair[1]].shape[-1], gated="gemma-scope" not in pattern and "dictionar" not in pattern, seed=i
+        )
+        folder = root / _folder(pattern, layer)
+        if "saex" in pattern:
+            norm = None if "phi" in pattern else float(np.linalg.norm(x, axis=-1).mean())
+            saex.write(sae, folder, mean_norm=norm)
+        elif "gemma-scope" in pattern:
+            gemma_scope.write(sae, folder)
+        elif has_layer(pattern):
+            write_dictionary(sae, folder)
+        else:
+            own.setdefault(pattern, {})[pair[0]] = sae
+    for pattern, suite in own.items():
+        save_suite(suite, root / pattern)
+
+
+def _folder(pattern: str, layer: int) -> str:
+    """The folder of one SAE: `canonical` spelt out as on the hub, a star as some coefficient."""
+    return gemma_scope.resolve(with_layer(pattern, layer)).replace("*", "3.0e-05")
+
+
+def random_sae(pair: tuple[Site, Site], x: np.ndarray, d_out: int, *, gated: bool, seed: int) -> SAE:
+    """Random directions of length 1, read and written; a latent fires on a tenth of the tokens `x` (n, d_in)."""
+    rng = np.random.default_rng(seed)
+    unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)  # noqa: E731
+    read = unit(rng.normal(size=(_D_SAE, x.shape[1])))
+    write = read if pair[0] == pair[1] else unit(rng.normal(size=(_D_SAE, d_out)))
+    height = np.maximum(np.quantile(x @ read.T, _FIRE, axis=0), 1e-3)
+    as_array = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
+    weights = {
+        "W_enc": as_array(read.T),
+        "W_dec": as_array(write),
+        "b_dec": jnp.zeros(d_out),
+        "site_in": pair[0],
+        "site_out": pair[1],
+    }
+    if gated:
+        bias = as_array(
+            -height
+        )  # of gate and magnitude alike, so that the authors' two forms of their SAEs fire on the same tokens
+        return SAE(**weights, b_enc=bias, r_mag=jnp.zeros(_D_SAE), b_mag=bias, architecture="gated")
+    return SAE(**weights, b_enc=jnp.zeros(_D_SAE), threshold=as_array(height), architecture="jumprelu")
+
+
+def write_dictionary(sae: SAE, folder: Path) -> None:
+    """`ae.pt` with the tensors of dictionary_learning's AutoEncoder, of which SFC's dictionaries for Pythia are. Needs PyTorch."""
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "to write a stand-in of dictionary_learning's files PyTorch is needed: pip install -e '.[test]'"
+        ) from error
+    w = {name: np.asarray(getattr(sae, name)) for name in ("W_enc", "W_dec", "b_dec", "threshold")}
+    tensors = {
+        "encoder.weight": w["W_enc"].T,
+        "encoder.bias": -w["threshold"],
+        "decoder.weight": w["W_dec"].T,
+        "bias": w["b_dec"],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(
+        {name: torch.tensor(np.ascontiguousarray(value)) for name, value in tensors.items()},
+        folder / dictionary_learning.WEIGHTS,
+    )
+    trainer = {"dict_class": "AutoEncoder", "activation_dim": sae.d_in, "dict_size": sae.d_sae}
+    (folder / dictionary_learning.CONFIG).write_text(json.dumps({"trainer": trainer}))

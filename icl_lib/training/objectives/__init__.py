@@ -1,0 +1,1 @@
+"""What SAEs are trained for, one file an objective."""
