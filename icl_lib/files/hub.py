@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from icl_lib.files.names import named
+from icl_lib.files.paths import resolve
+
 
 def fetch_folder(name: str | Path, revision: str | None, patterns: Sequence[str], what: str) -> Path:
     """The folder `name`, or a snapshot of the hub repository of that name with the files that match `patterns`.
@@ -10,7 +13,7 @@ def fetch_folder(name: str | Path, revision: str | None, patterns: Sequence[str]
     `what` says in the errors what the folder holds. Raises `FileNotFoundError` if there is no such folder and the hub has no
     such repository or revision, does not let us in, or cannot be reached.
     """
-    folder = Path(name)
+    folder = named(name, "model") or Path(resolve(name))
     if folder.is_dir():
         return folder
     from huggingface_hub import errors, snapshot_download

@@ -141,6 +141,14 @@ class ModelConfig:
             )
         return layer
 
+    def check_length(self, n: int, what: str = "a sequence") -> int:
+        """`n` itself. Raises `ValueError` where it is more tokens than the context that the model was trained on."""
+        if n > self.n_ctx:
+            raise ValueError(
+                f"{what} of {n} tokens is longer than the context of this model, {self.n_ctx}: take fewer examples or shorter rows"
+            )
+        return n
+
     @classmethod
     def from_hf(cls, raw: dict[str, Any], source: str = "config.json") -> "ModelConfig":
         """Read the fields of a Hugging Face config, by their old and their new names.

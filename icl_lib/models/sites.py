@@ -31,6 +31,12 @@ LAYER_SITES = {
     "mlp_out": "hook_mlp_out",  # (b, s, d_model) what the MLP adds to the residual
     "resid_post": "hook_resid_post",  # (b, s, d_model) output of the block
 }
+# What an SAE that reads a site is called everywhere: in tables, circuits, cards and figures.
+KINDS = ("residual", "attention", "transcoder", "mlp")
+_KIND_OF_SITE = {
+    "resid_pre": "residual", "resid_mid": "residual", "resid_post": "residual", "z": "attention", "attn_out": "attention",
+    "mlp_normalized": "transcoder", "mlp_in": "transcoder", "mlp_out": "mlp",
+}  # fmt: skip
 GLOBAL_SITES = {"embed": "hook_embed", "final_norm": "ln_final.hook_normalized", "logits": "hook_logits"}
 _FROM_HOOK = {hook: name for names in (LAYER_SITES, GLOBAL_SITES) for name, hook in names.items()}
 
@@ -61,6 +67,11 @@ class Site:
         if self.layer is None:
             return GLOBAL_SITES[self.name]
         return f"blocks.{self.layer}.{LAYER_SITES[self.name]}"
+
+    @property
+    def kind(self) -> str:
+        """What an SAE that reads this site is called (one of `KINDS`); the site's own name where none is trained."""
+        return _KIND_OF_SITE.get(self.name, self.name)
 
     @classmethod
     def parse(cls, text: str) -> "Site":

@@ -304,7 +304,7 @@ class Transformer(eqx.Module):
         """Logits from the input of block `layer` on; with `past`, token j of row b stands at `past.length[b] + j`."""
         self.config.check_layer(layer)
         tap = _checked(tap)
-        seq = resid_pre.shape[1]
+        seq = self.config.check_length(resid_pre.shape[1])
         positions = jnp.arange(seq)[None, :] + (0 if past is None else past.length[:, None])
         masks = {
             window: causal_mask(seq, past, window)

@@ -1,11 +1,12 @@
 """One sparse autoencoder (or transcoder) at one site of a model, in every form that the experiments and public files have."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from icl_lib.models import Site
 
@@ -161,6 +162,20 @@ class SAE(eqx.Module):
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """Reconstruction of activations: `decode(encode(x), x)`."""
         return self.decode(self.encode(x), x)
+
+    def take(self, latents: Int[Array, " k"]) -> "SAE":
+        """The SAE with the named latents only, which it encodes as the whole does; not for topk, whose latents compete.
+
+        The decoder's bias stays, so that what `decode` gives is not a part of the whole's reconstruction.
+        """
+        if self.architecture == "topk":
+            raise ValueError(
+                f"latents of the topk SAE at {self.site_in} compete: some of them alone do not fire as the whole does"
+            )
+        parts = {"W_enc": self.W_enc[:, latents], "W_dec": self.W_dec[latents]}
+        vectors = ("b_enc", "threshold", "r_mag", "b_mag")
+        parts |= {name: getattr(self, name)[latents] for name in vectors if getattr(self, name) is not None}
+        return dataclasses.replace(self, **parts)
 
     def fold(self) -> "SAE":
         r"""The same function as a jumprelu SAE, a skip matrix kept beside it.

@@ -74,6 +74,11 @@ class Prompts(eqx.Module):
         return member & ~jnp.concatenate(parts, axis=-1)
 
     @property
+    def real(self) -> Bool[Array, "*tasks batch seq"]:
+        """Tokens that count: neither BOS nor padding, whatever ids these have. The one mask of prompts."""
+        return self.roles != int(Role.OTHER)
+
+    @property
     def query_arrow(self) -> Int[Array, "*tasks batch"]:
         """Position of the last token of the query's arrow, from which the answer is predicted."""
         return _last(self.mask(Role.ARROW) & (self.pair == self.pair.max(axis=-1, keepdims=True)))
