@@ -18,7 +18,8 @@ def pytest_collection_modifyitems(items):
 def pytest_xdist_make_scheduler(config, log):
     """With `-n 2`: one worker runs all notebooks in order, since later ones read what earlier ones wrote.
 
-    Tests stay together by module, where they share fixtures. (Groups by mark, `--dist loadgroup`, are lost under pytest 9.)
+    Tests stay together by module, where they share fixtures. (Groups by mark, `--dist loadgroup`, are lost under pytest
+    9.)
     """
     from xdist.scheduler import LoadScopeScheduling
 

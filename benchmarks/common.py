@@ -12,7 +12,9 @@ from icl_lib.runs.devices import describe
 
 
 def write_line(name: str, **figures) -> None:
-    """Print the figures as one JSON line with date, device and versions, and append it to `benchmarks/results/<name>.jsonl`."""
+    """Print the figures as one JSON line with date, device and versions, and append it to
+    `benchmarks/results/<name>.jsonl`.
+    """
     line = {"what": name, **figures, "date": datetime.date.today().isoformat(), "cores": os.cpu_count(), **describe()}
     line |= {package: version(package) for package in ("equinox", "safetensors")}
     text = json.dumps(line)

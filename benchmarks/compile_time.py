@@ -1,9 +1,10 @@
-"""Time to compile the forward pass of Gemma-1 2B, from shapes alone: first start, and second start from the persistent cache.
+"""Time to compile the forward pass of Gemma-1 2B, from shapes alone: first start, and second start from the persistent
+cache.
 
     python benchmarks/compile_time.py
 
-Nothing is allocated or run. Each start is a fresh process with `runs.devices.setup` on one empty folder. Bars on two cores: below
-60 s, then below 10 s. `start` is what Python and the imports take, which is in neither.
+Nothing is allocated or run. Each start is a fresh process with `runs.devices.setup` on one empty folder. Bars on two
+cores: below 60 s, then below 10 s. `start` is what Python and the imports take, which is in neither.
 """
 
 import argparse

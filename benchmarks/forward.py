@@ -1,14 +1,16 @@
-"""Tokens per second of collecting every residual, with and without logits, beside transformers on the same machine in one run.
+"""Tokens per second of collecting every residual, with and without logits, beside transformers on the same machine in
+one run.
 
     python benchmarks/forward.py                      # 6 layers, d_model 512, 16 x 128 tokens, float32, on this device
     python benchmarks/forward.py --size gemma-2-2b    # random weights, 16 x 256 tokens, bfloat16: for an accelerator
 
-Both models have the same weights. Runs alternate, each figure is a median; the share of the matmul rate is what the model's
-matrix products (2 x parameters a token, attention scores added) would take at the rate of one large product, measured here.
-Bar for the small size: at least 1.3 times the tokens per second of transformers as installed, or the exit status is 1. On AMD processors
-MKL, which PyTorch calls, takes its AVX2 path by default. So a CPU is measured twice: "default" is PyTorch as anyone has it, "avx512" the
-same with a preloaded answer to MKL's question for the maker (a C compiler is needed; see common.py). It stops where JAX and PyTorch
-would compute on different devices; on a TPU, which PyTorch does not know, it measures ours alone.
+Both models have the same weights. Runs alternate, each figure is a median; the share of the matmul rate is what the
+model's matrix products (2 x parameters a token, attention scores added) would take at the rate of one large product,
+measured here. Bar for the small size: at least 1.3 times the tokens per second of transformers as installed, or the
+exit status is 1. On AMD processors MKL, which PyTorch calls, takes its AVX2 path by default. So a CPU is measured
+twice: "default" is PyTorch as anyone has it, "avx512" the same with a preloaded answer to MKL's question for the maker
+(a C compiler is needed; see common.py). It stops where JAX and PyTorch would compute on different devices; on a TPU,
+which PyTorch does not know, it measures ours alone.
 """
 
 import argparse
@@ -155,7 +157,9 @@ def main():
 
 
 def prepared(config: ModelConfig, dtype: str, tokens: np.ndarray, on: str) -> tuple[dict, float | None]:
-    """What is to be timed, by what it collects and whose it is, and the largest difference of the logits; on a TPU ours alone."""
+    """What is to be timed, by what it collects and whose it is, and the largest difference of the logits; on a TPU ours
+    alone.
+    """
     with tempfile.TemporaryDirectory() as folder:
         save_model(eqx.filter_jit(Transformer.init)(config, key=jax.random.key(0)), folder, dtype=dtype)
         gc.collect()

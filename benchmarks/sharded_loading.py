@@ -2,9 +2,9 @@
 
     python benchmarks/sharded_loading.py
 
-The checkpoint is random, in two files with an index, and is written to a temporary folder. Each line is measured in a fresh
-process. On a CPU the "device" arrays are host memory too, so the figure is the highest resident set of the process (VmHWM, Linux)
-minus the bytes of all shards; Python and JAX themselves are in it. Bar: below 0.5 GB.
+The checkpoint is random, in two files with an index, and is written to a temporary folder. Each line is measured in a
+fresh process. On a CPU the "device" arrays are host memory too, so the figure is the highest resident set of the
+process (VmHWM, Linux) minus the bytes of all shards; Python and JAX themselves are in it. Bar: below 0.5 GB.
 """
 
 import argparse

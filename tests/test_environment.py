@@ -1,4 +1,6 @@
-"""The three lists of packages agree: pyproject.toml (what is needed), constraints.txt (tested with), environment.yml (conda)."""
+"""The three lists of packages agree: pyproject.toml (what is needed), constraints.txt (tested with), environment.yml
+(conda).
+"""
 
 import re
 import tomllib

@@ -1,7 +1,7 @@
 """SAE files of every format, read by us, give what the original library computed; and what we write, sae-lens reads so.
 
-The scripts in tests/golden made the files: sae-lens, dictionary_learning and sparsify themselves, and for saex and circuit-tracer, which
-cannot be installed, their formulas written out.
+The scripts in tests/golden made the files: sae-lens, dictionary_learning and sparsify themselves, and for saex and
+circuit-tracer, which cannot be installed, their formulas written out.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Names that stand for folders: what comes with the repository is asked for by name, from any folder.
 
-The catalogue (`icl_lib.embedded.catalogue`) registers them when the package is imported; here is only where they are kept, so
-that readers of models and SAEs need not know any.
+The catalogue (`icl_lib.embedded.catalogue`) registers them when the package is imported; here is only where they are
+kept, so that readers of models and SAEs need not know any.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,9 @@ _FOLDERS: dict[tuple[str, str], Callable[[], Path]] = {}
 
 
 def register(name: str, what: str, folder: Callable[[], Path]) -> None:
-    """Let `name` stand for the folder of a "model" or of its "saes"; `folder()` makes or fetches it when it is asked for."""
+    """Let `name` stand for the folder of a "model" or of its "saes"; `folder()` makes or fetches it when it is asked
+    for.
+    """
     _FOLDERS[name, what] = folder
 
 
