@@ -13,6 +13,8 @@ from random import Random
 
 import pytest
 
+from icl_lib.files.hashes import fingerprint
+from icl_lib.files.paths import data_files
 from icl_lib.tasks import Task, UnknownTask, load_tasks, read_table, select_tasks, tasks
 
 # Pairs per file of Hendel et al. as stored, one less for the four that begin with a header line.
@@ -291,3 +293,30 @@ def test_unknown_names(tmp_path):
         select_tasks(suite, ["antonym"])
     assert isinstance(info.value, KeyError)
     assert str(info.value).startswith("no task 'antonym': did you mean 'antonyms'?")
+
+
+def test_what_other_programs_leave_in_a_folder_is_no_data(tmp_path):
+    folder = tmp_path / ".cache" / "snapshot"  # hidden above the folder says nothing
+    (folder / "own").mkdir(parents=True)
+    (folder / "own" / "colours.json").write_text('{"sky": "blue"}')
+    (folder / "birds.tsv").write_text("input\toutput\nowl\tnight\n")
+    before, expected = fingerprint(folder), [folder / "birds.tsv", folder / "own" / "colours.json"]
+    for name in (
+        ".cache/huggingface/download/own/colours.json.metadata.json",
+        ".cache/huggingface/download/own/colours.json.lock",
+        ".git/config.json",
+        "own/.ipynb_checkpoints/colours-checkpoint.json",
+        "own/.colours.json.77.partial.json",
+        "__pycache__/a.json",
+        "__MACOSX/own/colours.json",
+        "own/colours.json~",
+        "dataset_infos.json",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("[1, 2]")
+    (folder / "folder.json").mkdir()
+    assert data_files(folder) == expected and data_files(folder, [".json"]) == expected[1:]
+    assert list(load_tasks(folder)) == ["birds", "colours"]
+    assert fingerprint(folder) == before
+    (folder / "notes.md").write_text("more")
+    assert fingerprint(folder) != before and data_files(folder, (".md",)) == [folder / "notes.md"]

@@ -1,6 +1,10 @@
-"""Where things are: the repository root, and paths that start there."""
+"""Where things are: the repository root, paths that start there, and which files of a folder are data."""
 
+from collections.abc import Iterable
 from pathlib import Path
+
+# What other programs leave beside data without hiding it; the two files describe a data set of the hub and hold none of it.
+_OF_OTHERS = {"__pycache__", "__MACOSX", "dataset_info.json", "dataset_infos.json"}
 
 
 def root() -> Path:
@@ -29,3 +33,19 @@ def resolve(path: str | Path | list[str]) -> str | list[str]:
 def run_folder(run_dir: str | Path) -> Path:
     """The absolute folder of a run: `runs/tiny` counts from the repository root."""
     return root() / Path(run_dir).expanduser()
+
+
+def data_files(folder: Path, suffixes: Iterable[str] | None = None) -> list[Path]:
+    """The data files below a folder, at any depth, in order; with `suffixes` (".json") only those that end so.
+
+    What other programs put there is no data: hidden files and folders (`.cache` of the hub, `.git`, `.ipynb_checkpoints`, a
+    file half written), compiled Python, backups of editors ("x.tsv~"), the hub's descriptions of a data set. Only names below
+    `folder` count, so that a folder inside a hidden one, as in the hub's cache, can be read.
+    """
+    wanted = None if suffixes is None else set(suffixes)
+    found = (p for p in folder.rglob("*") if wanted is None or p.suffix in wanted)
+    return sorted(p for p in found if p.is_file() and not any(map(_foreign, p.relative_to(folder).parts)))
+
+
+def _foreign(name: str) -> bool:
+    return name.startswith(".") or name.endswith("~") or name in _OF_OTHERS

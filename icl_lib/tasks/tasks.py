@@ -11,6 +11,8 @@ from random import Random
 
 import pooch
 
+from icl_lib.files.paths import data_files
+
 Pairs = tuple[tuple[str, str], ...]
 
 WORDS = Path(__file__).parent / "words"
@@ -149,7 +151,7 @@ def load_tasks(source: str | Path) -> dict[str, Task]:
 
 def task_files(folder: Path) -> list[Path]:
     """The files of a folder that are read as tasks, in order."""
-    return sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".tsv"))
+    return data_files(folder, (".json", ".tsv"))
 
 
 def select_tasks(tasks: Mapping[str, Task], names: Iterable[str]) -> dict[str, Task]:

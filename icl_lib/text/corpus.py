@@ -21,6 +21,8 @@ from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
 from jaxtyping import Int
 
+from icl_lib.files.paths import data_files
+
 # extension -> loader of `datasets`, and how it cuts a file into documents
 _LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {"sample_by": "paragraph"}),
@@ -80,7 +82,7 @@ def open_text(
     path = Path(source).expanduser()
     if not path.exists():
         return _from_hub(str(source), subset, split, revision)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _LOADERS)
+    files = [path] if path.is_file() else data_files(path, _LOADERS)
     kinds = sorted({p.suffix for p in files})
     if len(kinds) != 1 or kinds[0] not in _LOADERS:
         found = ", ".join(kinds) or "none"
