@@ -3,19 +3,16 @@
 import dataclasses
 import difflib
 import hashlib
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from random import Random
 
 import pooch
 
 from icl_lib.files.paths import data_files
+from icl_lib.tasks.tables import Pairs, read_pairs, read_table
 
-Pairs = tuple[tuple[str, str], ...]
-
-WORDS = Path(__file__).parent / "words"
 REGISTRY = Path(__file__).parent / "registry.tsv"
 DATA_VARIABLE = "ICL_LIB_TASK_DATA"
 POOLS = ("extraction", "optimisation", "evaluation")
@@ -126,6 +123,10 @@ def load_tasks(source: str | Path) -> dict[str, Task]:
     - a folder: JSON (an object input -> output, or a list of {"input", "output"}) and TSV (header `input`, `output`),
       named after the file, grouped by its subfolder.
 
+    A pair that a file repeats is read once (of the published files antonyms.json, less 12, and product-company.json, less
+    20, have such), and of a key that a JSON object repeats the last output counts. An input may have several outputs (next
+    item, instruments). Of a folder's files all of these are told in a warning; the published files are as they are.
+
     Published files are downloaded once, their SHA-256 checked. With the environment variable ICL_LIB_TASK_DATA set to a
     folder holding `icl_task_vectors/` or `function_vectors/`, they are read from there instead. Raises `TaskDataError`
     when they cannot be had, `ValueError` on a malformed file, `FileNotFoundError` on an unknown source.
@@ -164,29 +165,6 @@ def select_tasks(tasks: Mapping[str, Task], names: Iterable[str]) -> dict[str, T
             raise UnknownTask(f"no task {name!r}: {hint}The {len(tasks)} tasks are {', '.join(tasks)}")
         chosen[name] = tasks[name]
     return chosen
-
-
-def read_table(path: str | Path, columns: Sequence[str] | None = None) -> list[dict[str, str]]:
-    """Rows of a tab-separated UTF-8 file with a header line, as dictionaries; "nouns" is the embedded table of nouns.
-
-    Raises `ValueError` with file, line number and expected columns where a line does not have them, all non-empty,
-    or where the header is not `columns`.
-    """
-    file = WORDS / f"{path}.tsv" if isinstance(path, str) and (WORDS / f"{path}.tsv").is_file() else Path(path)
-    header, *lines = file.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
-    names = header.split("\t")
-    if columns is not None and names != list(columns):
-        raise ValueError(f"{file}, line 1: expected the header {' <tab> '.join(columns)}, got {header!r}")
-    rows = []
-    for number, line in enumerate(lines, start=2):
-        cells = line.split("\t")
-        if len(cells) != len(names) or not all(cell.strip() for cell in cells):
-            raise ValueError(
-                f"{file}, line {number}: expected {len(names)} non-empty columns separated by tabs "
-                f"({', '.join(names)}), got {len(cells)}: {line!r}"
-            )
-        rows.append(dict(zip(names, cells, strict=True)))
-    return rows
 
 
 def _embedded() -> dict[str, Task]:
@@ -251,34 +229,8 @@ def _from_files(files: Iterable[Path], folder: Path, source: str) -> dict[str, T
         name = file.stem
         if name in tasks:
             raise ValueError(f"two files in {folder} make a task named {name!r}; {file} is the second: rename it")
-        pairs = _read_json(file) if file.suffix == ".json" else _read_pairs(file)
-        if source == "paper":
-            pairs = _drop_header(pairs, name)
+        pairs = read_pairs(file, warn=source not in URLS)
+        if "_".join(pairs[0] if pairs and source == "paper" else ()) == name:
+            pairs = pairs[1:]  # en_fr.json and its like: the header ("en", "fr") of the list that it was made of
         tasks[name] = Task(name, pairs, "/".join(file.relative_to(folder).parts[:-1]), source)
     return tasks
-
-
-def _drop_header(pairs: Pairs, name: str) -> Pairs:
-    """Without the first pair of en_fr.json and its like when it is the header ("en", "fr") of the list it came from."""
-    return pairs[1:] if pairs and "_".join(pairs[0]) == name else pairs
-
-
-def _read_pairs(file: Path) -> Pairs:
-    return tuple((row["input"], row["output"]) for row in read_table(file, columns=("input", "output")))
-
-
-def _read_json(file: Path) -> Pairs:
-    """Pairs of a JSON object input -> output (a repeated key keeps its last value), or of a list of {input, output}."""
-    wanted = "a JSON object of input strings to output strings, or a list of {'input': str, 'output': str}"
-    try:
-        data = json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON, line {error.lineno}: {error.msg}; expected {wanted}") from error
-    try:
-        pairs = data.items() if isinstance(data, dict) else [(entry["input"], entry["output"]) for entry in data]
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{file}: expected {wanted}; got {type(data).__name__} with another content") from error
-    for pair in pairs:
-        if not all(isinstance(side, str) for side in pair):
-            raise ValueError(f"{file}: expected {wanted}; got the pair {pair!r}")
-    return tuple(pairs)

@@ -54,18 +54,17 @@ class Template:
     def parts(self) -> tuple[str, str, str]:
         """What `pair` has before {x}, between {x} and {y}, and after {y}."""
         try:
-            fields = list(string.Formatter().parse(self.pair))
+            fields = [tuple(field) for _, *field in string.Formatter().parse(self.pair) if field[0] is not None]
         except ValueError as error:
             raise ValueError(
                 f"the pair of a template cannot be read ({error}), got {self.pair!r}: write other braces twice"
             ) from error
-        names = [name for _, name, _, _ in fields if name is not None]
-        if names != ["x", "y"] or any(spec or conversion for _, _, spec, conversion in fields):
+        if fields != [("x", "", None), ("y", "", None)]:
             raise ValueError(
                 f"the pair of a template is a text with one {{x}} and then one {{y}}, such as '{{x}} -> {{y}}'; got {self.pair!r}"
             )
-        before, between, *after = (text for text, *_ in _joined(fields))
-        return before, between, "".join(after)
+        before, between, after = self.pair.format(x="\0", y="\0").split("\0")
+        return before, between, after
 
     @property
     def separator(self) -> str:
@@ -85,17 +84,6 @@ class Template:
         return spans[:-1]  # nothing after the answer of the query
 
 
-def _joined(fields: list) -> list:
-    """The parts of a format string, with literal texts that a doubled brace has cut in two put together again."""
-    out, held = [], ""
-    for text, name, *_ in fields:
-        held += text
-        if name is not None:
-            out.append((held, name))
-            held = ""
-    return [*out, (held, None)]
-
-
 class Span(NamedTuple):
     """A run of characters with one role in one pair."""
 
@@ -111,7 +99,7 @@ def own_bos(tokenizer) -> int | None:
 
 
 def tokenise(layouts: Sequence[Sequence[Span]], tokenizer) -> list[list[tuple[int, int, int]]]:
-    """(token, role, pair) for the tokens of each prompt, BOS first where the tokenizer has one of its own (once).
+    """(token, role, pair) for the tokens of each prompt, BOS first where the tokenizer has one of its own (once, also where the text begins with it).
 
     A token belongs to the span of its characters, where whitespace counts for less than anything else: the blank in " Paris"
     or " ->" belongs to the word or the arrow, and so does a line end that the tokenizer merges with a word, as Qwen does in
@@ -131,8 +119,8 @@ def tokenise(layouts: Sequence[Sequence[Span]], tokenizer) -> list[list[tuple[in
     for layout, text, ids, offsets in zip(layouts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         owners = _owners(layout, text, offsets, tokenizer)
         row = [(int(t), int(layout[o].role), layout[o].pair) for t, o in zip(ids, owners, strict=True)]
-        if bos is not None:
-            row = [(bos, int(Role.OTHER), NO_PAIR), *(row[1:] if ids[:1] == [bos] else row)]
+        if bos is not None:  # a prefix may bring some
+            row = [(bos, int(Role.OTHER), NO_PAIR), *itertools.dropwhile(lambda entry: entry[0] == bos, row)]
         rows.append(row)
     return rows
 
