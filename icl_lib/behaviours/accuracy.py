@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
 from icl_lib.tasks.prompts import PAPER_TEMPLATE, make_prompts
-from icl_lib.tasks.tasks import Task, read_table
+from icl_lib.tasks.tables import read_table
+from icl_lib.tasks.tasks import Task
 from icl_lib.tasks.template import Role, Template
+from icl_lib.text.tokens import batches
 
 # Published tables by the name of the model on the hub.
 REFERENCES = {"gemma-2b-it": Path(__file__).parent / "gemma_2b_it_accuracy.tsv"}
@@ -19,10 +20,9 @@ _LOGIT_BYTES = 2**30  # logits of one compiled step stay below this
 
 
 @eqx.filter_jit
-def _guesses(model, tokens, rows: int):
-    """The most probable token after every token, a few prompts at a time."""
-    one = lambda row: jnp.argmax(model(row[None]), axis=-1)[0].astype(jnp.int32)
-    return jax.lax.map(one, tokens, batch_size=rows)
+def _guesses(model, tokens):
+    """The most probable token after every token."""
+    return jnp.argmax(model(tokens), axis=-1).astype(jnp.int32)
 
 
 def _same_start(tokenizer, guesses: np.ndarray, targets: np.ndarray, n: int = 3) -> np.ndarray:
@@ -75,16 +75,13 @@ def _accuracy(
     inputs = {x for x, _ in (task.pairs if pool is None else task.pool(pool))}
     if len(inputs) < k:
         return float("nan")
-    prompts = make_prompts(task, tokenizer, n_prompts=n_prompts, n_shots=k - 1, seed=seed, pool=pool, template=template)
-    seq, config = prompts.tokens.shape[1], model.config
-    if seq > config.n_ctx:
-        raise ValueError(
-            f"{k} pairs of task {task.name!r} have up to {seq} tokens, more than the model's context of {config.n_ctx}: ask for fewer pairs"
-        )
+    options = {"n_prompts": n_prompts, "n_shots": k - 1, "seed": seed, "pool": pool, "template": template}
+    prompts, config = make_prompts(task, tokenizer, n_ctx=model.config.n_ctx, **options), model.config
+    seq = prompts.tokens.shape[1]
     wide = min(-(-seq // 64) * 64, config.n_ctx)  # a few widths in all, so that not every task compiles its own program
-    tokens = jnp.pad(prompts.tokens, ((0, 0), (0, wide - seq)), constant_values=prompts.pad_id)
-    rows = max(1, min(n_prompts, _LOGIT_BYTES // (4 * wide * config.d_vocab)))
-    guesses = np.asarray(_guesses(model, tokens, rows))[:, :seq]
+    rows = max(1, _LOGIT_BYTES // (4 * wide * config.d_vocab))
+    guesses = [_guesses(model, some) for some, _ in batches(prompts.tokens, prompts.real, rows, wide)]
+    guesses = np.concatenate(guesses)[:n_prompts, :seq]
     at = np.asarray(prompts.mask(Role.OUTPUT, "first") & (prompts.pair >= 0))[:, 1:]
     return float(_same_start(tokenizer, guesses[:, :-1][at], np.asarray(prompts.tokens)[:, 1:][at]).mean())
 

@@ -28,12 +28,13 @@ def check_tokens(tokens: np.ndarray | Array, config) -> None:
 
 
 def batches(
-    tokens: np.ndarray, mask: np.ndarray, batch_size: int, width: int | None = None
+    tokens: np.ndarray | Array, mask: np.ndarray | Array, batch_size: int, width: int | None = None
 ) -> Iterator[tuple[Array, np.ndarray]]:
     """Batches of tokens and mask of one shape, so that the model is compiled once.
 
     The last one is filled up with masked rows, and with `width` every row with masked tokens up to so many.
     """
+    tokens, mask = np.asarray(tokens), np.asarray(mask)
     size = max(1, min(batch_size, len(tokens)))
     for i in range(0, len(tokens), size):
         rows, keep = tokens[i : i + size], mask[i : i + size]
