@@ -1,4 +1,4 @@
-"""The first thing to look at after loading a model: how well it does each task in context, beside what was published."""
+"""The first thing to look at after loading a model: how well it does each task in context, beside published figures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,9 +51,9 @@ def accuracy_table(
 ) -> pd.DataFrame:
     """Accuracy by task: columns `task`, `group`, `pairs` and one `acc@k` for each k of `n_pairs`.
 
-    acc@k is the share of arrows, over all k arrows of prompts of k pairs, the first included, after which the most probable
-    token and the first token of the output are equal in their first three characters. A task with fewer than k pairs in the
-    pool has NaN there. Raises `ValueError` if a prompt is longer than the model's context.
+    acc@k is the share of arrows, over all k arrows of prompts of k pairs, the first included, after which the most
+    probable token and the first token of the output are equal in their first three characters. A task with fewer than k
+    pairs in the pool has NaN there. Raises `ValueError` if a prompt is longer than the model's context.
 
     Source: ICL-SFC, the measure of its published experiments.
     """
@@ -89,8 +89,8 @@ def _accuracy(
 def published_accuracy(model: str | Path) -> pd.DataFrame | None:
     """The published `task`, `acc@12` and `acc@24` of the model of that hub id or folder name; None if there are none.
 
-    There are some for Gemma-1 2B-it (`google/gemma-2b-it`), from the plot data that ICL-SFC's published experiments keep, on
-    the tasks of `load_tasks("paper")`.
+    There are some for Gemma-1 2B-it (`google/gemma-2b-it`), from the plot data that ICL-SFC's published experiments
+    keep, on the tasks of `load_tasks("paper")`.
     """
     file = REFERENCES.get(Path(model).name)
     if file is None:

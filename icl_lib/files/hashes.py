@@ -11,7 +11,7 @@ _SAMPLE = 2**16
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of the names, sizes, and first and last 64 KiB of a folder's data files: it is quick for files of any size."""
+    """A hash of the names, sizes, and first and last 64 KiB of a folder's data files; it is quick for any size."""
     digest = hashlib.sha256()
     for path in data_files(folder):
         size = path.stat().st_size
@@ -25,7 +25,7 @@ def fingerprint(folder: Path) -> str:
 
 @functools.cache
 def code_version() -> dict[str, str]:
-    """The git commit, where there is one, and a hash of the library's own files, which also tells uncommitted edits apart."""
+    """The git commit, where there is one, and a hash of the library's own files, which tells edits apart."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in data_files(package, (".py", ".tsv", ".mplstyle")):

@@ -3,23 +3,24 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-# What other programs leave beside data without hiding it; the two files describe a data set of the hub and hold none of it.
+# What other programs leave beside data without hiding it; the two files describe a data set of the hub, and hold none.
 _OF_OTHERS = {"__pycache__", "__MACOSX", "dataset_info.json", "dataset_infos.json"}
 
 
 def root() -> Path:
-    """The repository root: the folder with `notebooks/` above this package; the current folder when installed elsewhere.
+    """The repository root: the folder with `notebooks/` above this package; installed elsewhere, the current folder.
 
-    Jupyter and nbval run a notebook in `notebooks/`, papermill where it is called, so no path may depend on the current folder.
+    Jupyter and nbval run a notebook in `notebooks/`, papermill where it is called: no path may depend on that folder.
     """
     above = Path(__file__).resolve().parents[2]
     return above if (above / "notebooks").is_dir() else Path.cwd()
 
 
 def resolve(path: str | Path | list[str]) -> str | list[str]:
-    """The absolute form of a path that exists under the root (or is absolute); otherwise the text unchanged, as for a hub id.
+    """The absolute form of a path that exists under the root (or is absolute); else the text itself, as for a hub id.
 
-    Of a pattern, "data/layer{layer}/16k", the folder before the first part with a brace or star decides. A list is resolved one by one.
+    Of a pattern, "data/layer{layer}/16k", the folder before the first part with a brace or star decides. A list is
+    resolved one by one.
     """
     if isinstance(path, list):
         return [resolve(p) for p in path]
@@ -38,8 +39,8 @@ def run_folder(run_dir: str | Path) -> Path:
 def data_files(folder: Path, suffixes: Iterable[str] | None = None) -> list[Path]:
     """The data files below a folder, at any depth, in order; with `suffixes` (".json") only those that end so.
 
-    What other programs put there is no data: hidden files and folders (`.cache` of the hub, `.git`, `.ipynb_checkpoints`, a
-    file half written), compiled Python, backups of editors ("x.tsv~"), the hub's descriptions of a data set. Only names below
+    What other programs put there is no data: hidden files and folders (`.cache` of the hub, `.git`, a file half
+    written), compiled Python, backups of editors ("x.tsv~"), the hub's descriptions of a data set. Only names below
     `folder` count, so that a folder inside a hidden one, as in the hub's cache, can be read.
     """
     wanted = None if suffixes is None else set(suffixes)

@@ -16,7 +16,7 @@ PAPER_TEMPLATE = Template()
 
 
 class _Label:
-    """Texts and task name of prompts: equal to any other label, so that jitted functions do not compile once per text."""
+    """Texts and task name of prompts: equal to any other label, so that no function is compiled once per text."""
 
     def __init__(self, texts, task):
         self.texts, self.task = texts, task
@@ -114,15 +114,18 @@ def make_prompts(
 
     Examples come from `pool`, queries from `query_pool`: the name of a pool of the task, pairs, or None for all pairs
     (for queries: the same as `pool`). Inside a prompt no input is shown twice, the query's included; of an input with
-    several outputs one is drawn. Between prompts pairs may repeat. `corrupt` replaces each example's output by an output of
-    the task that is wrong for it, drawn apart, so that inputs and queries are those of the clean prompts of the same seed.
+    several outputs one is drawn. Between prompts pairs may repeat. `corrupt` replaces each example's output by an
+    output of the task that is wrong for it, drawn apart, so that inputs and queries are those of the clean prompts of
+    the same seed.
 
-    The tokenizer's BOS, if it has one that is not its end of text too, comes first. Prompts are right padded to `length`
-    (None: the longest prompt) with the tokenizer's pad id, without one its end of text, without that 0, as `ModelConfig`
-    does it; since such an id can be a model's BOS or word too, whatever counts tokens of prompts takes `Prompts.real`.
+    The tokenizer's BOS, if it has one that is not its end of text too, comes first. Prompts are right padded to
+    `length` (None: the longest prompt) with the tokenizer's pad id, without one its end of text, without that 0, as
+    `ModelConfig` does it; since such an id can be a model's BOS or word too, whatever counts tokens of prompts takes
+    `Prompts.real`.
 
-    Raises `ValueError` if the pool is too small, a prompt is longer than `length` or than the model's context `n_ctx`, the
-    tokenizer is not a fast one, or it merges visible characters of two roles into one token (see `template.tokenise`).
+    Raises `ValueError` if the pool is too small, a prompt is longer than `length` or than the model's context `n_ctx`,
+    the tokenizer is not a fast one, or it merges visible characters of two roles into one token (see
+    `template.tokenise`).
     """
     shots = _pairs(task, pool)
     queries = shots if query_pool is None else _pairs(task, query_pool)
@@ -142,8 +145,8 @@ def make_prompts(
         )
     if n_ctx is not None and length > n_ctx:
         raise ValueError(
-            f"prompts of task {task.name!r} with {n_shots + 1} pairs are {length} tokens long, more than the model's context "
-            f"of {n_ctx}: lower n_shots{' or length' * (length > longest)}"
+            f"prompts of task {task.name!r} with {n_shots + 1} pairs are {length} tokens long, more than the model's "
+            f"context of {n_ctx}: lower n_shots{' or length' * (length > longest)}"
         )
     table = np.full((n_prompts, length, 3), (pad_id, Role.OTHER, NO_PAIR), np.int32)
     for i, row in enumerate(rows):
@@ -209,8 +212,8 @@ def _draw(task: Task, shots: Pairs, queries: Pairs, n_shots: int, rng: Random) -
             outputs.setdefault(x, []).append(y)
     if len(outputs) < n_shots:
         raise ValueError(
-            f"task {task.name!r} has {len(outputs)} pairs besides the query to draw {n_shots} examples from, one an input: "
-            "lower n_shots or give a larger pool"
+            f"task {task.name!r} has {len(outputs)} pairs besides the query to draw {n_shots} examples from, "
+            "one an input: lower n_shots or give a larger pool"
         )
     examples = [(x, outputs[x]) for x in rng.sample(list(outputs), n_shots)]
     return [*((x, ys[0] if len(ys) == 1 else rng.choice(ys)) for x, ys in examples), query]

@@ -1,4 +1,4 @@
-"""Pairs as they stand in files: tab-separated tables, JSON, and what is said where a file repeats or contradicts itself."""
+"""Pairs as they stand in files, tables or JSON, and what is said where a file repeats or contradicts itself."""
 
 import json
 import warnings

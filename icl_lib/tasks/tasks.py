@@ -71,7 +71,7 @@ class TaskDataError(FileNotFoundError):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Input-output pairs with a name, a group ("knowledge", "linguistic", "translation", "algorithmic", ...) and a source.
+    """Input-output pairs with a name, a group ("knowledge", "linguistic", "translation", "algorithmic") and a source.
 
     Raises `ValueError` if there is no pair, or a pair has an empty side.
     """
@@ -105,9 +105,9 @@ class Task:
         return tuple(pair for pair in self.pairs if pair[0] in chosen)
 
     def shots(self, n: int, n_of_lists: int) -> int:
-        """Examples to show in a prompt: `n`, but at most `n_of_lists` if every input is a list of words, as in algo_first.
+        """Examples to show in a prompt: `n`, but at most `n_of_lists` if every input is a list of words (algo_first).
 
-        Such pairs are about twice as long as others; the sparse-feature-circuit work shows fewer of them (16 for 31, 8 for 12).
+        Such pairs are about twice as long as others; the sparse-feature-circuit work shows 16 of them for 31, 8 for 12.
         """
         return min(n, n_of_lists) if all(", " in x for x, _ in self.pairs) else n
 
@@ -123,9 +123,9 @@ def load_tasks(source: str | Path) -> dict[str, Task]:
     - a folder: JSON (an object input -> output, or a list of {"input", "output"}) and TSV (header `input`, `output`),
       named after the file, grouped by its subfolder.
 
-    A pair that a file repeats is read once (of the published files antonyms.json, less 12, and product-company.json, less
-    20, have such), and of a key that a JSON object repeats the last output counts. An input may have several outputs (next
-    item, instruments). Of a folder's files all of these are told in a warning; the published files are as they are.
+    A pair that a file repeats is read once (product-company.json has 20 such, antonyms.json 12); of a key that a JSON
+    object repeats the last output counts; otherwise an input may have several outputs (instruments of a person). A
+    warning tells of these in files of a folder; the published files are as they are.
 
     Published files are downloaded once, their SHA-256 checked. With the environment variable ICL_LIB_TASK_DATA set to a
     folder holding `icl_task_vectors/` or `function_vectors/`, they are read from there instead. Raises `TaskDataError`
@@ -142,7 +142,8 @@ def load_tasks(source: str | Path) -> dict[str, Task]:
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"no task source {str(source)!r}: give 'embedded', 'paper', 'function_vectors', or an existing folder of .json and .tsv files"
+            f"no task source {str(source)!r}: give 'embedded', 'paper', 'function_vectors', or an existing folder of "
+            ".json and .tsv files"
         )
     files = task_files(folder)
     if not files:
@@ -168,7 +169,7 @@ def select_tasks(tasks: Mapping[str, Task], names: Iterable[str]) -> dict[str, T
 
 
 def _embedded() -> dict[str, Task]:
-    """The 28 tasks over our word tables. Input domains are shared, so that a zero-shot prompt does not tell the task."""
+    """The 28 tasks over our word tables. Inputs are shared, so that a zero-shot prompt does not tell the task."""
     tables = {table: read_table(table) for table in ("countries", "people", "nouns", "adjectives", "verbs", "items")}
     tasks = {
         name: Task(name, tuple((row[x], row[y]) for table, x, y in parts for row in tables[table]), group, "embedded")

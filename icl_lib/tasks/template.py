@@ -1,4 +1,4 @@
-"""The words around the pairs of a prompt, and the role of every token, found from character offsets and never from token ids."""
+"""The words around the pairs of a prompt, and the role of every token, found from character offsets, never from ids."""
 
 import dataclasses
 import enum
@@ -27,16 +27,18 @@ class Role(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    r"""The words around the pairs: the prefix, then `pair` for every pair with `newline` between them, ending with an output.
+    r"""The words around the pairs: the prefix, then `pair` for every pair, `newline` between, an output at the end.
 
-    The default is the paper's. A chat model's special tokens go into the prefix, "<start_of_turn>user\nFollow the pattern:\n";
-    a tokenizer that has them encodes them as such. Hendel et al. (2023) is `Template(prefix="", pair="example:{x}->{y}")`,
-    Todd et al. (2024) `Template(prefix="", pair="Q: {x}\nA: {y}", newline="\n\n")`. What stands before `{x}` is part of the
-    prefix in the first pair and of the newline in the others; what stands after `{y}` is part of the newline, and left out
-    after the query. `dummy` is a pair of stand-ins put before the examples, ("X", "Y") for the line "X -> Y".
+    The default is the paper's. A chat model's special tokens go into the prefix, "<start_of_turn>user\nFollow the ...";
+    a tokenizer that has them encodes them as such. Hendel et al. (2023) is
+    `Template(prefix="", pair="example:{x}->{y}")`, Todd et al. (2024) is
+    `Template(prefix="", pair="Q: {x}\nA: {y}", newline="\n\n")`. What stands before `{x}` is part of the prefix in
+    the first pair and of the newline in the others; what stands after `{y}` is part of the newline, and left out after
+    the query. `dummy` is a pair of stand-ins put before the examples,
+    ("X", "Y") for the line "X -> Y".
 
-    Raises `ValueError` if `pair` is not a text with one {x} and then one {y}, or if there are only blanks between {x} and
-    {y} or between two pairs, since then no token could carry that role.
+    Raises `ValueError` if `pair` is not a text with one {x} and then one {y}, or if there are only blanks between {x}
+    and {y} or between two pairs, since then no token could carry that role.
     """
 
     prefix: str = "Follow the pattern:\n"
@@ -61,7 +63,8 @@ class Template:
             ) from error
         if fields != [("x", "", None), ("y", "", None)]:
             raise ValueError(
-                f"the pair of a template is a text with one {{x}} and then one {{y}}, such as '{{x}} -> {{y}}'; got {self.pair!r}"
+                "the pair of a template is a text with one {x} and then one {y}, such as '{x} -> {y}'; "
+                f"got {self.pair!r}"
             )
         before, between, after = self.pair.format(x="\0", y="\0").split("\0")
         return before, between, after
@@ -93,20 +96,21 @@ class Span(NamedTuple):
 
 
 def own_bos(tokenizer) -> int | None:
-    """The token that opens every text, or None: GPT-2 and Pythia use the end of a text for it, and open no text with it."""
+    """The token that opens every text, or None: that of GPT-2 and Pythia is the end of a text, and opens none."""
     bos = tokenizer.bos_token_id
     return None if bos is None or bos == tokenizer.eos_token_id else int(bos)
 
 
 def tokenise(layouts: Sequence[Sequence[Span]], tokenizer) -> list[list[tuple[int, int, int]]]:
-    """(token, role, pair) for the tokens of each prompt, BOS first where the tokenizer has one of its own (once, also where the text begins with it).
+    """(token, role, pair) for the tokens of each prompt, BOS first (once, whoever brings it) if the tokenizer has one.
 
-    A token belongs to the span of its characters, where whitespace counts for less than anything else: the blank in " Paris"
-    or " ->" belongs to the word or the arrow, and so does a line end that the tokenizer merges with a word, as Qwen does in
-    ".\\n". A token of blanks alone belongs to what follows, so the first token of an output comes right after its arrow.
+    A token belongs to the span of its characters, where whitespace counts for less than anything else: the blank in
+    " Paris" or " ->" belongs to the word or the arrow, and so does a line end that the tokenizer merges with a word, as
+    Qwen does in ".\\n". A token of blanks alone belongs to what follows, so the first token of an output comes right
+    after its arrow.
 
-    Raises `ValueError` if the tokenizer is not a fast one, puts visible characters of two roles into one token, or gives no
-    token at all for an input, arrow or output.
+    Raises `ValueError` if the tokenizer is not a fast one, puts visible characters of two roles into one token, or
+    gives no token at all for an input, arrow or output.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
@@ -136,8 +140,9 @@ def _owners(layout: Sequence[Span], text: str, offsets: Sequence[tuple[int, int]
         if len(inside) and owner[inside[0]] != owner[inside[-1]]:
             roles = [layout[k].role.name for k in np.unique(owner[inside])]
             raise ValueError(
-                f"the token {text[start:end]!r} of {_name(tokenizer)} spans {' and '.join(roles)} in {text[max(0, start - 20) : end + 20]!r}: this "
-                "tokenizer merges the separator or newline with its neighbour; choose a Template whose separator it "
+                f"the token {text[start:end]!r} of {_name(tokenizer)} spans {' and '.join(roles)} in "
+                f"{text[max(0, start - 20) : end + 20]!r}: this tokenizer merges the separator or newline with "
+                "its neighbour; choose a Template whose separator it "
                 "keeps apart, for instance with spaces around it"
             )
         if not len(inside):
@@ -150,8 +155,8 @@ def _owners(layout: Sequence[Span], text: str, offsets: Sequence[tuple[int, int]
 def _by_character(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Offsets in which the bytes of unknown characters are told apart.
 
-    A unigram tokenizer with byte fallback takes a run of unknown characters, line ends too, as one piece, and gives each of
-    the bytes the place of the whole piece.
+    A unigram tokenizer with byte fallback takes a run of unknown characters, line ends too, as one piece, and gives
+    each of the bytes the place of the whole piece.
     """
     out: list[tuple[int, int]] = []
     for (start, end), run in itertools.groupby(offsets):
@@ -169,7 +174,7 @@ def _check_complete(layout: Sequence[Span], found: Sequence[int], tokenizer):
         span = layout[lost]
         if span.role in (Role.INPUT, Role.ARROW, Role.OUTPUT):
             raise ValueError(
-                f"{_name(tokenizer)} gives no token for the {span.role.name} {span.text!r} of pair {span.pair}: its normalisation "
+                f"{_name(tokenizer)} gives no token for the {span.role.name} {span.text!r} of pair {span.pair}: it "
                 "drops these characters or merges them with their neighbour; leave that pair out, or choose another Template"
             )
 

@@ -1,9 +1,9 @@
 """Text for training SAEs: documents from a hub or from files, tokenised, packed into contexts, resumable to the token.
 
-A corpus gives contexts of one length, (n, seq) int32, each with BOS in front; documents follow each other with a BOS between
-them (a model without BOS: neither). No BOS follows another: not where a context starts between two documents, nor where a
-document brings its own. BOS and padding are what `token_mask` leaves out of losses and statistics. `state_dict` is JSON: a
-corpus that loads it goes on with the very context that would have come next.
+A corpus gives contexts of one length, (n, seq) int32, each with BOS in front; documents follow each other with a BOS
+between them (a model without BOS: neither). No BOS follows another: not where a context starts between two documents,
+nor where a document brings its own. BOS and padding are what `token_mask` leaves out of losses and statistics.
+`state_dict` is JSON: a corpus that loads it goes on with the very context that would have come next.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ class CorpusEnded(CorpusError):
 
 @runtime_checkable
 class Corpus(Protocol):
-    """Where contexts come from. `describe` is held against a checkpoint's: data of another kind cannot go on with it."""
+    """Where contexts come from. `describe` is held against a checkpoint's: other data cannot go on with it."""
 
     seq: int
 
@@ -65,7 +65,7 @@ class Corpus(Protocol):
 
 
 def rewind(corpus: Corpus) -> None:
-    """Back to the start: where a `TextCorpus` stood when it was made, another corpus when it was first given to this function."""
+    """Back to the start: where a `TextCorpus` stood when it was made, another corpus when it was first given here."""
     start = vars(corpus).setdefault("_start", json.dumps(corpus.state_dict()))
     corpus.load_state_dict(json.loads(start))
 
@@ -73,9 +73,9 @@ def rewind(corpus: Corpus) -> None:
 def open_text(
     source: str | Path, *, subset: str | None = None, split: str = "train", revision: str | None = None
 ) -> datasets.IterableDataset:
-    """A stream of documents: a hub id ("HuggingFaceFW/fineweb"), a file (.txt, .json, .jsonl, .parquet) or a folder of such.
+    """A stream of documents: a hub id ("HuggingFaceFW/fineweb"), a file (.txt, .json, .jsonl, .parquet), a folder.
 
-    A paragraph of a .txt file is a document. Nothing is downloaded but what is read. Raises `CorpusError` if nothing is there.
+    A paragraph of a .txt file is a document. Only what is read is downloaded. Raises `CorpusError` if nothing is there.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -112,8 +112,8 @@ class TextCorpus:
     """Documents of a `datasets` stream as packed contexts, for this process its share of them.
 
     Documents that are null or empty are left out. Raises `CorpusError` at once if there is no document or no column
-    `text_column`; from `batch` if a file or a document cannot be read, and, as `CorpusEnded`, when the text has been read
-    `epochs` times.
+    `text_column`; from `batch` if a file or a document cannot be read, and, as `CorpusEnded`, when the text has been
+    read `epochs` times.
     """
 
     def __init__(
@@ -158,8 +158,8 @@ class TextCorpus:
             more = self._tokens()
             if more is None:
                 raise CorpusEnded(
-                    f"{self.name} ended after {self._given} contexts of {self.seq} tokens and {have} tokens more, but {n} "
-                    f"contexts are needed next (read {self.epochs} time{'s' * (self.epochs != 1)})"
+                    f"{self.name} ended after {self._given} contexts of {self.seq} tokens and {have} tokens more, but "
+                    f"{n} contexts are needed next (read {self.epochs} time{'s' * (self.epochs != 1)})"
                 )
             parts.append(more)
             have += len(more)
@@ -177,7 +177,7 @@ class TextCorpus:
         self._given, self._rest = int(state["given"]), np.asarray(state["rest"], np.int32)
 
     def describe(self) -> dict[str, Any]:
-        """What its contexts depend on. Text and tokenizer are known by hashes; not `epochs`, so that a job may go on with more."""
+        """What its contexts depend on, text and tokenizer by hashes; not `epochs`, so that a job may have more."""
         plain = {"corpus": self.name, "seq": self.seq, "text_column": self.text_column, "shards": jax.process_count()}
         return plain | self._known_by
 
@@ -187,7 +187,8 @@ class TextCorpus:
         texts = list(itertools.islice(found, _KNOWN_BY))
         if not texts:
             raise CorpusError(
-                f"{self.name} is empty: there is no text in column {self.text_column!r} of its first {_SEARCHED} documents"
+                f"{self.name} is empty: there is no text in column {self.text_column!r} of its first "
+                f"{_SEARCHED} documents"
             )
         return texts
 
@@ -219,8 +220,8 @@ class TextCorpus:
         text = document[column]
         if not isinstance(text, str | None):
             raise CorpusError(
-                f"{where()} has a document whose {column!r} is not text but {type(text).__name__}, {_brief(repr(text))}: "
-                "correct it or leave it out, or pass text_column"
+                f"{where()} has a document whose {column!r} is not text but {type(text).__name__}, "
+                f"{_brief(repr(text))}: correct it or leave it out, or pass text_column"
             )
         return text
 

@@ -10,8 +10,8 @@ from jaxtyping import Array, Int
 def token_mask(tokens: np.ndarray | Array, config) -> np.ndarray | Array:
     """True where a token is neither BOS nor padding: the tokens that SAEs are trained and judged on.
 
-    It knows both by the model's ids, which is right for text. Prompts know better, since a tokenizer may pad with another id
-    or begin with none: whatever counts tokens takes a `mask`, and for prompts that is `prompts.real`.
+    It knows both by the model's ids, which is right for text. Prompts know better, since a tokenizer may pad with
+    another id or begin with none: whatever counts tokens takes a `mask`, and for prompts that is `prompts.real`.
     """
     real = tokens != config.pad_id
     return real if config.bos_id is None else real & (tokens != config.bos_id)
@@ -53,7 +53,7 @@ def one_bos(tokens: np.ndarray, bos_id: int | None) -> np.ndarray:
 def pack(tokens: np.ndarray, seq: int, bos_id: int | None, most: int) -> tuple[Int[np.ndarray, "n seq"], int]:
     """Up to `most` contexts of `seq` tokens, each begun with BOS, and how many of the tokens went into them.
 
-    A BOS of the tokens that falls on the start of a context is left out there. Without a BOS the tokens are cut as they are.
+    A BOS of the tokens that falls on the start of a context is left out there.
     """
     front = [] if bos_id is None else [bos_id]
     body, starts, at = seq - len(front), [], 0
