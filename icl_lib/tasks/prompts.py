@@ -1,5 +1,6 @@
 """Few-shot prompts of a task, tokenised, with the role of every token and the pair that it belongs to."""
 
+import dataclasses
 from collections.abc import Sequence
 from random import Random
 
@@ -182,14 +183,13 @@ def stack_prompts(prompts: Sequence[Prompts]) -> Prompts:
         return jnp.stack([jnp.pad(a, w, constant_values=fill) for a, w in zip(arrays, widths, strict=True)])
 
     shots = tuple(p.n_shots for p in prompts)
-    return Prompts(
+    return dataclasses.replace(
+        prompts[0],
         tokens=stacked("tokens", prompts[0].pad_id),
         roles=stacked("roles", int(Role.OTHER)),
         pair=stacked("pair", NO_PAIR),
         answer=stacked("answer", False),
         n_shots=shots[0] if len(set(shots)) == 1 else shots,
-        template=prompts[0].template,
-        pad_id=prompts[0].pad_id,
         label=_Label(tuple(p.texts for p in prompts), tuple(p.task for p in prompts)),
     )
 

@@ -58,13 +58,13 @@ def pack(tokens: np.ndarray, seq: int, bos_id: int | None, most: int) -> tuple[I
     front = [] if bos_id is None else [bos_id]
     body, starts, at = seq - len(front), [], 0
     while len(starts) < most:
-        at += front == tokens[at : at + 1].tolist() != []
+        at += int(bos_id is not None and at < len(tokens) and tokens[at] == bos_id)
         if at + body > len(tokens):
             break
         starts.append(at)
         at += body
-    rows = [[*front, *tokens[start : start + body]] for start in starts]
-    return np.asarray(rows, np.int32).reshape(-1, seq), at
+    rows = tokens[np.add.outer(np.asarray(starts, np.int64), np.arange(body))]
+    return np.concatenate([np.full((len(rows), len(front)), bos_id or 0), rows], axis=1, dtype=np.int32), at
 
 
 def token_windows(texts: Iterable[str], tokenizer, length: int, bos_id: int | None) -> Int[np.ndarray, "n length"]:
