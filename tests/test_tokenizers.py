@@ -70,6 +70,7 @@ def checked(name, pairs, template):
         encoded = tok(text, add_special_tokens=False, return_offsets_mapping=True)
         own = tok.bos_token_id is not None and tok.bos_token_id != tok.eos_token_id
         n = own + len(encoded["input_ids"])
+        pad = next(i for i in (tok.pad_token_id, tok.eos_token_id, 0) if i is not None)
         # the very tokens of the text, with BOS where there is one, and padding; nothing else
         assert ids == [tok.bos_token_id] * own + encoded["input_ids"] + [pad] * (len(ids) - n)
         assert roles[:own] + roles[n:] == [Role.OTHER] * (own + len(ids) - n)
