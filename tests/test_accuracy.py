@@ -89,7 +89,7 @@ def test_too_few_pairs_and_too_long_prompts(embedded):
     assert table["acc@12"].isna().tolist() == [True, False] and not table["acc@3"].isna().any()
     with pytest.raises(
         ValueError,
-        match=r"40 pairs of task 'country_capital' have up to \d+ tokens, more than the model's context of 80",
+        match=r"task 'country_capital' with 40 pairs are \d+ tokens long, more than the model's context of 80",
     ):
         accuracy_table(model, words, TASKS, n_pairs=(40,), n_prompts=2)
 

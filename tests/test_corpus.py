@@ -42,10 +42,13 @@ def folder(tmp_path):
 
 
 def packed(texts: list[str], seq: int) -> np.ndarray:
-    """The contexts by the definition: every token in order, a BOS after each document, cut into rows behind a BOS."""
-    flat = [token for text in texts for token in [*(int(w[1:]) + 3 for w in text.split()), 2]]
-    n = len(flat) // (seq - 1)
-    return np.array([[2, *flat[i * (seq - 1) : (i + 1) * (seq - 1)]] for i in range(n)], np.int32)
+    """The contexts by the definition: every token in order, a BOS after each document, rows behind a BOS, no BOS twice."""
+    rows, row = [], [2]
+    for token in [token for text in texts for token in [*(int(w[1:]) + 3 for w in text.split()), 2]]:
+        row += [token] * (token != 2 or row[-1] != 2)
+        if len(row) == seq:
+            rows, row = [*rows, row], [2]
+    return np.array(rows, np.int32)
 
 
 def test_contexts_are_the_text_in_order(folder, tokenizer):
@@ -102,8 +105,8 @@ def test_processes_share_the_documents(folder, tokenizer, monkeypatch):
     for process in range(2):
         monkeypatch.setattr("jax.process_count", lambda: 2)
         monkeypatch.setattr("jax.process_index", lambda process=process: process)
-        corpus = TextCorpus(open_text(folder), tokenizer, 4, bos_id=2)
-        tokens = np.concatenate([corpus.batch(1)[0, 1:] for _ in range(200)])
+        corpus = TextCorpus(open_text(folder), tokenizer, 601, bos_id=2)
+        tokens = corpus.batch(1)[0, 1:]  # in one context every BOS is the end of a document
         text = " ".join("|" if t == 2 else WORDS[t - 3] for t in tokens)
         seen.append({d.strip() for d in text.split("|")[:-1]})
     everything = {t for shard in range(3) for t in documents(40, shard)}
@@ -254,3 +257,38 @@ def test_embedded_language_is_a_corpus_too():
     fresh = LanguageCorpus(24, seed=3)
     fresh.load_state_dict(LanguageCorpus(24, seed=3).state_dict())
     np.testing.assert_array_equal(fresh.batch(2), rows[:2])
+
+
+@pytest.mark.parametrize("bring", ["nothing", "<bos> ", "<bos> <bos> "])
+def test_no_bos_follows_another_whoever_brings_it(tmp_path, bring):
+    """Documents of one to five words in contexts of 32; a document of blanks has no token."""
+    tokenizer = make_tokenizer(["<bos>", *WORDS])
+    bos = tokenizer.convert_tokens_to_ids("<bos>")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, rng.integers(1, 6))) for _ in range(1000)]
+    own = "" if bring == "nothing" else bring
+    lines = [json.dumps({"text": text}) for i in texts for text in [own + i] + ["   "] * (len(i) % 7 == 0)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    make = lambda: TextCorpus(open_text(tmp_path), tokenizer, 32, bos_id=bos)
+    corpus, rows = make(), []
+    for _ in range(8):  # a state at every kind of place
+        rows.append(corpus.batch(9))
+        state, corpus = json.loads(json.dumps(corpus.state_dict())), make()
+        corpus.load_state_dict(state)
+    rows = np.concatenate(rows)
+    assert (rows[:, 0] == bos).all() and not ((rows[:, 1:] == bos) & (rows[:, :-1] == bos)).any()
+    np.testing.assert_array_equal(make().batch(72), rows)
+    words = tokenizer(" ".join(texts), add_special_tokens=False)["input_ids"]
+    flat = rows[rows != bos]
+    assert flat.tolist() == words[: len(flat)], "no word is lost"
+    assert (rows[:, 1:] == bos).sum() > 400, "documents are still told apart"
+
+
+def test_what_the_hub_leaves_in_a_folder_is_no_text(folder, tokenizer):
+    rows = TextCorpus(open_text(folder), tokenizer, 16, bos_id=2).batch(20)
+    hidden = folder / ".cache" / "huggingface" / "download"
+    hidden.mkdir(parents=True)
+    for name in ("0.jsonl", "0.json", "0.txt"):
+        (hidden / name).write_text('{"etag": "w1"}\n')
+    (folder / "dataset_infos.json").write_text("{}")
+    np.testing.assert_array_equal(TextCorpus(open_text(folder), tokenizer, 16, bos_id=2).batch(20), rows)

@@ -107,6 +107,10 @@ def test_token_windows_begin_with_bos_and_cover_the_text():
     tokenizer = lambda text, add_special_tokens: {"input_ids": [int(w) for w in text.split()]}
     windows = token_windows(["5 6 7", "8 9 10 11"], tokenizer, length=4, bos_id=2)
     assert windows.tolist() == [[2, 5, 6, 7], [2, 8, 9, 10]]
+    own = token_windows(["2 5 6 7", "2 2 8 9 10 11", "2 12 13"], tokenizer, length=4, bos_id=2)
+    assert own.tolist() == [[2, 5, 6, 7], [2, 8, 9, 10], [2, 11, 2, 12]], "no BOS follows another, whoever brings it"
+    plain = token_windows(["5 6 7", "8 9 10 11"], tokenizer, length=3, bos_id=None)
+    assert plain.tolist() == [[5, 6, 7], [8, 9, 10]], "a model without BOS"
     with pytest.raises(ValueError, match="too few"):
         token_windows(["5"], tokenizer, length=4, bos_id=2)
 

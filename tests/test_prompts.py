@@ -11,6 +11,9 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from icl_lib.models import ModelConfig, Site, Transformer, tiny_config
+from icl_lib.models.families import hf_config
+from icl_lib.saes.activations import harvest
 from icl_lib.tasks import (
     Role,
     Task,
@@ -375,3 +378,63 @@ def test_pair_metric_needs_examples(words):
     prompts = make_prompts(TASKS["en_es"], words, n_prompts=2, n_shots=0, seed=0)
     with pytest.raises(ValueError, match="n_shots >= 1"):
         pair_logprob(jnp.zeros((*prompts.tokens.shape, 10)), prompts)
+
+
+def test_no_input_is_shown_twice_in_a_prompt(words):
+    base = TASKS["antonyms"].pairs[:12]
+    task = Task("t", base * 2, "", "test")
+    several = Task("s", (*base, *((x, "Spain") for x, _ in base[:6])), "", "test")  # inputs with two outputs
+    for t in (task, several):
+        prompts = make_prompts(t, words, n_prompts=200, n_shots=4, seed=0)
+        lines = [text.split("\n")[1:] for text in prompts.texts]
+        assert all(len({line.split(" -> ")[0] for line in prompt}) == 5 for prompt in lines)
+    shown = {line for prompt in lines for line in prompt}
+    assert {f"{x} -> {y}" for x, y in several.pairs} == shown, "each of the outputs is shown in some prompt"
+    with pytest.raises(ValueError, match="has 11 pairs besides the query to draw 12 examples from"):
+        make_prompts(task, words, n_prompts=1, n_shots=12, seed=0)
+    corrupt = make_prompts(several, words, n_prompts=50, n_shots=4, seed=0, corrupt=True)
+    true = {f"{x} -> {y}" for x, y in several.pairs}
+    assert not any(line in true for text in corrupt.texts for line in text.split("\n")[1:-1])
+
+
+def test_prompts_longer_than_the_context_are_refused(words):
+    args = dict(n_prompts=3, n_shots=2, seed=0)
+    n = make_prompts(TASKS["antonyms"], words, **args).tokens.shape[1]
+    assert make_prompts(TASKS["antonyms"], words, n_ctx=n, **args).tokens.shape == (3, n)
+    with pytest.raises(
+        ValueError, match=rf"'antonyms' with 3 pairs are {n} tokens .* context of {n - 1}: lower n_shots$"
+    ):
+        make_prompts(TASKS["antonyms"], words, n_ctx=n - 1, **args)
+    with pytest.raises(ValueError, match=rf"{n + 2} tokens .* context of {n}: lower n_shots or length$"):
+        make_prompts(TASKS["antonyms"], words, n_ctx=n, length=n + 2, **args)
+
+
+def test_padding_counts_nowhere_without_a_padding_id(getkey):
+    """A Llama whose config and tokenizer name no padding id, and a tokenizer whose end of text is another than the config's."""
+    pieces = dict.fromkeys(["the", "<s>", "</s>", "<unk>", *"".join(CORPUS).replace("\n", " \n ").split(" ")])
+    raw = hf_config(tiny_config("llama", d_vocab=len(pieces), n_ctx=80), "float32") | {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = ModelConfig.from_hf({key: value for key, value in raw.items() if key != "pad_token_id"})
+    model, site = Transformer.init(config, key=getkey()), Site("resid_post", 1)
+    for end, n_default in (("</s>", True), ("<unk>", False)):
+        backend = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+        )
+        fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=end, unk_token="<unk>")
+        prompts = make_prompts(TASKS["location_country"], fast, n_prompts=16, n_shots=3, seed=0, n_ctx=config.n_ctx)
+        n = sum(len(fast(text, add_special_tokens=False)["input_ids"]) for text in prompts.texts)
+        assert int(prompts.real.sum()) == n < prompts.tokens[:, 1:].size, "some prompts are padded"
+        assert len(harvest(model, prompts.tokens, [site], prompts.real)[site]) == n
+        assert (len(harvest(model, prompts.tokens, [site])[site]) == n) == n_default
+        assert (prompts.pad_id == config.pad_id) == n_default
+
+
+def test_a_prefix_may_bring_its_bos(words):
+    plain = make_prompts(TASKS["antonyms"], words, n_prompts=3, n_shots=2, seed=0)
+    for own in ("<bos>", "<bos><bos>", "<bos> <bos> "):
+        template = Template(prefix=f"{own}Follow the pattern:\n")
+        prompts = make_prompts(TASKS["antonyms"], words, n_prompts=3, n_shots=2, seed=0, template=template)
+        assert prompts.tokens.tolist() == plain.tokens.tolist() and prompts.roles.tolist() == plain.roles.tolist()

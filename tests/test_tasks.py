@@ -13,6 +13,8 @@ from random import Random
 
 import pytest
 
+from icl_lib.files.hashes import fingerprint
+from icl_lib.files.paths import data_files
 from icl_lib.tasks import Task, UnknownTask, load_tasks, read_table, select_tasks, tasks
 
 # Pairs per file of Hendel et al. as stored, one less for the four that begin with a header line.
@@ -291,3 +293,63 @@ def test_unknown_names(tmp_path):
         select_tasks(suite, ["antonym"])
     assert isinstance(info.value, KeyError)
     assert str(info.value).startswith("no task 'antonym': did you mean 'antonyms'?")
+
+
+def test_what_other_programs_leave_in_a_folder_is_no_data(tmp_path):
+    folder = tmp_path / ".cache" / "snapshot"  # hidden above the folder says nothing
+    (folder / "own").mkdir(parents=True)
+    (folder / "own" / "colours.json").write_text('{"sky": "blue"}')
+    (folder / "birds.tsv").write_text("input\toutput\nowl\tnight\n")
+    before, expected = fingerprint(folder), [folder / "birds.tsv", folder / "own" / "colours.json"]
+    for name in (
+        ".cache/huggingface/download/own/colours.json.metadata.json",
+        ".cache/huggingface/download/own/colours.json.lock",
+        ".git/config.json",
+        "own/.ipynb_checkpoints/colours-checkpoint.json",
+        "own/.colours.json.77.partial.json",
+        "__pycache__/a.json",
+        "__MACOSX/own/colours.json",
+        "own/colours.json~",
+        "dataset_infos.json",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("[1, 2]")
+    (folder / "folder.json").mkdir()
+    assert data_files(folder) == expected and data_files(folder, [".json"]) == expected[1:]
+    assert list(load_tasks(folder)) == ["birds", "colours"]
+    assert fingerprint(folder) == before
+    (folder / "notes.md").write_text("more")
+    assert fingerprint(folder) != before and data_files(folder, (".md",)) == [folder / "notes.md"]
+
+
+@pytest.mark.parametrize("kind", ["object", "list", "tsv"])
+def test_repeated_pairs_are_read_once_and_told(tmp_path, kind, recwarn):
+    pairs = [("hot", "cold"), ("safe", "risky"), ("up", "down"), ("hot", "cold"), ("safe", "unsafe"), ("up", "down")]
+    write = {
+        "object": lambda: "{" + ", ".join(f'"{x}": "{y}"' for x, y in pairs) + "}",
+        "list": lambda: json.dumps([{"input": x, "output": y} for x, y in pairs]),
+        "tsv": lambda: "input\toutput\n" + "".join(f"{x}\t{y}\n" for x, y in pairs),
+    }[kind]
+    (tmp_path / f"a.{'tsv' if kind == 'tsv' else 'json'}").write_text(write())
+    both = kind != "object"  # of a key of an object the last value counts, as in the published antonyms
+    expected = {("hot", "cold"), ("safe", "unsafe"), ("up", "down")} | ({("safe", "risky")} if both else set())
+    found = load_tasks(tmp_path)["a"].pairs
+    assert set(found) == expected and len(found) == len(expected)
+    (message,) = {str(w.message) for w in recwarn}
+    assert "2 of 6 pairs repeat another" in message and "'safe' ('risky', 'unsafe')" in message
+    assert str(tmp_path / "a.") in message and "'hot'" not in message
+    assert ("a prompt shows one of them" if both else "the last one counts") in message
+
+
+def test_published_pairs_are_as_they_were(published, recwarn):
+    """Only product-company.json has pairs twice that were kept so far: 20 of 522. Nobody can mend these files: no warning."""
+    for source in ("paper", "function_vectors"):
+        for name, task in load_tasks(source).items():
+            if task.group in ("algorithmic",) and source == "paper":
+                continue
+            path = published / tasks.FOLDERS[source] / task.group / f"{name}.json"
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = list(raw.items()) if isinstance(raw, dict) else [(entry["input"], entry["output"]) for entry in raw]
+            assert list(task.pairs) == [pair for pair in dict.fromkeys(raw) if "_".join(pair) != name]
+            assert len(raw) - len(set(raw)) in ((0, 20) if name == "product-company" else (0,))
+    assert not recwarn.list

@@ -70,8 +70,9 @@ def checked(name, pairs, template):
         encoded = tok(text, add_special_tokens=False, return_offsets_mapping=True)
         own = tok.bos_token_id is not None and tok.bos_token_id != tok.eos_token_id
         n = own + len(encoded["input_ids"])
+        pad = next(i for i in (tok.pad_token_id, tok.eos_token_id, 0) if i is not None)
         # the very tokens of the text, with BOS where there is one, and padding; nothing else
-        assert ids == [tok.bos_token_id] * own + encoded["input_ids"] + [tok.pad_token_id or 0] * (len(ids) - n)
+        assert ids == [tok.bos_token_id] * own + encoded["input_ids"] + [pad] * (len(ids) - n)
         assert roles[:own] + roles[n:] == [Role.OTHER] * (own + len(ids) - n)
         # one run of tokens per part, in order; only line ends, and a prefix that is empty, may have none
         runs = [key for key, _ in itertools.groupby(zip(roles[own:n], pair[own:n], strict=True))]

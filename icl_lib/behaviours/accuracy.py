@@ -1,17 +1,18 @@
-"""The first thing to look at after loading a model: how well it does each task in context, beside what was published."""
+"""The first thing to look at after loading a model: how well it does each task in context, beside published figures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
 from icl_lib.tasks.prompts import PAPER_TEMPLATE, make_prompts
-from icl_lib.tasks.tasks import Task, read_table
+from icl_lib.tasks.tables import read_table
+from icl_lib.tasks.tasks import Task
 from icl_lib.tasks.template import Role, Template
+from icl_lib.text.tokens import batches
 
 # Published tables by the name of the model on the hub.
 REFERENCES = {"gemma-2b-it": Path(__file__).parent / "gemma_2b_it_accuracy.tsv"}
@@ -19,10 +20,9 @@ _LOGIT_BYTES = 2**30  # logits of one compiled step stay below this
 
 
 @eqx.filter_jit
-def _guesses(model, tokens, rows: int):
-    """The most probable token after every token, a few prompts at a time."""
-    one = lambda row: jnp.argmax(model(row[None]), axis=-1)[0].astype(jnp.int32)
-    return jax.lax.map(one, tokens, batch_size=rows)
+def _guesses(model, tokens):
+    """The most probable token after every token."""
+    return jnp.argmax(model(tokens), axis=-1).astype(jnp.int32)
 
 
 def _same_start(tokenizer, guesses: np.ndarray, targets: np.ndarray, n: int = 3) -> np.ndarray:
@@ -51,9 +51,9 @@ def accuracy_table(
 ) -> pd.DataFrame:
     """Accuracy by task: columns `task`, `group`, `pairs` and one `acc@k` for each k of `n_pairs`.
 
-    acc@k is the share of arrows, over all k arrows of prompts of k pairs, the first included, after which the most probable
-    token and the first token of the output are equal in their first three characters. A task with fewer than k pairs in the
-    pool has NaN there. Raises `ValueError` if a prompt is longer than the model's context.
+    acc@k is the share of arrows, over all k arrows of prompts of k pairs, the first included, after which the most
+    probable token and the first token of the output are equal in their first three characters. A task with fewer than k
+    pairs in the pool has NaN there. Raises `ValueError` if a prompt is longer than the model's context.
 
     Source: ICL-SFC, the measure of its published experiments.
     """
@@ -75,16 +75,13 @@ def _accuracy(
     inputs = {x for x, _ in (task.pairs if pool is None else task.pool(pool))}
     if len(inputs) < k:
         return float("nan")
-    prompts = make_prompts(task, tokenizer, n_prompts=n_prompts, n_shots=k - 1, seed=seed, pool=pool, template=template)
-    seq, config = prompts.tokens.shape[1], model.config
-    if seq > config.n_ctx:
-        raise ValueError(
-            f"{k} pairs of task {task.name!r} have up to {seq} tokens, more than the model's context of {config.n_ctx}: ask for fewer pairs"
-        )
+    options = {"n_prompts": n_prompts, "n_shots": k - 1, "seed": seed, "pool": pool, "template": template}
+    prompts, config = make_prompts(task, tokenizer, n_ctx=model.config.n_ctx, **options), model.config
+    seq = prompts.tokens.shape[1]
     wide = min(-(-seq // 64) * 64, config.n_ctx)  # a few widths in all, so that not every task compiles its own program
-    tokens = jnp.pad(prompts.tokens, ((0, 0), (0, wide - seq)), constant_values=prompts.pad_id)
-    rows = max(1, min(n_prompts, _LOGIT_BYTES // (4 * wide * config.d_vocab)))
-    guesses = np.asarray(_guesses(model, tokens, rows))[:, :seq]
+    rows = max(1, _LOGIT_BYTES // (4 * wide * config.d_vocab))
+    guesses = [_guesses(model, some) for some, _ in batches(prompts.tokens, prompts.real, rows, wide)]
+    guesses = np.concatenate(guesses)[:n_prompts, :seq]
     at = np.asarray(prompts.mask(Role.OUTPUT, "first") & (prompts.pair >= 0))[:, 1:]
     return float(_same_start(tokenizer, guesses[:, :-1][at], np.asarray(prompts.tokens)[:, 1:][at]).mean())
 
@@ -92,8 +89,8 @@ def _accuracy(
 def published_accuracy(model: str | Path) -> pd.DataFrame | None:
     """The published `task`, `acc@12` and `acc@24` of the model of that hub id or folder name; None if there are none.
 
-    There are some for Gemma-1 2B-it (`google/gemma-2b-it`), from the plot data that ICL-SFC's published experiments keep, on
-    the tasks of `load_tasks("paper")`.
+    There are some for Gemma-1 2B-it (`google/gemma-2b-it`), from the plot data that ICL-SFC's published experiments
+    keep, on the tasks of `load_tasks("paper")`.
     """
     file = REFERENCES.get(Path(model).name)
     if file is None:

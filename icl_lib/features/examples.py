@@ -65,12 +65,12 @@ def _scan(model, sae, latents, batches, valid, k: int):
 def top_examples(
     model: Transformer,
     sae: SAE,
-    tokens: Int[np.ndarray, "n_windows s"],
+    tokens: Int[np.ndarray, "n_windows s"] | Int[Array, "n_windows s"],
     latents: Sequence[int] | Int[np.ndarray, " n"],
     *,
     k: int = 10,
     batch: int = 32,
-    valid: Bool[np.ndarray, "n_windows s"] | None = None,
+    valid: Bool[np.ndarray, "n_windows s"] | Bool[Array, "n_windows s"] | None = None,
 ) -> Examples:
     """The k windows that activate each latent most; all latents in one compiled pass over the corpus.
 

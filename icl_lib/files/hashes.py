@@ -5,13 +5,15 @@ import hashlib
 import subprocess
 from pathlib import Path
 
+from icl_lib.files.paths import data_files
+
 _SAMPLE = 2**16
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells whether the files of a folder are the same: a hash of their names, sizes, and first and last 64 KiB, quick for any size."""
+    """A hash of the names, sizes, and first and last 64 KiB of a folder's data files; it is quick for any size."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in data_files(folder):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
         with open(path, "rb") as file:
@@ -23,10 +25,10 @@ def fingerprint(folder: Path) -> str:
 
 @functools.cache
 def code_version() -> dict[str, str]:
-    """The git commit, where there is one, and a hash of the library's own files, which also tells uncommitted edits apart."""
+    """The git commit, where there is one, and a hash of the library's own files, which tells edits apart."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
-    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".tsv", ".mplstyle")):
+    for path in data_files(package, (".py", ".tsv", ".mplstyle")):
         digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     command = ["git", "-C", str(package), "rev-parse", "--short=12", "HEAD"]
     try:

@@ -1,4 +1,4 @@
-"""Several processes, one set of files: which of them writes, how it gets whole arrays, and where all wait for each other."""
+"""Several processes, one set of files: which of them writes, how it gets whole arrays, and where all wait."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def is_writer() -> bool:
 
 
 def to_host(x: Any) -> np.ndarray:
-    """An array as NumPy on this process, whole even where its parts lie with others; every process has to call it then."""
+    """An array as NumPy on this process, whole even where parts lie with others; every process has to call it then."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         from jax.experimental import multihost_utils
 

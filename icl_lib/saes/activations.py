@@ -30,7 +30,7 @@ def harvest(
     model: Transformer,
     tokens: Int[np.ndarray, "n seq"] | Int[Array, "n seq"],
     sites: Iterable[Site],
-    mask: Bool[np.ndarray, "n seq"] | None = None,
+    mask: Bool[np.ndarray, "n seq"] | Bool[Array, "n seq"] | None = None,
     *,
     batch_size: int = 64,
     dtype: str = "float32",

@@ -19,8 +19,8 @@ _BLOCK = 1024  # decoder rows compared with all others at a time
 def firing_rates(
     model: Transformer,
     suite: Mapping[Hashable, SAE],
-    tokens: Int[np.ndarray, "n seq"],
-    mask: Bool[np.ndarray, "n seq"] | None = None,
+    tokens: Int[np.ndarray, "n seq"] | Int[Array, "n seq"],
+    mask: Bool[np.ndarray, "n seq"] | Bool[Array, "n seq"] | None = None,
     *,
     batch_size: int = 32,
 ) -> dict[Hashable, np.ndarray]:
@@ -30,7 +30,7 @@ def firing_rates(
     that the model does not have, or if the mask drops every token.
     """
     check_tokens(tokens, model.config)
-    mask = np.asarray(token_mask(tokens, model.config)) if mask is None else mask
+    mask = np.asarray(token_mask(tokens, model.config) if mask is None else mask)
     if not mask.any():
         raise ValueError(
             "the mask drops every token: it must be true where latents are counted (neither BOS nor padding)"

@@ -55,10 +55,10 @@ def pair_logprob(logits: Float[Array, "*axes seq d_vocab"], prompts: Prompts) ->
 
 
 def pair_logit(logits: Float[Array, "*axes seq d_vocab"], prompts: Prompts) -> Float[Array, "*axes"]:
-    """As `pair_logprob`, with the logit of the token, less the mean logit over the vocabulary, in place of its log-probability.
+    """As `pair_logprob`, with the logit of the token, less the mean over the vocabulary, for its log-probability.
 
-    The gradient of a log-probability carries the factor 1 - p and vanishes where the model is sure; that of a logit does
-    not. Source: ICL-SFC, the runs of its first version; SFC, Sec. 3.1 (logit differences).
+    The gradient of a log-probability carries the factor 1 - p and vanishes where the model is sure; that of a logit
+    does not. Source: ICL-SFC, the runs of its first version; SFC, Sec. 3.1 (logit differences).
     """
     at = logits[..., :-1, :].astype(jnp.float32)
     chosen = jnp.take_along_axis(at, prompts.tokens[..., 1:, None], axis=-1)[..., 0]

@@ -1,5 +1,6 @@
 """Few-shot prompts of a task, tokenised, with the role of every token and the pair that it belongs to."""
 
+import dataclasses
 from collections.abc import Sequence
 from random import Random
 
@@ -8,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from icl_lib.tasks.tasks import Pairs, Task
+from icl_lib.tasks.tables import Pairs
+from icl_lib.tasks.tasks import Task
 from icl_lib.tasks.template import DUMMY, NO_PAIR, Role, Template, tokenise
 
 PAPER_TEMPLATE = Template()
 
 
 class _Label:
-    """Texts and task name of prompts: equal to any other label, so that jitted functions do not compile once per text."""
+    """Texts and task name of prompts: equal to any other label, so that no function is compiled once per text."""
 
     def __init__(self, texts, task):
         self.texts, self.task = texts, task
@@ -106,19 +108,25 @@ def make_prompts(
     query_pool: str | Sequence[tuple[str, str]] | None = None,
     template: Template = PAPER_TEMPLATE,
     length: int | None = None,
+    n_ctx: int | None = None,
     corrupt: bool = False,
 ) -> Prompts:
     """Random prompts of a task: `n_shots` example pairs, then the query pair with its answer.
 
     Examples come from `pool`, queries from `query_pool`: the name of a pool of the task, pairs, or None for all pairs
-    (for queries: the same as `pool`). Inside a prompt no pair is repeated and no example has the query's input; between
-    prompts pairs may repeat. `corrupt` replaces each example's output by another output of the task, drawn apart, so
-    that inputs and queries are those of the clean prompts of the same seed. Right padded to `length` (None: the
-    longest prompt) with the tokenizer's pad id (0 if it has none). Its BOS, if it has one that is not its end of text too,
-    comes first.
+    (for queries: the same as `pool`). Inside a prompt no input is shown twice, the query's included; of an input with
+    several outputs one is drawn. Between prompts pairs may repeat. `corrupt` replaces each example's output by an
+    output of the task that is wrong for it, drawn apart, so that inputs and queries are those of the clean prompts of
+    the same seed.
 
-    Raises `ValueError` if the pool is too small, a prompt is longer than `length`, the tokenizer is not a fast one, or
-    it merges visible characters of two roles into one token (see `template.tokenise`).
+    The tokenizer's BOS, if it has one that is not its end of text too, comes first. Prompts are right padded to
+    `length` (None: the longest prompt) with the tokenizer's pad id, without one its end of text, without that 0, as
+    `ModelConfig` does it; since such an id can be a model's BOS or word too, whatever counts tokens of prompts takes
+    `Prompts.real`.
+
+    Raises `ValueError` if the pool is too small, a prompt is longer than `length` or than the model's context `n_ctx`,
+    the tokenizer is not a fast one, or it merges visible characters of two roles into one token (see
+    `template.tokenise`).
     """
     shots = _pairs(task, pool)
     queries = shots if query_pool is None else _pairs(task, query_pool)
@@ -129,13 +137,19 @@ def make_prompts(
         drawn = [[*_corrupted(task, pairs[:-1], rng), pairs[-1]] for pairs in drawn]
     layouts = [template.layout(pairs) for pairs in drawn]
     rows = tokenise(layouts, tokenizer)
-    pad_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+    pad_id = next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     longest = max(len(row) for row in rows)
-    if length is not None and longest > length:
+    length = longest if length is None else length
+    if longest > length:
         raise ValueError(
             f"a prompt of task {task.name!r} has {longest} tokens, more than {length=}: raise it, or lower n_shots"
         )
-    table = np.full((n_prompts, longest if length is None else length, 3), (pad_id, Role.OTHER, NO_PAIR), np.int32)
+    if n_ctx is not None and length > n_ctx:
+        raise ValueError(
+            f"prompts of task {task.name!r} with {n_shots + 1} pairs are {length} tokens long, more than the model's "
+            f"context of {n_ctx}: lower n_shots{' or length' * (length > longest)}"
+        )
+    table = np.full((n_prompts, length, 3), (pad_id, Role.OTHER, NO_PAIR), np.int32)
     for i, row in enumerate(rows):
         table[i, : len(row)] = row
     tokens, roles, pair = np.moveaxis(table, -1, 0)
@@ -169,14 +183,13 @@ def stack_prompts(prompts: Sequence[Prompts]) -> Prompts:
         return jnp.stack([jnp.pad(a, w, constant_values=fill) for a, w in zip(arrays, widths, strict=True)])
 
     shots = tuple(p.n_shots for p in prompts)
-    return Prompts(
+    return dataclasses.replace(
+        prompts[0],
         tokens=stacked("tokens", prompts[0].pad_id),
         roles=stacked("roles", int(Role.OTHER)),
         pair=stacked("pair", NO_PAIR),
         answer=stacked("answer", False),
         n_shots=shots[0] if len(set(shots)) == 1 else shots,
-        template=prompts[0].template,
-        pad_id=prompts[0].pad_id,
         label=_Label(tuple(p.texts for p in prompts), tuple(p.task for p in prompts)),
     )
 
@@ -193,18 +206,24 @@ def _pairs(task: Task, pool: str | Sequence[tuple[str, str]] | None) -> Pairs:
 def _draw(task: Task, shots: Pairs, queries: Pairs, n_shots: int, rng: Random) -> list[tuple[str, str]]:
     """Examples and query of one prompt, the query last."""
     query = rng.choice(queries)
-    others = [pair for pair in shots if pair[0] != query[0]]
-    if len(others) < n_shots:
+    outputs: dict[str, list[str]] = {}
+    for x, y in shots:
+        if x != query[0]:
+            outputs.setdefault(x, []).append(y)
+    if len(outputs) < n_shots:
         raise ValueError(
-            f"task {task.name!r} has {len(others)} pairs besides the query to draw {n_shots} examples from: "
-            "lower n_shots or give a larger pool"
+            f"task {task.name!r} has {len(outputs)} pairs besides the query to draw {n_shots} examples from, "
+            "one an input: lower n_shots or give a larger pool"
         )
-    return [*rng.sample(others, n_shots), query]
+    examples = [(x, outputs[x]) for x in rng.sample(list(outputs), n_shots)]
+    return [*((x, ys[0] if len(ys) == 1 else rng.choice(ys)) for x, ys in examples), query]
 
 
 def _corrupted(task: Task, pairs: Sequence[tuple[str, str]], rng: Random) -> list[tuple[str, str]]:
-    """The pairs, each with another output of the task than its own."""
-    outputs = sorted({y for _, y in task.pairs})
-    if len(outputs) < 2:
-        raise ValueError(f"task {task.name!r} has one output only, {outputs[0]!r}: its prompts cannot be corrupted")
-    return [(x, rng.choice([other for other in outputs if other != y])) for x, y in pairs]
+    """The pairs, each with an output of the task that is none of its input's own."""
+    true, outputs = set(task.pairs), sorted({y for _, y in task.pairs})
+    wrong = [[other for other in outputs if other != y and (x, other) not in true] for x, y in pairs]
+    if not all(wrong):
+        found = f"one output only, {outputs[0]!r}" if len(outputs) == 1 else "an input for which no output is wrong"
+        raise ValueError(f"task {task.name!r} has {found}: its prompts cannot be corrupted")
+    return [(x, rng.choice(others)) for (x, _), others in zip(pairs, wrong, strict=True)]

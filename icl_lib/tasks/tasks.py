@@ -3,17 +3,16 @@
 import dataclasses
 import difflib
 import hashlib
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from random import Random
 
 import pooch
 
-Pairs = tuple[tuple[str, str], ...]
+from icl_lib.files.paths import data_files
+from icl_lib.tasks.tables import Pairs, read_pairs, read_table
 
-WORDS = Path(__file__).parent / "words"
 REGISTRY = Path(__file__).parent / "registry.tsv"
 DATA_VARIABLE = "ICL_LIB_TASK_DATA"
 POOLS = ("extraction", "optimisation", "evaluation")
@@ -72,7 +71,7 @@ class TaskDataError(FileNotFoundError):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Input-output pairs with a name, a group ("knowledge", "linguistic", "translation", "algorithmic", ...) and a source.
+    """Input-output pairs with a name, a group ("knowledge", "linguistic", "translation", "algorithmic") and a source.
 
     Raises `ValueError` if there is no pair, or a pair has an empty side.
     """
@@ -106,9 +105,9 @@ class Task:
         return tuple(pair for pair in self.pairs if pair[0] in chosen)
 
     def shots(self, n: int, n_of_lists: int) -> int:
-        """Examples to show in a prompt: `n`, but at most `n_of_lists` if every input is a list of words, as in algo_first.
+        """Examples to show in a prompt: `n`, but at most `n_of_lists` if every input is a list of words (algo_first).
 
-        Such pairs are about twice as long as others; the sparse-feature-circuit work shows fewer of them (16 for 31, 8 for 12).
+        Such pairs are about twice as long as others; the sparse-feature-circuit work shows 16 of them for 31, 8 for 12.
         """
         return min(n, n_of_lists) if all(", " in x for x, _ in self.pairs) else n
 
@@ -123,6 +122,10 @@ def load_tasks(source: str | Path) -> dict[str, Task]:
     - "function_vectors": 53 tasks of Todd et al. (2024), "Function Vectors in Large Language Models".
     - a folder: JSON (an object input -> output, or a list of {"input", "output"}) and TSV (header `input`, `output`),
       named after the file, grouped by its subfolder.
+
+    A pair that a file repeats is read once (product-company.json has 20 such, antonyms.json 12); of a key that a JSON
+    object repeats the last output counts; otherwise an input may have several outputs (instruments of a person). A
+    warning tells of these in files of a folder; the published files are as they are.
 
     Published files are downloaded once, their SHA-256 checked. With the environment variable ICL_LIB_TASK_DATA set to a
     folder holding `icl_task_vectors/` or `function_vectors/`, they are read from there instead. Raises `TaskDataError`
@@ -139,7 +142,8 @@ def load_tasks(source: str | Path) -> dict[str, Task]:
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"no task source {str(source)!r}: give 'embedded', 'paper', 'function_vectors', or an existing folder of .json and .tsv files"
+            f"no task source {str(source)!r}: give 'embedded', 'paper', 'function_vectors', or an existing folder of "
+            ".json and .tsv files"
         )
     files = task_files(folder)
     if not files:
@@ -149,7 +153,7 @@ def load_tasks(source: str | Path) -> dict[str, Task]:
 
 def task_files(folder: Path) -> list[Path]:
     """The files of a folder that are read as tasks, in order."""
-    return sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".tsv"))
+    return data_files(folder, (".json", ".tsv"))
 
 
 def select_tasks(tasks: Mapping[str, Task], names: Iterable[str]) -> dict[str, Task]:
@@ -164,31 +168,8 @@ def select_tasks(tasks: Mapping[str, Task], names: Iterable[str]) -> dict[str, T
     return chosen
 
 
-def read_table(path: str | Path, columns: Sequence[str] | None = None) -> list[dict[str, str]]:
-    """Rows of a tab-separated UTF-8 file with a header line, as dictionaries; "nouns" is the embedded table of nouns.
-
-    Raises `ValueError` with file, line number and expected columns where a line does not have them, all non-empty,
-    or where the header is not `columns`.
-    """
-    file = WORDS / f"{path}.tsv" if isinstance(path, str) and (WORDS / f"{path}.tsv").is_file() else Path(path)
-    header, *lines = file.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
-    names = header.split("\t")
-    if columns is not None and names != list(columns):
-        raise ValueError(f"{file}, line 1: expected the header {' <tab> '.join(columns)}, got {header!r}")
-    rows = []
-    for number, line in enumerate(lines, start=2):
-        cells = line.split("\t")
-        if len(cells) != len(names) or not all(cell.strip() for cell in cells):
-            raise ValueError(
-                f"{file}, line {number}: expected {len(names)} non-empty columns separated by tabs "
-                f"({', '.join(names)}), got {len(cells)}: {line!r}"
-            )
-        rows.append(dict(zip(names, cells, strict=True)))
-    return rows
-
-
 def _embedded() -> dict[str, Task]:
-    """The 28 tasks over our word tables. Input domains are shared, so that a zero-shot prompt does not tell the task."""
+    """The 28 tasks over our word tables. Inputs are shared, so that a zero-shot prompt does not tell the task."""
     tables = {table: read_table(table) for table in ("countries", "people", "nouns", "adjectives", "verbs", "items")}
     tasks = {
         name: Task(name, tuple((row[x], row[y]) for table, x, y in parts for row in tables[table]), group, "embedded")
@@ -249,34 +230,8 @@ def _from_files(files: Iterable[Path], folder: Path, source: str) -> dict[str, T
         name = file.stem
         if name in tasks:
             raise ValueError(f"two files in {folder} make a task named {name!r}; {file} is the second: rename it")
-        pairs = _read_json(file) if file.suffix == ".json" else _read_pairs(file)
-        if source == "paper":
-            pairs = _drop_header(pairs, name)
+        pairs = read_pairs(file, warn=source not in URLS)
+        if "_".join(pairs[0] if pairs and source == "paper" else ()) == name:
+            pairs = pairs[1:]  # en_fr.json and its like: the header ("en", "fr") of the list that it was made of
         tasks[name] = Task(name, pairs, "/".join(file.relative_to(folder).parts[:-1]), source)
     return tasks
-
-
-def _drop_header(pairs: Pairs, name: str) -> Pairs:
-    """Without the first pair of en_fr.json and its like when it is the header ("en", "fr") of the list it came from."""
-    return pairs[1:] if pairs and "_".join(pairs[0]) == name else pairs
-
-
-def _read_pairs(file: Path) -> Pairs:
-    return tuple((row["input"], row["output"]) for row in read_table(file, columns=("input", "output")))
-
-
-def _read_json(file: Path) -> Pairs:
-    """Pairs of a JSON object input -> output (a repeated key keeps its last value), or of a list of {input, output}."""
-    wanted = "a JSON object of input strings to output strings, or a list of {'input': str, 'output': str}"
-    try:
-        data = json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON, line {error.lineno}: {error.msg}; expected {wanted}") from error
-    try:
-        pairs = data.items() if isinstance(data, dict) else [(entry["input"], entry["output"]) for entry in data]
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{file}: expected {wanted}; got {type(data).__name__} with another content") from error
-    for pair in pairs:
-        if not all(isinstance(side, str) for side in pair):
-            raise ValueError(f"{file}: expected {wanted}; got the pair {pair!r}")
-    return tuple(pairs)

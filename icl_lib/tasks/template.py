@@ -1,4 +1,4 @@
-"""The words around the pairs of a prompt, and the role of every token, found from character offsets and never from token ids."""
+"""The words around the pairs of a prompt, and the role of every token, found from character offsets, never from ids."""
 
 import dataclasses
 import enum
@@ -27,16 +27,18 @@ class Role(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    r"""The words around the pairs: the prefix, then `pair` for every pair with `newline` between them, ending with an output.
+    r"""The words around the pairs: the prefix, then `pair` for every pair, `newline` between, an output at the end.
 
-    The default is the paper's. A chat model's special tokens go into the prefix, "<start_of_turn>user\nFollow the pattern:\n";
-    a tokenizer that has them encodes them as such. Hendel et al. (2023) is `Template(prefix="", pair="example:{x}->{y}")`,
-    Todd et al. (2024) `Template(prefix="", pair="Q: {x}\nA: {y}", newline="\n\n")`. What stands before `{x}` is part of the
-    prefix in the first pair and of the newline in the others; what stands after `{y}` is part of the newline, and left out
-    after the query. `dummy` is a pair of stand-ins put before the examples, ("X", "Y") for the line "X -> Y".
+    The default is the paper's. A chat model's special tokens go into the prefix, "<start_of_turn>user\nFollow the ...";
+    a tokenizer that has them encodes them as such. Hendel et al. (2023) is
+    `Template(prefix="", pair="example:{x}->{y}")`, Todd et al. (2024) is
+    `Template(prefix="", pair="Q: {x}\nA: {y}", newline="\n\n")`. What stands before `{x}` is part of the prefix in
+    the first pair and of the newline in the others; what stands after `{y}` is part of the newline, and left out after
+    the query. `dummy` is a pair of stand-ins put before the examples,
+    ("X", "Y") for the line "X -> Y".
 
-    Raises `ValueError` if `pair` is not a text with one {x} and then one {y}, or if there are only blanks between {x} and
-    {y} or between two pairs, since then no token could carry that role.
+    Raises `ValueError` if `pair` is not a text with one {x} and then one {y}, or if there are only blanks between {x}
+    and {y} or between two pairs, since then no token could carry that role.
     """
 
     prefix: str = "Follow the pattern:\n"
@@ -54,18 +56,18 @@ class Template:
     def parts(self) -> tuple[str, str, str]:
         """What `pair` has before {x}, between {x} and {y}, and after {y}."""
         try:
-            fields = list(string.Formatter().parse(self.pair))
+            fields = [tuple(field) for _, *field in string.Formatter().parse(self.pair) if field[0] is not None]
         except ValueError as error:
             raise ValueError(
                 f"the pair of a template cannot be read ({error}), got {self.pair!r}: write other braces twice"
             ) from error
-        names = [name for _, name, _, _ in fields if name is not None]
-        if names != ["x", "y"] or any(spec or conversion for _, _, spec, conversion in fields):
+        if fields != [("x", "", None), ("y", "", None)]:
             raise ValueError(
-                f"the pair of a template is a text with one {{x}} and then one {{y}}, such as '{{x}} -> {{y}}'; got {self.pair!r}"
+                "the pair of a template is a text with one {x} and then one {y}, such as '{x} -> {y}'; "
+                f"got {self.pair!r}"
             )
-        before, between, *after = (text for text, *_ in _joined(fields))
-        return before, between, "".join(after)
+        before, between, after = self.pair.format(x="\0", y="\0").split("\0")
+        return before, between, after
 
     @property
     def separator(self) -> str:
@@ -85,17 +87,6 @@ class Template:
         return spans[:-1]  # nothing after the answer of the query
 
 
-def _joined(fields: list) -> list:
-    """The parts of a format string, with literal texts that a doubled brace has cut in two put together again."""
-    out, held = [], ""
-    for text, name, *_ in fields:
-        held += text
-        if name is not None:
-            out.append((held, name))
-            held = ""
-    return [*out, (held, None)]
-
-
 class Span(NamedTuple):
     """A run of characters with one role in one pair."""
 
@@ -105,20 +96,21 @@ class Span(NamedTuple):
 
 
 def own_bos(tokenizer) -> int | None:
-    """The token that opens every text, or None: GPT-2 and Pythia use the end of a text for it, and open no text with it."""
+    """The token that opens every text, or None: that of GPT-2 and Pythia is the end of a text, and opens none."""
     bos = tokenizer.bos_token_id
     return None if bos is None or bos == tokenizer.eos_token_id else int(bos)
 
 
 def tokenise(layouts: Sequence[Sequence[Span]], tokenizer) -> list[list[tuple[int, int, int]]]:
-    """(token, role, pair) for the tokens of each prompt, BOS first where the tokenizer has one of its own (once).
+    """(token, role, pair) for the tokens of each prompt, BOS first (once, whoever brings it) if the tokenizer has one.
 
-    A token belongs to the span of its characters, where whitespace counts for less than anything else: the blank in " Paris"
-    or " ->" belongs to the word or the arrow, and so does a line end that the tokenizer merges with a word, as Qwen does in
-    ".\\n". A token of blanks alone belongs to what follows, so the first token of an output comes right after its arrow.
+    A token belongs to the span of its characters, where whitespace counts for less than anything else: the blank in
+    " Paris" or " ->" belongs to the word or the arrow, and so does a line end that the tokenizer merges with a word, as
+    Qwen does in ".\\n". A token of blanks alone belongs to what follows, so the first token of an output comes right
+    after its arrow.
 
-    Raises `ValueError` if the tokenizer is not a fast one, puts visible characters of two roles into one token, or gives no
-    token at all for an input, arrow or output.
+    Raises `ValueError` if the tokenizer is not a fast one, puts visible characters of two roles into one token, or
+    gives no token at all for an input, arrow or output.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
@@ -131,8 +123,8 @@ def tokenise(layouts: Sequence[Sequence[Span]], tokenizer) -> list[list[tuple[in
     for layout, text, ids, offsets in zip(layouts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         owners = _owners(layout, text, offsets, tokenizer)
         row = [(int(t), int(layout[o].role), layout[o].pair) for t, o in zip(ids, owners, strict=True)]
-        if bos is not None:
-            row = [(bos, int(Role.OTHER), NO_PAIR), *(row[1:] if ids[:1] == [bos] else row)]
+        if bos is not None:  # a prefix may bring some
+            row = [(bos, int(Role.OTHER), NO_PAIR), *itertools.dropwhile(lambda entry: entry[0] == bos, row)]
         rows.append(row)
     return rows
 
@@ -148,8 +140,9 @@ def _owners(layout: Sequence[Span], text: str, offsets: Sequence[tuple[int, int]
         if len(inside) and owner[inside[0]] != owner[inside[-1]]:
             roles = [layout[k].role.name for k in np.unique(owner[inside])]
             raise ValueError(
-                f"the token {text[start:end]!r} of {_name(tokenizer)} spans {' and '.join(roles)} in {text[max(0, start - 20) : end + 20]!r}: this "
-                "tokenizer merges the separator or newline with its neighbour; choose a Template whose separator it "
+                f"the token {text[start:end]!r} of {_name(tokenizer)} spans {' and '.join(roles)} in "
+                f"{text[max(0, start - 20) : end + 20]!r}: this tokenizer merges the separator or newline with "
+                "its neighbour; choose a Template whose separator it "
                 "keeps apart, for instance with spaces around it"
             )
         if not len(inside):
@@ -162,8 +155,8 @@ def _owners(layout: Sequence[Span], text: str, offsets: Sequence[tuple[int, int]
 def _by_character(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Offsets in which the bytes of unknown characters are told apart.
 
-    A unigram tokenizer with byte fallback takes a run of unknown characters, line ends too, as one piece, and gives each of
-    the bytes the place of the whole piece.
+    A unigram tokenizer with byte fallback takes a run of unknown characters, line ends too, as one piece, and gives
+    each of the bytes the place of the whole piece.
     """
     out: list[tuple[int, int]] = []
     for (start, end), run in itertools.groupby(offsets):
@@ -181,8 +174,8 @@ def _check_complete(layout: Sequence[Span], found: Sequence[int], tokenizer):
         span = layout[lost]
         if span.role in (Role.INPUT, Role.ARROW, Role.OUTPUT):
             raise ValueError(
-                f"{_name(tokenizer)} gives no token for the {span.role.name} {span.text!r} of pair {span.pair}: its normalisation "
-                "drops these characters or merges them with their neighbour; leave that pair out, or choose another Template"
+                f"{_name(tokenizer)} gives no token for the {span.role.name} {span.text!r} of pair {span.pair}: it "
+                "drops these characters or merges them with their neighbour; leave that pair out, or change the Template"
             )
 
 

@@ -4,5 +4,6 @@ from icl_lib.text.corpus import Corpus, CorpusEnded, CorpusError, TextCorpus, op
 from icl_lib.text.tokens import check_tokens, token_mask, token_windows
 
 __all__ = [
-    "Corpus", "CorpusEnded", "CorpusError", "TextCorpus", "check_tokens", "open_text", "rewind", "token_mask", "token_windows",
+    "Corpus", "CorpusEnded", "CorpusError", "TextCorpus", "check_tokens", "open_text", "rewind", "token_mask",
+    "token_windows",
 ]  # fmt: skip

@@ -1,8 +1,9 @@
 """Text for training SAEs: documents from a hub or from files, tokenised, packed into contexts, resumable to the token.
 
-A corpus gives contexts of one length, (n, seq) int32, each with BOS in front; documents follow each other with a BOS between
-them (a model without BOS: neither). BOS and padding are what `token_mask` leaves out of losses and statistics. `state_dict` is JSON: a corpus that loads
-it goes on with the very context that would have come next.
+A corpus gives contexts of one length, (n, seq) int32, each with BOS in front; documents follow each other with a BOS
+between them (a model without BOS: neither). No BOS follows another: not where a context starts between two documents,
+nor where a document brings its own. BOS and padding are what `token_mask` leaves out of losses and statistics.
+`state_dict` is JSON: a corpus that loads it goes on with the very context that would have come next.
 """
 
 import hashlib
@@ -21,6 +22,9 @@ from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
 from jaxtyping import Int
 
+from icl_lib.files.paths import data_files
+from icl_lib.text.tokens import one_bos, pack
+
 # extension -> loader of `datasets`, and how it cuts a file into documents
 _LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {"sample_by": "paragraph"}),
@@ -31,12 +35,8 @@ _LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
 _DOCUMENTS = 64  # tokenised at a time: the tokenizer works on them in parallel
 _KNOWN_BY = 8  # first documents that tell one text from another
 _SEARCHED = 1000  # documents without text that may stand in front of the first one with text
-_UNREADABLE = (
-    ValueError,
-    OSError,
-    pyarrow.ArrowException,
-    DatasetsError,
-)  # what `datasets` raises about files and hubs
+# What `datasets` raises about files and hubs.
+_UNREADABLE = (ValueError, OSError, pyarrow.ArrowException, DatasetsError)
 
 logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # it logs every error that it also raises
 
@@ -51,7 +51,7 @@ class CorpusEnded(CorpusError):
 
 @runtime_checkable
 class Corpus(Protocol):
-    """Where contexts come from. `describe` is held against a checkpoint's: data of another kind cannot go on with it."""
+    """Where contexts come from. `describe` is held against a checkpoint's: other data cannot go on with it."""
 
     seq: int
 
@@ -65,7 +65,7 @@ class Corpus(Protocol):
 
 
 def rewind(corpus: Corpus) -> None:
-    """Back to the start: where a `TextCorpus` stood when it was made, another corpus when it was first given to this function."""
+    """Back to the start: where a `TextCorpus` stood when it was made, another corpus when it was first given here."""
     start = vars(corpus).setdefault("_start", json.dumps(corpus.state_dict()))
     corpus.load_state_dict(json.loads(start))
 
@@ -73,14 +73,14 @@ def rewind(corpus: Corpus) -> None:
 def open_text(
     source: str | Path, *, subset: str | None = None, split: str = "train", revision: str | None = None
 ) -> datasets.IterableDataset:
-    """A stream of documents: a hub id ("HuggingFaceFW/fineweb"), a file (.txt, .json, .jsonl, .parquet) or a folder of such.
+    """A stream of documents: a hub id ("HuggingFaceFW/fineweb"), a file (.txt, .json, .jsonl, .parquet), a folder.
 
-    A paragraph of a .txt file is a document. Nothing is downloaded but what is read. Raises `CorpusError` if nothing is there.
+    A paragraph of a .txt file is a document. Only what is read is downloaded. Raises `CorpusError` if nothing is there.
     """
     path = Path(source).expanduser()
     if not path.exists():
         return _from_hub(str(source), subset, split, revision)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _LOADERS)
+    files = [path] if path.is_file() else data_files(path, _LOADERS)
     kinds = sorted({p.suffix for p in files})
     if len(kinds) != 1 or kinds[0] not in _LOADERS:
         found = ", ".join(kinds) or "none"
@@ -112,8 +112,8 @@ class TextCorpus:
     """Documents of a `datasets` stream as packed contexts, for this process its share of them.
 
     Documents that are null or empty are left out. Raises `CorpusError` at once if there is no document or no column
-    `text_column`; from `batch` if a file or a document cannot be read, and, as `CorpusEnded`, when the text has been read
-    `epochs` times.
+    `text_column`; from `batch` if a file or a document cannot be read, and, as `CorpusEnded`, when the text has been
+    read `epochs` times.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class TextCorpus:
     ):
         if seq < 2:
             raise CorpusError(f"a context is BOS and at least one token, got seq = {seq}")
-        self._front = [] if bos_id is None else [bos_id]  # of a context, and between documents
+        self._bos = bos_id  # at the front of a context, and between documents
         self.seq, self.text_column, self.epochs, self.name = seq, text_column, epochs, name
         self._tokenizer, self._files = tokenizer, getattr(stream, "files", [])
         self._known_by = {"tokenizer": _tokenizer_hash(tokenizer), "text": _hash(self._first_texts(stream))}
@@ -142,23 +142,28 @@ class TextCorpus:
 
     def batch(self, n: int) -> Int[np.ndarray, "n seq"]:
         """The next `n` contexts. Raises `CorpusEnded` where less text is left."""
-        need = n * (self.seq - len(self._front))
-        parts, have = [self._rest], len(self._rest)
+        body = self.seq - (self._bos is not None)
+        tokens, (rows, used) = self._rest, pack(self._rest, self.seq, self._bos, n)
+        while len(rows) < n:
+            tokens = self._read_on(tokens, used + (n - len(rows)) * body, n)
+            rows, used = pack(tokens, self.seq, self._bos, n)
+        self._rest = tokens[used:]
+        self._given += n
+        return rows
+
+    def _read_on(self, tokens: np.ndarray, need: int, n: int) -> np.ndarray:
+        """The tokens and those of the next documents, `need` in all at least. Raises `CorpusEnded`."""
+        parts, have = [tokens], len(tokens)
         while have < need:
             more = self._tokens()
             if more is None:
                 raise CorpusEnded(
-                    f"{self.name} ended after {self._given} contexts of {self.seq} tokens and {have} tokens more, but {n} contexts are "
-                    f"needed next (read {self.epochs} time{'s' * (self.epochs != 1)})"
+                    f"{self.name} ended after {self._given} contexts of {self.seq} tokens and {have} tokens more, but "
+                    f"{n} contexts are needed next (read {self.epochs} time{'s' * (self.epochs != 1)})"
                 )
             parts.append(more)
             have += len(more)
-        tokens = np.concatenate(parts)
-        self._rest = tokens[need:]
-        self._given += n
-        return np.concatenate(
-            [np.tile(np.asarray(self._front, np.int32), (n, 1)), tokens[:need].reshape(n, -1)], axis=1
-        )
+        return np.concatenate(parts)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next context starts: the stream's own state and the tokens that wait."""
@@ -172,7 +177,7 @@ class TextCorpus:
         self._given, self._rest = int(state["given"]), np.asarray(state["rest"], np.int32)
 
     def describe(self) -> dict[str, Any]:
-        """What its contexts depend on. Text and tokenizer are known by hashes; not `epochs`, so that a job may go on with more."""
+        """What its contexts depend on, text and tokenizer by hashes; not `epochs`, so that a job may have more."""
         plain = {"corpus": self.name, "seq": self.seq, "text_column": self.text_column, "shards": jax.process_count()}
         return plain | self._known_by
 
@@ -182,7 +187,8 @@ class TextCorpus:
         texts = list(itertools.islice(found, _KNOWN_BY))
         if not texts:
             raise CorpusError(
-                f"{self.name} is empty: there is no text in column {self.text_column!r} of its first {_SEARCHED} documents"
+                f"{self.name} is empty: there is no text in column {self.text_column!r} of its first "
+                f"{_SEARCHED} documents"
             )
         return texts
 
@@ -214,8 +220,8 @@ class TextCorpus:
         text = document[column]
         if not isinstance(text, str | None):
             raise CorpusError(
-                f"{where()} has a document whose {column!r} is not text but {type(text).__name__}, {_brief(repr(text))}: "
-                "correct it or leave it out, or pass text_column"
+                f"{where()} has a document whose {column!r} is not text but {type(text).__name__}, "
+                f"{_brief(repr(text))}: correct it or leave it out, or pass text_column"
             )
         return text
 
@@ -225,13 +231,10 @@ class TextCorpus:
         if not texts:
             return None
         self._loaded = None
-        ids = (
-            self._tokenizer([t for t in texts if t], add_special_tokens=False, verbose=False)["input_ids"]
-            if any(texts)
-            else []
-        )
-        flat = [token for document in ids for token in (*document, *self._front)]
-        return np.asarray(flat, np.int32)
+        texts = [text for text in texts if text]
+        ids = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        after = [] if self._bos is None else [self._bos]
+        return one_bos(np.asarray([token for document in ids for token in (*document, *after)], np.int32), self._bos)
 
 
 def _file_of(state: Any, files: Sequence[str]) -> str | None:
@@ -244,12 +247,9 @@ def _file_of(state: Any, files: Sequence[str]) -> str | None:
 def _tokenizer_hash(tokenizer) -> str:
     """Of all that decides which tokens a text has. Truncation and padding, which any call may set, are not among it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    parts = (
-        tokenizer.get_vocab()
-        if backend is None
-        else json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-    )
-    return _hash(parts)
+    if backend is None:
+        return _hash(tokenizer.get_vocab())
+    return _hash(json.loads(backend.to_str()) | {"truncation": None, "padding": None})
 
 
 def _hash(value: Any) -> str:

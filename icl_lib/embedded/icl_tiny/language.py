@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from icl_lib.tasks import Task, Template, load_tasks
-from icl_lib.tasks.tasks import WORDS, read_table
+from icl_lib.tasks.tables import WORDS, read_table
 
 LANGUAGE = "embedded language"  # how cards name the embedded model's own text
 
