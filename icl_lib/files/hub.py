@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from icl_lib.files.names import named
-from icl_lib.files.paths import resolve
+from icl_lib.files.paths import resolve, root
 
 
 def fetch_folder(name: str | Path, revision: str | None, patterns: Sequence[str], what: str) -> Path:
@@ -16,6 +16,11 @@ def fetch_folder(name: str | Path, revision: str | None, patterns: Sequence[str]
     folder = named(name, "model") or Path(resolve(name))
     if folder.is_dir():
         return folder
+    if folder.is_absolute() or str(name).startswith((".", "~")):
+        raise FileNotFoundError(
+            f"no folder {str(name)!r} here, where {root() / folder.expanduser()} would be (paths count from the repository "
+            f"root): correct it, or pass a folder with {what}"
+        )
     from huggingface_hub import errors, snapshot_download
 
     try:

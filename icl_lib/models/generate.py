@@ -32,6 +32,7 @@ def generate(
         raise ValueError(
             f"{longest} tokens and {n_new} new ones are more than the model's context of {model.config.n_ctx}: lower n_new"
         )
+    model.config.check_length(seq, "a table of prompts")
     stop = (model.config.eos_id, *model.config.more_eos) if stop is None else tuple(stop)
     stop = tuple(end for end in stop if end is not None)
     return _generate(model, tokens.astype(jnp.int32), length.astype(jnp.int32), jnp.asarray(stop, jnp.int32), n_new)

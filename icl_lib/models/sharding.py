@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from icl_lib.models.config import ModelConfig
-from icl_lib.models.families import abstract, leaf_path
+from icl_lib.models.tensors import abstract, leaf_path
 from icl_lib.models.transformer import Transformer
 
 Tree = TypeVar("Tree")

@@ -1,4 +1,4 @@
-r"""A decoder-only transformer with named sites; `ModelConfig` says which of the six families it is.
+r"""A decoder-only transformer with named sites; `ModelConfig` says of which family it is.
 
 Block:  $x \leftarrow x + \mathrm{Attn}(\mathrm{Norm}_1 x)$, then  $x \leftarrow x + \mathrm{MLP}(\mathrm{Norm}_2 x)$. Gemma 2 has a
 norm behind each branch too; in GPT-NeoX both branches read the block's input.
@@ -6,7 +6,6 @@ Linear weights keep Hugging Face's (out, in) orientation, so that a checkpoint i
 Einsum letters: b batch, s query position, t key position, g key-value head, r query heads per g, m = (r, s), d width.
 """
 
-import math
 from functools import partial
 
 import equinox as eqx
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from icl_lib.models.config import ModelConfig
+from icl_lib.models.rotary import causal_mask, rotary_frequencies, rotate
 from icl_lib.models.sites import Site, Tap, record
 
 _ACTIVATIONS = {
@@ -94,53 +94,6 @@ class Past(eqx.Module):
         cache: dict[Site, Array] = {}
         model(tokens, tap=record([Site(name, i) for name in ("rot_k", "v") for i in layers], cache))
         return cls(tuple(cache[Site("rot_k", i)] for i in layers), tuple(cache[Site("v", i)] for i in layers), length)
-
-
-def rotary_frequencies(config: ModelConfig) -> Float[Array, " half"]:
-    r"""$\theta^{-2i/n}$ for the pairs i of the n rotating dimensions, in radians a token.
-
-    Llama 3 slows down what turns less than once in `original_n_ctx` / `low_freq_factor` tokens by `factor`, leaves alone
-    what turns more than once in `original_n_ctx` / `high_freq_factor`, and blends between the two.
-    """
-    n = config.rotary_dim or config.d_head
-    frequency = config.rope_theta ** (-jnp.arange(n // 2, dtype=jnp.float32) / (n // 2))
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
-    turns = scaling.original_n_ctx * frequency / (2 * math.pi)  # in the original context
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return frequency * (keep + (1 - keep) / scaling.factor)
-
-
-def rotate(
-    x: Float[Array, "batch seq heads d_head"], positions: Int[Array, "#batch seq"], frequency: Float[Array, " half"]
-) -> Float[Array, "batch seq heads d_head"]:
-    r"""Rotary embedding: the pair $(x_i, x_{i + n/2})$ turns by position times frequency (Hugging Face's half split).
-
-    Dimensions beyond the n = 2 half first ones stay as they are.
-    """
-    half = frequency.shape[0]
-    angle = (positions.astype(jnp.float32)[..., None] * frequency[None, None, :])[:, :, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-    return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
-
-
-def causal_mask(seq: int, past: Past | None, window: int | None = None) -> Array:
-    """(1 or batch, seq, keys) booleans: token s sees the valid past and the tokens up to itself, the last `window` at most."""
-    ago = jnp.arange(seq)[:, None] - jnp.arange(seq)[None, :]  # how many tokens the key lies behind the query
-    own = (ago >= 0)[None] if window is None else ((ago >= 0) & (ago < window))[None]
-    if past is None:
-        return own
-    batch, n_past = past.k[0].shape[:2]
-    place = jnp.arange(n_past)[None, None, :]
-    valid = jnp.broadcast_to(place < past.length[:, None, None], (batch, seq, n_past))
-    if window is not None:
-        query = past.length[:, None, None] + jnp.arange(seq)[None, :, None]
-        valid = valid & (query - place < window)
-    return jnp.concatenate([valid, jnp.broadcast_to(own, (batch, seq, seq))], axis=-1)
 
 
 class Attention(eqx.Module):
@@ -292,6 +245,7 @@ class Transformer(eqx.Module):
             raise ValueError(
                 f"the model takes tokens of shape (batch, seq), got {tokens.shape}; is tokens[None] meant?"
             )
+        self.config.check_length(tokens.shape[1])
         return self.run_from(0, _checked(tap)(Site("embed"), self.embedding(tokens)), tap)
 
     def embedding(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq d_model"]:
@@ -307,7 +261,7 @@ class Transformer(eqx.Module):
         seq = self.config.check_length(resid_pre.shape[1])
         positions = jnp.arange(seq)[None, :] + (0 if past is None else past.length[:, None])
         masks = {
-            window: causal_mask(seq, past, window)
+            window: causal_mask(seq, None if past is None else (past.k[0].shape[1], past.length), window)
             for window in set(map(self.config.window, range(layer, self.config.n_layers)))
         }
         x = resid_pre
