@@ -1,4 +1,4 @@
-"""The six families against transformers' PyTorch classes, and the real models' tensors against their published lists."""
+"""The six families against the PyTorch classes of transformers, and real models against their published tensors."""
 
 import json
 import math
@@ -27,7 +27,8 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
-# Each family with its options turned to where they show: windows shorter than the sequence, caps that bite, few kv heads.
+# Each family with its options turned to where they show: windows shorter than the sequence, caps that bite, few kv
+# heads.
 FORMS = {
     "gemma": {"num_key_value_heads": 1, "head_dim": 6},
     "gemma, untied": {"num_key_value_heads": 1, "head_dim": 6, "tie_word_embeddings": False},
@@ -38,14 +39,20 @@ FORMS = {
     "phi3": {"num_key_value_heads": 2, "sliding_window": 5},
     "gpt_neox": {"rotary_pct": 0.5},
     "gpt_neox, serial": {"rotary_pct": 0.25, "use_parallel_residual": False},
-    "qwen2": {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "tie_word_embeddings": True},
+    "qwen2": {
+        "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1,
+        "tie_word_embeddings": True,
+    },
     "qwen2, untied": {"num_key_value_heads": 2, "tie_word_embeddings": False},
     "llama": {"num_key_value_heads": 2, "rope_parameters": LLAMA3},
-    "llama, biases, tied": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "llama, biases, tied": {
+        "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
+    },
 }  # fmt: skip
 # tensors and parameters as published
 TOTALS = {
-    "google/gemma-2b": (164, 2_506_172_416), "google/gemma-2-2b": (288, 2_614_341_888), "google/gemma-2-9b": (464, 9_241_705_984),
+    "google/gemma-2b": (164, 2_506_172_416), "google/gemma-2-2b": (288, 2_614_341_888),
+    "google/gemma-2-9b": (464, 9_241_705_984),
     "microsoft/Phi-3-mini-4k-instruct": (195, 3_821_079_552), "EleutherAI/pythia-70m-deduped": (76, 70_426_624),
     "Qwen/Qwen2.5-0.5B": (290, 494_032_768), "meta-llama/Llama-3.2-1B": (146, 1_235_814_400),
 }  # fmt: skip
@@ -85,7 +92,9 @@ def branches(theirs):
 
 
 def readers(theirs):
-    """Their norms whose inputs are our resid_mid and last resid_post, by site. In a parallel block no module reads resid_mid."""
+    """Their norms whose inputs are our resid_mid and last resid_post, by site. In a parallel block no module reads
+    resid_mid.
+    """
     neox, layers = hasattr(theirs, "gpt_neox"), blocks(theirs)
     norms = {Site("resid_post", len(layers) - 1): theirs.gpt_neox.final_layer_norm if neox else theirs.model.norm}
     if not getattr(theirs.config, "use_parallel_residual", False):
@@ -186,7 +195,9 @@ def real(site, x, mask):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_is_as_close_to_float32_as_torch_is(form, tmp_path):
-    """At every site, of a padded batch. The rounding of the weights is shared; that of the activations must not be larger than torch's."""
+    """At every site, of a padded batch. The rounding of the weights is shared; that of the activations must not be
+    larger than torch's.
+    """
     theirs = torch_model(form, torch.bfloat16)
     theirs.save_pretrained(tmp_path)
     tokens, mask = padded_tokens()

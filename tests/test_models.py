@@ -83,7 +83,8 @@ def torch_sites(theirs, tokens):
         for name, module, index in [
             ("resid_pre", layer, "in"), ("attn_in", layer.self_attn, "in"), ("attn_out", layer.self_attn, "out"),
             ("z", layer.self_attn.o_proj, "in"), ("resid_mid", layer.post_attention_layernorm, "in"),
-            ("q", layer.self_attn.q_proj, "out"), ("k", layer.self_attn.k_proj, "out"), ("v", layer.self_attn.v_proj, "out"),
+            ("q", layer.self_attn.q_proj, "out"), ("k", layer.self_attn.k_proj, "out"),
+            ("v", layer.self_attn.v_proj, "out"),
             ("mlp_in", layer.mlp, "in"), ("mlp_out", layer.mlp, "out"), ("resid_post", layer, "out"),
         ]:  # fmt: skip
             handles.append(module.register_forward_hook(keep(Site(name, i), index), with_kwargs=True))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -292,7 +293,9 @@ def test_an_unusable_tokenizer_is_refused(folder, files, message):
 
 
 def sentencepiece_model() -> bytes:
-    """A published tokenizer.model where one is at hand, else one of five pieces: text (1), score (2) and kind (3) of each in a field 1."""
+    """A published tokenizer.model where one is at hand, else one of five pieces: text (1), score (2) and kind (3) of
+    each in a field 1.
+    """
     if SENTENCEPIECE.is_file():
         return SENTENCEPIECE.read_bytes()
     sized = lambda tag, content: bytes([tag, len(content)]) + content
@@ -324,7 +327,8 @@ def test_a_name_that_is_nowhere_says_what_would_do(name, monkeypatch, tmp_path):
 
 def test_the_import_is_light():
     """transformers, torch and the hub client take seconds to import; only the calls that need them may do so."""
-    code = "import sys, icl_lib.models; print([m for m in ('torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
+    heavy = ("torch", "transformers", "huggingface_hub")
+    code = f"import sys, icl_lib.models; print([m for m in {heavy} if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
@@ -346,7 +350,7 @@ def test_an_output_matrix_that_differs_from_the_tied_embedding_is_used_as_in_tra
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(jax.jit(ours)(jnp.asarray(tokens, jnp.int32)), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(eqx.filter_jit(ours)(jnp.asarray(tokens, jnp.int32)), expected, rtol=0, atol=1e-4)
 
 
 def test_an_output_matrix_of_another_family_or_shape_is_not_passed_over(folder):
@@ -388,7 +392,7 @@ def test_a_model_saved_over_another_replaces_all_of_it(sharded):
 
 @pytest.mark.parametrize("step", range(7))
 def test_an_interrupted_save_leaves_one_model_or_says_what_to_do(sharded, step, monkeypatch):
-    """Stopped at each change of the folder in turn: what is read is the old model, the new one, or an error that helps."""
+    """Stopped at each change of the folder in turn: what is read is the old model or the new one, or an error helps."""
     place, new = sharded
     old, left = load_model(place), step
     for method in ("unlink", "replace"):

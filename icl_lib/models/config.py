@@ -1,7 +1,8 @@
 """The sizes of a language model and what tells its family from others, as plain data.
 
-Families differ in a dozen small ways (which norm, where, gated or not, what rotates). Each is one field here, so that one
-`Transformer` is all of them; `icl_lib.models.families` says which family has which, and reads them from a `config.json`.
+Families differ in a dozen small ways (which norm, where, gated or not, what rotates). Each is one field here, so that
+one `Transformer` is all of them; `icl_lib.models.families` says which family has which, and reads them from a
+`config.json`.
 """
 
 import dataclasses

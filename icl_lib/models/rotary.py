@@ -11,8 +11,8 @@ from icl_lib.models.config import ModelConfig
 def rotary_frequencies(config: ModelConfig) -> Float[Array, " half"]:
     r"""$\theta^{-2i/n}$ for the pairs i of the n rotating dimensions, in radians a token.
 
-    Llama 3 slows down what turns less than once in `original_n_ctx` / `low_freq_factor` tokens by `factor`, leaves alone
-    what turns more than once in `original_n_ctx` / `high_freq_factor`, and blends between the two.
+    Llama 3 slows down what turns less than once in `original_n_ctx` / `low_freq_factor` tokens by `factor`, leaves
+    alone what turns more than once in `original_n_ctx` / `high_freq_factor`, and blends between the two.
     """
     n = config.rotary_dim or config.d_head
     frequency = config.rope_theta ** (-jnp.arange(n // 2, dtype=jnp.float32) / (n // 2))
@@ -45,7 +45,8 @@ def causal_mask(
 ) -> Bool[Array, "rows seq keys"]:
     """Where token s sees a key: the valid past and the tokens up to itself, the last `window` of them at most.
 
-    `past` is the width of the prefix axis and how many of its places each row uses. There is one row for all without it.
+    `past` is the width of the prefix axis and how many of its places each row uses. There is one row for all without
+    it.
     """
     ago = jnp.arange(seq)[:, None] - jnp.arange(seq)[None, :]  # how many tokens the key lies behind the query
     own = (ago >= 0)[None] if window is None else ((ago >= 0) & (ago < window))[None]

@@ -60,6 +60,6 @@ def n_params(config: ModelConfig) -> int:
 
 
 def ignored(config: ModelConfig, name: str) -> bool:
-    """Whether a checkpoint may hold this tensor although the model lacks it: buffers, and a copy of a tied embedding."""
+    """Whether a checkpoint may hold this tensor although the model has none: buffers, copies of a tied embedding."""
     family = family_of(config.family)
     return bool(family.buffers and family.buffers.search(name)) or (config.tied and name == family.names["unembed"])

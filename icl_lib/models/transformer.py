@@ -1,9 +1,9 @@
 r"""A decoder-only transformer with named sites; `ModelConfig` says of which family it is.
 
-Block:  $x \leftarrow x + \mathrm{Attn}(\mathrm{Norm}_1 x)$, then  $x \leftarrow x + \mathrm{MLP}(\mathrm{Norm}_2 x)$. Gemma 2 has a
-norm behind each branch too; in GPT-NeoX both branches read the block's input.
-Linear weights keep Hugging Face's (out, in) orientation, so that a checkpoint is read without a transposition.
-Einsum letters: b batch, s query position, t key position, g key-value head, r query heads per g, m = (r, s), d width.
+Block:  $x \leftarrow x + \mathrm{Attn}(\mathrm{Norm}_1 x)$, then  $x \leftarrow x + \mathrm{MLP}(\mathrm{Norm}_2 x)$.
+Gemma 2 has a norm behind each branch too; in GPT-NeoX both branches read the block's input. Linear weights keep Hugging
+Face's (out, in) orientation, so that a checkpoint is read without a transposition. Einsum letters: b batch, s query
+position, t key position, g key-value head, r query heads per g, m = (r, s), d width.
 """
 
 from functools import partial
@@ -27,8 +27,8 @@ _ACTIVATIONS = {
 class Norm(eqx.Module):
     r"""$n(x) \cdot (o + w) + b$ in float32, where $n(x) = x / \sqrt{\overline{x^2} + \epsilon}$.
 
-    A layer norm takes the mean off x first and has a bias; an RMS norm does neither. The offset $o$ is 1 in Gemma, whose
-    weight is the gain minus one, and 0 elsewhere.
+    A layer norm takes the mean off x first and has a bias; an RMS norm does neither. The offset $o$ is 1 in Gemma,
+    whose weight is the gain minus one, and 0 elsewhere.
     """
 
     weight: Float[Array, " d_model"]
@@ -121,7 +121,8 @@ class Attention(eqx.Module):
             v = jnp.concatenate([past.v[layer].astype(v.dtype), v], axis=1)
         batch, seq, groups = *x.shape[:2], config.n_kv_heads
         scale = config.d_head**-0.5 if config.attn_scale is None else config.attn_scale
-        # The queries that share a key head go side by side into one product (r and s as one axis): few large products, not many small.
+        # The queries that share a key head go side by side into one product (r and s as one axis): few large products,
+        # not many small.
         # r before s, because heads may lie on several devices: the joint axis is then still cut where they are.
         q = (
             (q * scale)
@@ -140,7 +141,9 @@ class Attention(eqx.Module):
 
 
 class MLP(eqx.Module):
-    r"""$W_{down}(\sigma(W_{gate} x) \odot W_{up} x)$; without a gate $W_{down}\,\sigma(W_{up} x)$. Biases where the family has them."""
+    r"""$W_{down}(\sigma(W_{gate} x) \odot W_{up} x)$; without a gate $W_{down}\,\sigma(W_{up} x)$. Biases where the
+    family has them.
+    """
 
     gate: Float[Array, "d_mlp d_model"] | None
     up: Float[Array, "d_mlp d_model"]
@@ -184,7 +187,7 @@ class Block(eqx.Module):
 
 def _init_block(config: ModelConfig, key: PRNGKeyArray) -> Block:
     d, width, kv = config.d_model, config.n_heads * config.d_head, config.n_kv_heads * config.d_head
-    branch = (2 * config.n_layers) ** -0.5
+    hidden, branch = config.d_mlp, (2 * config.n_layers) ** -0.5
     k = jax.random.split(key, 7)
     norm = partial(Norm.init, config)
     zeros = lambda n, wanted: jnp.zeros(n) if wanted else None  # noqa: E731
@@ -193,8 +196,8 @@ def _init_block(config: ModelConfig, key: PRNGKeyArray) -> Block:
         *(zeros(n, config.qkv_bias) for n in (width, kv, kv)), zeros(d, config.out_bias),
     )  # fmt: skip
     mlp = MLP(
-        _normal(k[4], config.d_mlp, d) if config.gated else None, _normal(k[5], config.d_mlp, d), _normal(k[6], d, config.d_mlp, branch),
-        zeros(config.d_mlp, config.mlp_bias and config.gated), zeros(config.d_mlp, config.mlp_bias), zeros(d, config.mlp_bias),
+        _normal(k[4], hidden, d) if config.gated else None, _normal(k[5], hidden, d), _normal(k[6], d, hidden, branch),
+        zeros(hidden, config.mlp_bias and config.gated), zeros(hidden, config.mlp_bias), zeros(d, config.mlp_bias),
     )  # fmt: skip
     post = (norm(), norm()) if config.post_norms else (None, None)
     return Block(norm(), attn, norm(), mlp, *post)
@@ -233,7 +236,7 @@ class Transformer(eqx.Module):
 
     @classmethod
     def init(cls, config: ModelConfig, *, key: PRNGKeyArray) -> "Transformer":
-        r"""Random weights: normal with variance 1/fan-in, branches into the residual shrunk by $\sqrt{2 n_{layers}}$."""
+        r"""Random weights: normal, of variance 1/fan-in, branches into the residual shrunk by $\sqrt{2 n_{layers}}$."""
         key, embed_key = jax.random.split(key)
         blocks = tuple(_init_block(config, k) for k in jax.random.split(key, config.n_layers))
         embed = _normal(embed_key, config.d_vocab, config.d_model)

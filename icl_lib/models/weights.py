@@ -1,7 +1,7 @@
 """Reading and writing models as Hugging Face folders: `config.json`, `*.safetensors`, `tokenizer.json`.
 
-Every tensor's name and shape is checked against the model that the config describes before any data is read. Then each device
-gets its own part of each weight: only these rows and columns are read, converted, and handed over, one part after the other.
+Every tensor's name and shape is checked against the model that the config describes before any data is read. Then each
+device gets its own part of each weight: only these rows and columns are read, converted and handed over, part by part.
 """
 
 import dataclasses
@@ -41,7 +41,8 @@ _PIECE = 1 << 23  # elements of the file read at once, so that no whole tensor p
 def fetch(name: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: `name` itself if it is one, else a snapshot of that hub repository.
 
-    Raises `FileNotFoundError` if neither exists, the repository is gated, or the hub cannot be reached, and says what to do.
+    Raises `FileNotFoundError` if neither exists, the repository is gated, or the hub cannot be reached, and says what
+    to do.
     """
     return fetch_folder(name, revision, _FILES, "config.json, *.safetensors and tokenizer.json")
 
@@ -60,13 +61,11 @@ def load_config(name: str | Path, revision: str | None = None) -> ModelConfig:
 
 
 def _tokenizer_pad(folder: Path) -> int | None:
-    """The id of the token that the folder's tokenizer pads with; None where there is no tokenizer.json or it pads with none."""
-    named = [
-        _read_json(folder / file)
-        for file in ("tokenizer_config.json", "special_tokens_map.json")
-        if (folder / file).is_file()
-    ]
-    token = next((found["pad_token"] for found in named if found.get("pad_token")), None)
+    """The id of the token that the folder's tokenizer pads with; None where there is no tokenizer.json or it pads with
+    none.
+    """
+    files = (folder / file for file in ("tokenizer_config.json", "special_tokens_map.json"))
+    token = next(filter(None, (_read_json(file).get("pad_token") for file in files if file.is_file())), None)
     token = token.get("content") if isinstance(token, dict) else token
     if token is None or not (folder / "tokenizer.json").is_file():
         return None
@@ -82,11 +81,11 @@ def load_model(
 ) -> Transformer:
     """The model of a Hugging Face folder or hub id, its weights converted to `dtype`.
 
-    With a mesh (`make_mesh`) each device holds its part of the weights and reads no more than that; "auto" makes a mesh of
-    all devices, as far as the model can be cut; without one, the first device of each process holds all. Raises
-    `FileNotFoundError` or `ValueError` with the name of what is absent, unknown, misshapen or unreadable, or if the mesh does
-    not divide the model. Where the config ties the embedding to an output matrix that is in the files and differs, the model has
-    both, as in transformers, and a warning says so.
+    With a mesh (`make_mesh`) each device holds its part of the weights and reads no more than that; "auto" makes a mesh
+    of all devices, as far as the model can be cut; without one, the first device of each process holds all. Raises
+    `FileNotFoundError` or `ValueError` with the name of what is absent, unknown, misshapen or unreadable, or if the
+    mesh does not divide the model. Where the config ties the embedding to an output matrix that is in the files and
+    differs, the model has both, as in transformers, and a warning says so.
     """
     folder = fetch(name, revision)
     config = load_config(folder)
@@ -98,11 +97,8 @@ def load_model(
         check_mesh(config, mesh)
     config, files = _find_tensors(folder, config)
     model = abstract(config)
-    places = (
-        jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), model)
-        if mesh is None
-        else shardings(config, mesh)
-    )
+    one = SingleDeviceSharding(jax.local_devices()[0])
+    places = jax.tree.map(lambda _: one, model) if mesh is None else shardings(config, mesh)
     where = sources(config)
 
     def read(path, leaf, place):
@@ -115,10 +111,10 @@ def load_model(
 def save_model(model: Transformer, folder: str | Path, dtype: str = "float16") -> Path:
     """Write `config.json` and `model.safetensors` so that transformers and `load_model` read them back.
 
-    A model that lies in the folder goes when the new weights are on the disk: its config first and the new one last, so that
-    an interruption leaves the old model, the new one, or a folder without a config, which no reader takes. With it go what was
-    recorded of it, its gate and its generation_config.json; tokenizer files stay. Of several processes all have to call this,
-    and the first one writes.
+    A model that lies in the folder goes when the new weights are on the disk: its config first and the new one last, so
+    that an interruption leaves the old model, the new one, or a folder without a config, which no reader takes. With it
+    go what was recorded of it, its gate and its generation_config.json; tokenizer files stay. Of several processes all
+    have to call this, and the first one writes.
     """
     folder = Path(folder)
     shapes, where = tensor_shapes(model.config), sources(model.config)
@@ -159,15 +155,12 @@ def load_tokenizer(name: str | Path, revision: str | None = None):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers and tokenizers raise whatever their parsers meet
         fast = (folder / "tokenizer.json").is_file()
-        remedy = (
-            "download it again"
-            if fast
-            else "add the tokenizer.json of the model, so that none has to be made from older files"
-        )
+        remedy = "download it again" if fast else "add the tokenizer.json of the model, so that none has to be made"
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): {remedy}") from error
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{folder} has only a slow tokenizer ({type(tokenizer).__name__}), which does not tell where in the text a token "
+            f"{folder} has only a slow tokenizer ({type(tokenizer).__name__}), which does not tell where in the text a "
+            "token "
             "came from: add the tokenizer.json of the model, or one converted by transformers.convert_slow_tokenizer"
         )
     return tokenizer
@@ -202,7 +195,8 @@ def _find_tensors(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[
     embed, head = family.names["embed"], family.names["unembed"]
     if config.tied and head in found and embed in found and not _same(files, found, embed, head):
         warnings.warn(
-            f"{folder}: config.json says tie_word_embeddings, but {head} and {embed} differ; both are used, as in transformers",
+            f"{folder}: config.json says tie_word_embeddings, but {head} and {embed} differ; both are used, as in "
+            "transformers",
             stacklevel=3,
         )
         config = dataclasses.replace(config, tied=False)
@@ -227,9 +221,10 @@ def _same(files: dict[str, Path], found: dict[str, tuple], a: str, b: str) -> bo
     (rows, *rest), _ = found[a]
     if found[a] != found[b] or not rest or not rows:
         return found[a] == found[b]
-    read = lambda name, cut: _read_part(files[name], name, None, [slice(*cut), slice(0, rest[0])], rest[0], np.float32)
-    cuts = _runs(slice(0, rows), None, max(1, _PIECE // rest[0]))
-    return all(np.array_equal(read(a, cut), read(b, cut)) for cut in cuts)
+    width = math.prod(rest)
+    parts = ([slice(*cut), *map(slice, rest)] for cut in _runs(slice(0, rows), None, max(1, _PIECE // width)))
+    read = lambda name, part: _read_part(files[name], name, None, part, width, np.dtype("float32"))
+    return all(np.array_equal(read(a, part), read(b, part)) for part in parts)
 
 
 def _tensor_files(folder: Path) -> list[Path]:
@@ -267,9 +262,8 @@ def _read_leaf(file: Path, name: str, rows: np.ndarray | None, shape: tuple, dty
     """One weight in its place. Devices that hold the same part share one reading of it."""
     holders: dict[tuple, list] = {}
     for device, index in place.addressable_devices_indices_map(shape).items():
-        holders.setdefault(tuple(part.indices(size) for part, size in zip(index, shape, strict=True)), []).append(
-            device
-        )
+        part = tuple(cut.indices(size) for cut, size in zip(index, shape, strict=True))
+        holders.setdefault(part, []).append(device)
     shards = []
     for index, devices in holders.items():
         part = _read_part(file, name, rows, [slice(*bounds) for bounds in index], math.prod(shape[1:]), dtype)

@@ -1,7 +1,7 @@
 """What a family of models is, and how one reads and writes its `config.json` as far as all of them do so alike.
 
-A key that a config leaves out has the value that the family's config class in transformers gives it. Where two keys say the
-same thing they have to agree; a key with another meaning than what we compute is refused by name.
+A key that a config leaves out has the value that the family's config class in transformers gives it. Where two keys say
+the same thing they have to agree; a key with another meaning than what we compute is refused by name.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """The keys of one `config.json`; those left out have the family's defaults, and `source` names the file in errors."""
+    """The keys of a `config.json`; those left out have the family's defaults; `source` names the file in errors."""
 
     raw: Mapping[str, Any]
     defaults: Mapping[str, Any]
@@ -68,12 +68,13 @@ class Keys:
         if self[key] is not None and self[key] not in computed:
             wanted = " or ".join(map(reprlib.repr, computed))
             raise ValueError(
-                f"{self.source}: {key} = {reprlib.repr(self[key])} is another computation than ours, which needs {wanted}: "
+                f"{self.source}: {key} = {reprlib.repr(self[key])} is another computation than ours, which needs "
+                f"{wanted}: "
                 "this model is not supported"
             )
 
     def agree(self, value: Any, **others: Any) -> Any:
-        """`value` itself. Raises `ValueError` where another key that says the same thing is there and says otherwise."""
+        """`value` itself. Raises `ValueError` where another key for the same thing is there and says otherwise."""
         for key, other in others.items():
             if other is not None and other != value:
                 raise ValueError(
@@ -92,7 +93,8 @@ class Keys:
         return ACTIVATIONS[self[key]]
 
     def windows(self, size: int | None, slides: list[bool]) -> tuple[int | None, ...] | None:
-        """Keys that each layer sees, `size` where it slides; `layer_types`, where the config has it, says which layers do.
+        """Keys that each layer sees, `size` where it slides; `layer_types`, where the config has it, says which layers
+        do.
 
         Raises `ValueError` where it has not one entry a layer, names another kind, or lets layers slide without a size.
         """
@@ -101,7 +103,8 @@ class Keys:
             known = ("full_attention", "sliding_attention")
             if not isinstance(kinds, list) or len(kinds) != len(slides) or any(kind not in known for kind in kinds):
                 raise ValueError(
-                    f"{self.source}: layer_types must name {' or '.join(known)} for each of the {len(slides)} layers of "
+                    f"{self.source}: layer_types must name {' or '.join(known)} for each of the {len(slides)} layers "
+                    "of "
                     f"num_hidden_layers, got {kinds!r}"
                 )
             slides = [kind == "sliding_attention" for kind in kinds]
@@ -128,7 +131,9 @@ class Family:
     rotary_part: str | None = None  # the key of the rotating part of a head, where not all of it rotates
 
     def from_hf(self, raw: Mapping[str, Any], source: str, pad_id: int | None = None) -> ModelConfig:
-        """The config of a model from the keys of its `config.json`; `pad_id` pads where the config names no token for it."""
+        """The config of a model from the keys of its `config.json`; `pad_id` pads where the config names no token for
+        it.
+        """
         keys = Keys(raw, self.defaults, source)
         if missing := [key for key in _SIZES.values() if key not in raw]:
             raise ValueError(f"{source}: field {missing[0]!r} is missing; is this the config of a {self.name} model?")
@@ -183,7 +188,8 @@ class Family:
         for field, value in (("rope_parameters", new), ("rope_scaling", old)):
             if not isinstance(value, dict) or any(isinstance(part, dict) for part in value.values()):
                 raise ValueError(
-                    f"{keys.source}: {field} must be an object with rope_type and its numbers, the same for all layers, "
+                    f"{keys.source}: {field} must be an object with rope_type and its numbers, the same for all "
+                    "layers, "
                     f"or null, got {value!r}"
                 )
         if new and old:
