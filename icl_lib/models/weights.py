@@ -218,11 +218,11 @@ def _find_tensors(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[
 
 def _same(files: dict[str, Path], found: dict[str, tuple], a: str, b: str) -> bool:
     """Whether two matrices of the checkpoint are equal, read in pieces."""
-    (rows, *rest), _ = found[a]
-    if found[a] != found[b] or not rest or not rows:
+    shape = found[a][0]
+    if found[a] != found[b] or len(shape) != 2 or not all(shape):
         return found[a] == found[b]
-    width = math.prod(rest)
-    parts = ([slice(*cut), *map(slice, rest)] for cut in _runs(slice(0, rows), None, max(1, _PIECE // width)))
+    rows, width = shape
+    parts = ([slice(*cut), slice(0, width)] for cut in _runs(slice(0, rows), None, max(1, _PIECE // width)))
     read = lambda name, part: _read_part(files[name], name, None, part, width, np.dtype("float32"))
     return all(np.array_equal(read(a, part), read(b, part)) for part in parts)
 

@@ -131,9 +131,7 @@ class Family:
     rotary_part: str | None = None  # the key of the rotating part of a head, where not all of it rotates
 
     def from_hf(self, raw: Mapping[str, Any], source: str, pad_id: int | None = None) -> ModelConfig:
-        """The config of a model from the keys of its `config.json`; `pad_id` pads where the config names no token for
-        it.
-        """
+        """The config that the keys of a `config.json` describe; `pad_id` pads where they name no token for it."""
         keys = Keys(raw, self.defaults, source)
         if missing := [key for key in _SIZES.values() if key not in raw]:
             raise ValueError(f"{source}: field {missing[0]!r} is missing; is this the config of a {self.name} model?")
