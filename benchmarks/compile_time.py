@@ -24,7 +24,8 @@ def measure(run_dir: str) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from icl_lib.models.families import abstract, known_config
+    from icl_lib.models.families import known_config
+    from icl_lib.models.tensors import abstract
     from icl_lib.runs import devices
 
     devices.setup(run_dir)

@@ -32,7 +32,8 @@ from common import avx512, write_line
 from transformers import AutoModelForCausalLM
 
 from icl_lib.models import ModelConfig, Site, Transformer, load_model, record, run_with_cache, save_model
-from icl_lib.models.families import known_config, n_params
+from icl_lib.models.families import known_config
+from icl_lib.models.tensors import n_params
 
 BAR = 1.3
 SMALL = ModelConfig(

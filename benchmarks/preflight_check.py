@@ -33,7 +33,8 @@ def measure(name: str, layers: int, rows: int, seq: int, what: str) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from icl_lib.models.families import abstract, known_config
+    from icl_lib.models.families import known_config
+    from icl_lib.models.tensors import abstract
     from icl_lib.planning import workload
     from icl_lib.planning.preflight import _shallow
 

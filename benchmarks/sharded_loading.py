@@ -42,6 +42,7 @@ def write_checkpoint(folder: Path, stored: str) -> int:
     from safetensors.numpy import save_file
 
     from icl_lib.models import tensor_shapes
+    from icl_lib.models.families import to_hf
 
     config, rng, weight_map = config_of(stored), np.random.default_rng(0), {}
     shapes = tensor_shapes(config)
@@ -52,7 +53,7 @@ def write_checkpoint(folder: Path, stored: str) -> int:
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(config.to_hf(stored)))
+    (folder / "config.json").write_text(json.dumps(to_hf(config, stored)))
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

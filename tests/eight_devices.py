@@ -24,7 +24,7 @@ from icl_lib.models import (
     shardings,
     tiny_config,
 )
-from icl_lib.models.config import FAMILIES
+from icl_lib.models.families import FAMILIES, to_hf
 from icl_lib.models.sites import LAYER_SITES, compose, record
 
 MESHES = [(1, 8), (2, 4), (8, 1)]
@@ -178,7 +178,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_before_reading(overrid
     config, mesh = config_of("gemma", **overrides), make_mesh()
     with pytest.raises(ValueError, match=message):
         check_mesh(config, mesh)
-    (tmp_path / "config.json").write_text(json.dumps(config.to_hf("float32")))
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(config, "float32")))
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path, mesh=mesh)  # there are no weights: it does not come to that
 

@@ -12,6 +12,7 @@ from icl_lib.cards.checks import check_against_model, config_of
 from icl_lib.commands.check import main
 from icl_lib.files.paths import root
 from icl_lib.models import tiny_config
+from icl_lib.models.families import to_hf
 
 TINY = root() / "params" / "tiny.yaml"
 
@@ -71,7 +72,7 @@ def test_folders_of_tasks_and_models(tmp_path):
         check_against_model(values | {"tasks": str(tmp_path)}, "x.yaml")
     (tmp_path / "mine.tsv").write_text("input\toutput\na\tb\n")
     check_against_model(values | {"tasks": str(tmp_path)}, "x.yaml")
-    (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_hf("float32")))
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(tiny_config(), "float32")))
     assert config_of(str(tmp_path)).n_layers == 2
     with pytest.raises(CardError, match="has the layers 0 to 1"):
         check_against_model(values | {"model": str(tmp_path)}, "x.yaml")

@@ -1,4 +1,4 @@
-"""The six families against transformers' PyTorch classes, and the real models' tensors against their published lists."""
+"""The six families against the PyTorch classes of transformers, and real models against their published tensors."""
 
 import json
 import math
@@ -10,19 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icl_lib.models import (
-    ModelConfig,
-    Past,
-    Site,
-    Transformer,
-    generate,
-    load_model,
-    run_with_cache,
-    save_model,
-    tiny_config,
-)
-from icl_lib.models.config import FAMILIES
-from icl_lib.models.families import ignored, known_config, n_params, sources, tensor_shapes
+from icl_lib.models import Past, Site, Transformer, generate, load_model, run_with_cache, save_model, tiny_config
+from icl_lib.models.config import RopeScaling
+from icl_lib.models.families import FAMILIES, from_hf, known_config, to_hf
+from icl_lib.models.tensors import ignored, n_params, sources, tensor_shapes
 
 torch = pytest.importorskip("torch", reason="torch is the oracle of the model tests: install the extra icl-lib[test]")
 torch.set_num_threads(1)  # the tensors are tiny, and the tests may run side by side
@@ -36,7 +27,8 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
-# Each family with its options turned to where they show: windows shorter than the sequence, caps that bite, few kv heads.
+# Each family with its options turned to where they show: windows shorter than the sequence, caps that bite, few kv
+# heads.
 FORMS = {
     "gemma": {"num_key_value_heads": 1, "head_dim": 6},
     "gemma, untied": {"num_key_value_heads": 1, "head_dim": 6, "tie_word_embeddings": False},
@@ -47,14 +39,20 @@ FORMS = {
     "phi3": {"num_key_value_heads": 2, "sliding_window": 5},
     "gpt_neox": {"rotary_pct": 0.5},
     "gpt_neox, serial": {"rotary_pct": 0.25, "use_parallel_residual": False},
-    "qwen2": {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "tie_word_embeddings": True},
+    "qwen2": {
+        "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1,
+        "tie_word_embeddings": True,
+    },
     "qwen2, untied": {"num_key_value_heads": 2, "tie_word_embeddings": False},
     "llama": {"num_key_value_heads": 2, "rope_parameters": LLAMA3},
-    "llama, biases, tied": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "llama, biases, tied": {
+        "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
+    },
 }  # fmt: skip
 # tensors and parameters as published
 TOTALS = {
-    "google/gemma-2b": (164, 2_506_172_416), "google/gemma-2-2b": (288, 2_614_341_888), "google/gemma-2-9b": (464, 9_241_705_984),
+    "google/gemma-2b": (164, 2_506_172_416), "google/gemma-2-2b": (288, 2_614_341_888),
+    "google/gemma-2-9b": (464, 9_241_705_984),
     "microsoft/Phi-3-mini-4k-instruct": (195, 3_821_079_552), "EleutherAI/pythia-70m-deduped": (76, 70_426_624),
     "Qwen/Qwen2.5-0.5B": (290, 494_032_768), "meta-llama/Llama-3.2-1B": (146, 1_235_814_400),
 }  # fmt: skip
@@ -94,7 +92,9 @@ def branches(theirs):
 
 
 def readers(theirs):
-    """Their norms whose inputs are our resid_mid and last resid_post, by site. In a parallel block no module reads resid_mid."""
+    """Their norms whose inputs are our resid_mid and last resid_post, by site. In a parallel block no module reads
+    resid_mid.
+    """
     neox, layers = hasattr(theirs, "gpt_neox"), blocks(theirs)
     norms = {Site("resid_post", len(layers) - 1): theirs.gpt_neox.final_layer_norm if neox else theirs.model.norm}
     if not getattr(theirs.config, "use_parallel_residual", False):
@@ -195,7 +195,9 @@ def real(site, x, mask):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_is_as_close_to_float32_as_torch_is(form, tmp_path):
-    """At every site, of a padded batch. The rounding of the weights is shared; that of the activations must not be larger than torch's."""
+    """At every site, of a padded batch. The rounding of the weights is shared; that of the activations must not be
+    larger than torch's.
+    """
     theirs = torch_model(form, torch.bfloat16)
     theirs.save_pretrained(tmp_path)
     tokens, mask = padded_tokens()
@@ -251,7 +253,7 @@ def test_real_models_have_their_published_tensors(name):
     assert (len(shapes), n_params(config)) == TOTALS[name]
     if CONFIGS.is_dir():
         stem = name.split("/")[1]
-        assert config == ModelConfig.from_hf(json.loads((CONFIGS / f"{stem}.json").read_text()))
+        assert config == from_hf(json.loads((CONFIGS / f"{stem}.json").read_text()))
         published = json.loads((CONFIGS / "tensors" / f"{stem}.tensors.json").read_text())
         assert {tensor: list(shape) for tensor, shape in shapes.items()} == published
 
@@ -272,11 +274,11 @@ def test_what_the_real_configs_say_of_windows_and_rotation():
     assert known_config("Qwen/Qwen2.5-0.5B").windows is None  # present in its config, but not in use
     assert (pythia.rotary_dim, pythia.d_head, pythia.parallel) == (16, 64, True)
     assert gemma.attn_scale == 1 / 16
-    raw = json.loads((Path(__file__).parents[1] / "icl_lib/models/known_configs.json").read_text())["google/gemma-2-2b"]
-    assert (
-        ModelConfig.from_hf({k: v for k, v in raw.items() if k != "sliding_window"}) == gemma
-    )  # as transformers fills it in
-    assert ModelConfig.from_hf(raw | {"sliding_window": None}).windows is None
+    raw = json.loads((Path(__file__).parents[1] / "icl_lib/models/families/known_configs.json").read_text())[
+        "google/gemma-2-2b"
+    ]
+    assert from_hf({k: v for k, v in raw.items() if k != "sliding_window"}) == gemma  # as transformers fills it in
+    assert from_hf(raw | {"sliding_window": None}).windows is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -294,7 +296,7 @@ def test_every_row_of_a_checkpoint_is_used_once(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config_survives_hugging_face_names(family):
     config = tiny_config(family, rope_theta=123.0, norm_eps=1e-4, bos_id=5)
-    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf("float16")))) == config
+    assert from_hf(json.loads(json.dumps(to_hf(config, "float16")))) == config
 
 
 @pytest.mark.parametrize(
@@ -349,23 +351,23 @@ def test_config_survives_hugging_face_names(family):
     ],
 )
 def test_a_config_that_is_not_ours_is_refused(name, fields, message):
-    raw = json.loads((Path(__file__).parents[1] / "icl_lib/models/known_configs.json").read_text())[name]
+    raw = json.loads((Path(__file__).parents[1] / "icl_lib/models/families/known_configs.json").read_text())[name]
     with pytest.raises(ValueError, match=message):
-        ModelConfig.from_hf(raw | fields)
+        from_hf(raw | fields)
 
 
 @pytest.mark.parametrize("family", ["gemma", "llama"])
 def test_a_model_without_an_end_of_text_writes_on(family, getkey):
-    raw = tiny_config(family).to_hf("float32") | {"eos_token_id": None, "pad_token_id": None}
-    config = ModelConfig.from_hf(raw)
+    raw = to_hf(tiny_config(family), "float32") | {"eos_token_id": None, "pad_token_id": None}
+    config = from_hf(raw)
     assert (config.eos_id, config.more_eos, config.pad_id) == (None, (), 0)
-    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf("float32")))) == config
+    assert from_hf(json.loads(json.dumps(to_hf(config, "float32")))) == config
     model, tokens, length = Transformer.init(config, key=getkey()), jnp.array([[3, 4, 5]]), jnp.array([3])
     np.testing.assert_array_equal(generate(model, tokens, length, 4), generate(model, tokens, length, 4, stop=()))
 
 
 def test_llama_3_slows_long_waves_only():
-    from icl_lib.models.transformer import rotary_frequencies
+    from icl_lib.models.rotary import rotary_frequencies
 
     config = known_config("meta-llama/Llama-3.2-1B")
     scaled = np.asarray(rotary_frequencies(config))
@@ -394,3 +396,103 @@ def test_random_weights_have_every_leaf_that_a_checkpoint_has(family, getkey):
     assert sum(leaf.size for leaf in jax.tree.leaves(model)) == n_params(model.config)
     logits = eqx.filter_jit(model)(jnp.zeros((1, 3), jnp.int32))
     assert np.isfinite(logits).all() and np.asarray(logits).std() > 0
+
+
+# Keys that a config may leave out, and how a folder without them is read by transformers.
+OPTIONAL = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "rms_norm_eps", "layer_norm_eps", "rope_theta", "rotary_emb_base",
+    "rotary_pct", "partial_rotary_factor", "max_position_embeddings", "hidden_act", "hidden_activation", "head_dim",
+    "num_key_value_heads", "tie_word_embeddings", "sliding_window", "use_sliding_window", "max_window_layers",
+    "layer_types", "attention_bias", "mlp_bias", "query_pre_attn_scalar", "attn_logit_softcapping",
+    "final_logit_softcapping", "use_parallel_residual", "rope_scaling", "torch_dtype",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_key_left_out_has_the_value_that_transformers_gives_it(family):
+    """The config class of transformers fills the key in and writes all of them: read again, they mean the same."""
+    from transformers import AutoConfig
+
+    sizes = {"n_heads": 32, "n_kv_heads": 32, "d_model": 512, "d_head": 16, "n_layers": 30}
+    own = {"qwen2": {"windows": (None,) * 28 + (9,) * 2}, "phi3": {"windows": (9,) * 30}}
+    own["gemma2"] = {"windows": (9, None) * 15, "attn_scale": 0.5, "attn_softcap": 3.0, "logit_softcap": 4.0}
+    odd = {"bos_id": 7, "eos_id": 8, "pad_id": 9, "rope_theta": 123.0, "norm_eps": 1e-3, "rotary_dim": None}
+    odd |= {"gpt_neox": {"rotary_dim": 8}, "phi3": {"rotary_dim": 8}}.get(family, {}) | own.get(family, {})
+    full = to_hf(tiny_config(family, **sizes, **odd), "float32")
+    assert set(OPTIONAL) - {"max_window_layers", "rope_scaling"} >= set(full) - set(TOLD)
+    for key in (None, *OPTIONAL):
+        gone = (key, "layer_types") if key == "use_sliding_window" else (key,)
+        raw = {name: value for name, value in full.items() if name not in gone}
+        theirs = AutoConfig.for_model(**json.loads(json.dumps(raw)))
+        told = theirs.to_dict() | {"pad_token_id": theirs.pad_token_id}
+        if theirs.pad_token_id is None:  # what we fill in ourselves: the end of text, else 0
+            told["pad_token_id"] = theirs.eos_token_id or 0
+        ours = from_hf(raw)
+        assert ours == from_hf(told), key
+        assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id), key
+        assert (ours.n_ctx, ours.tied) == (theirs.max_position_embeddings, theirs.tie_word_embeddings), key
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"], key
+
+
+TOLD = (
+    "architectures", "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "vocab_size", "attention_dropout", "original_max_position_embeddings",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("llama", {"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 6.0}, "rope_theta = 6.0 contradicts the 5.0"),
+        (
+            "llama",
+            {"rope_parameters": LLAMA3, "rope_scaling": LLAMA3 | {"factor": 2.0}},
+            "rope_scaling = .* contradicts",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "default", "type": "llama3"}},
+            "type of the rotary scaling = 'llama3'",
+        ),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is another computation"),
+        ("llama", {"layer_types": ["sliding_attention"] * 2}, "layer_types = .* is another computation"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config = .* is another computation"),
+        ("llama", {"attention_bias": None}, "attention_bias must be true or false, got None"),
+        ("llama", {"head_dim": None, "hidden_size": 15}, "hidden_size must be a multiple of num_attention_heads"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True is another"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True is another"),
+        ("gemma2", {"layer_types": ["full_attention"] * 3}, "each of the 2 layers of num_hidden_layers"),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 2}, "layer_types must name full_attention or"),
+        ("gemma2", {"hidden_act": "silu"}, "gelu_pytorch_tanh, got 'silu'"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "layer_types = .* is another computation"),
+        ("phi3", {"layer_types": ["sliding_attention"] * 2, "sliding_window": None}, "layer_types = .* is another"),
+        (
+            "phi3",
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor = 1.0 contradicts the 0.5",
+        ),
+        ("gpt_neox", {"rope_theta": 5.0}, "rope_theta = 5.0 contradicts the 10000.0"),
+        ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.25}}, "rotary_pct = 0.5 contradicts the 0.25"),
+        ("gpt_neox", {"head_dim": 4}, "head_dim = 4 is another computation than ours, which needs 8"),
+        ("gpt_neox", {"num_key_value_heads": 1}, "num_key_value_heads = 1 is another computation"),
+        ("gpt_neox", {"bos_token_id": "<s>"}, "bos_token_id must be a token id, or null, got '<s>'"),
+    ],
+)
+def test_what_contradicts_itself_or_asks_for_another_computation_is_refused(family, fields, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf(to_hf(tiny_config(family), "float32") | fields)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt_neox"])
+def test_every_family_writes_its_rotary_scaling(family):
+    config = tiny_config(family, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16))
+    assert from_hf(to_hf(config, "float32")) == config
+
+
+def test_padding_is_the_config_s_else_the_tokenizer_s_else_the_end_of_text():
+    raw = to_hf(tiny_config("llama", eos_id=5), "float32")
+    assert from_hf(raw | {"pad_token_id": 3}, pad_id=7).pad_id == 3
+    for none in (None, -1):  # old Llama configs write -1
+        assert from_hf(raw | {"pad_token_id": none}, pad_id=7).pad_id == 7
+        assert from_hf(raw | {"pad_token_id": none}).pad_id == 5
+    assert from_hf(raw | {"pad_token_id": None, "eos_token_id": None}).pad_id == 0

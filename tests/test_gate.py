@@ -67,6 +67,18 @@ def test_the_tolerance_between_two_dtypes_is_that_of_the_lower(model, tmp_path, 
             gate.check(jax.tree.map(lambda x: x.astype(loaded.embed.dtype), other), tokenizer(), tmp_path)  # noqa: B023
 
 
+def test_a_prompt_longer_than_the_context_is_refused(model, tmp_path, getkey):
+    gate.record(model, tokenizer(), tmp_path)
+    short, message = (
+        Transformer.init(tiny_config(n_ctx=4), key=getkey()),
+        "the gate's prompt of .* context of this model, 4",
+    )
+    with pytest.raises(ValueError, match=message):
+        gate.check(short, tokenizer(), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        gate.record(short, tokenizer(), tmp_path)
+
+
 def test_unreadable_records(model, tmp_path):
     path = gate.record(model, tokenizer(), tmp_path)
     path.write_text(path.read_text()[:50])

@@ -111,3 +111,7 @@ def test_clear_errors(prompts, getkey):
         generate(model, prompts, jnp.asarray(LENGTHS), 0)
     with pytest.raises(ValueError, match="9 tokens and 60 new ones are more than the model's context of 64"):
         generate(model, prompts, jnp.asarray(LENGTHS), 60)
+    with pytest.raises(
+        ValueError, match="a table of prompts of 69 tokens is longer than the context of this model, 64"
+    ):
+        generate(model, jnp.pad(prompts, ((0, 0), (0, 60))), jnp.asarray(LENGTHS), 3)

@@ -16,7 +16,9 @@ COMMITS = {"main": "a" * 40, "old": "b" * 40}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """`owner/open` is public and holds `folder`; `owner/gated` shows its list of files and keeps the files; the rest does not exist."""
+    """`owner/open` is public and holds `folder`; `owner/gated` shows its list of files and keeps the files; the rest
+    does not exist.
+    """
 
     def __init__(self, folder, *args):
         self.folder = folder
@@ -121,7 +123,7 @@ def test_a_revision_is_pinned(hub):
         (
             "owner/gated",
             None,
-            r"is gated: accept its terms at https://huggingface.co/owner/gated, then log in with `hf auth login` or set",
+            "is gated: accept its terms at https://huggingface.co/owner/gated, then log in with `hf auth login` or set",
         ),
         (
             "owner/none",
@@ -139,6 +141,7 @@ def test_what_the_hub_refuses_is_explained(hub, name, revision, message):
 
 def test_without_a_network_the_folder_to_pass_is_named(hub, monkeypatch):
     move_hub(monkeypatch, 1)  # where nobody listens
-    message = r"could not be reached .*pass a folder with config.json, \*.safetensors and tokenizer.json; .*`hf download owner/open --revision old"
+    message = r"could not be reached .*pass a folder with config.json, \*.safetensors and tokenizer.json; .*"
+    message += "`hf download owner/open --revision old"
     with pytest.raises(FileNotFoundError, match=message):
         load_model("owner/open", revision="old")

@@ -83,7 +83,8 @@ def torch_sites(theirs, tokens):
         for name, module, index in [
             ("resid_pre", layer, "in"), ("attn_in", layer.self_attn, "in"), ("attn_out", layer.self_attn, "out"),
             ("z", layer.self_attn.o_proj, "in"), ("resid_mid", layer.post_attention_layernorm, "in"),
-            ("q", layer.self_attn.q_proj, "out"), ("k", layer.self_attn.k_proj, "out"), ("v", layer.self_attn.v_proj, "out"),
+            ("q", layer.self_attn.q_proj, "out"), ("k", layer.self_attn.k_proj, "out"),
+            ("v", layer.self_attn.v_proj, "out"),
             ("mlp_in", layer.mlp, "in"), ("mlp_out", layer.mlp, "out"), ("resid_post", layer, "out"),
         ]:  # fmt: skip
             handles.append(module.register_forward_hook(keep(Site(name, i), index), with_kwargs=True))
@@ -263,3 +264,22 @@ def test_vmap_over_the_value_of_a_tap(getkey):
     replaced = jax.jit(lambda x: model(tokens, tap=replace({Site("resid_mid", 1): x})))
     for one, x in zip(jax.vmap(replaced)(values), values, strict=True):
         np.testing.assert_allclose(one, replaced(x), rtol=0, atol=1e-5)
+
+
+def test_what_is_longer_than_the_context_is_refused_before_anything_is_computed(getkey):
+    """Also under `filter_jit`, where the length is known when the program is traced."""
+    model, seen = random_model(getkey, n_ctx=8), []
+    tokens, message = (
+        random_tokens(getkey, model, seq=9),
+        "of 9 tokens is longer than the context of this model, 8: take",
+    )
+    x = jnp.zeros((3, 9, model.config.d_model))
+    note = lambda site, value: seen.append(site) or value
+    runs = [lambda: model(tokens, note), lambda: run(model, tokens, note), lambda: model.run_from(1, x, note)]
+    runs += [lambda: run_with_cache(model, tokens, []), lambda: eqx.filter_jit(model.run_from)(0, x)]
+    runs += [lambda: Past.record(model, tokens, jnp.array([1, 1, 1]))]
+    for each in runs:
+        with pytest.raises(ValueError, match=message):
+            each()
+    assert not seen
+    assert run(model, tokens[:, :8]).shape == (3, 8, 40)

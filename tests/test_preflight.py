@@ -16,7 +16,8 @@ from icl_lib.cards.checks import config_of, defaults_of, full_card
 from icl_lib.commands import preflight as command
 from icl_lib.files.paths import root
 from icl_lib.models import Site, tiny_config
-from icl_lib.models.families import abstract, known_config, n_params
+from icl_lib.models.families import FAMILIES, known_config
+from icl_lib.models.tensors import abstract, n_params
 from icl_lib.planning import preflight, workload
 from icl_lib.planning.dictionaries import dictionaries
 from icl_lib.planning.hardware import KINDS, parse_devices, present, with_own_memory
@@ -304,12 +305,10 @@ def some_saes(layer, d_sae):
 
 def preflight_traits(family, config):
     """What makes the small config one of this family."""
-    from icl_lib.models.config import TRAITS
-
     windows = (
         {"windows": tuple(16 if i % 2 == 0 else None for i in range(config.n_layers))} if family == "gemma2" else {}
     )
-    return {"family": family, **TRAITS[family], **windows}
+    return {"family": family, **FAMILIES[family].traits, **windows}
 
 
 def test_the_depth_is_extrapolated_to_what_the_full_depth_gives():

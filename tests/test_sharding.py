@@ -33,7 +33,9 @@ LAUNCHERS = (
 
 
 def environment(n_devices, **more):
-    """This environment on a CPU that plays `n_devices`, without what a launcher may have put there. Little is optimised: it runs once."""
+    """This environment on a CPU that plays `n_devices`, without what a launcher may have put there. Little is
+    optimised: it runs once.
+    """
     clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     flags = f"--xla_force_host_platform_device_count={n_devices} --xla_backend_optimization_level=0"
     return (
@@ -111,7 +113,9 @@ def test_two_processes_give_the_numbers_of_one_and_one_file(data, tmp_path, getk
 
 @pytest.fixture
 def launched(monkeypatch):
-    """`join_processes` in an environment with these launcher's variables alone: what JAX was called with, once for each call."""
+    """`join_processes` in an environment with these launcher's variables alone: what JAX was called with, once for each
+    call.
+    """
     for name in [name for name in os.environ if name.startswith(LAUNCHERS[:-1])]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(devices, "_on_tpu_vm", lambda: False)

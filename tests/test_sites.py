@@ -13,7 +13,8 @@ ALL_SITES = [Site(name, layer) for name in LAYER_SITES for layer in (0, 7, 123)]
 HOOK_NAMES = {
     Site("resid_pre", 3): "blocks.3.hook_resid_pre", Site("resid_mid", 0): "blocks.0.hook_resid_mid",
     Site("resid_post", 25): "blocks.25.hook_resid_post", Site("attn_out", 1): "blocks.1.hook_attn_out",
-    Site("mlp_out", 1): "blocks.1.hook_mlp_out", Site("q", 2): "blocks.2.attn.hook_q", Site("k", 2): "blocks.2.attn.hook_k",
+    Site("mlp_out", 1): "blocks.1.hook_mlp_out", Site("q", 2): "blocks.2.attn.hook_q",
+    Site("k", 2): "blocks.2.attn.hook_k",
     Site("v", 2): "blocks.2.attn.hook_v", Site("z", 2): "blocks.2.attn.hook_z",
     Site("pattern", 2): "blocks.2.attn.hook_pattern", Site("rot_q", 2): "blocks.2.attn.hook_rot_q",
     Site("rot_k", 2): "blocks.2.attn.hook_rot_k", Site("embed"): "hook_embed",
@@ -78,7 +79,8 @@ def test_a_wrong_name_is_explained(make, message):
 def test_a_tap_sees_every_site_once_in_order_of_computation(model, tokens):
     seen = []
     model(tokens, tap=lambda site, x: (seen.append((site, x.shape)), x)[1])
-    order = "resid_pre attn_in q k v rot_q rot_k pattern z attn_out resid_mid mlp_normalized mlp_in mlp_out resid_post".split()
+    order = "resid_pre attn_in q k v rot_q rot_k pattern z attn_out resid_mid".split()
+    order += "mlp_normalized mlp_in mlp_out resid_post".split()
     assert [site for site, _ in seen] == [
         Site("embed"), *(Site(name, layer) for layer in range(2) for name in order), Site("final_norm"), Site("logits"),
     ]  # fmt: skip

@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -14,8 +16,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from icl_lib.files.paths import root
 from icl_lib.models import (
-    ModelConfig,
     Transformer,
     fetch,
     load_config,
@@ -26,7 +28,7 @@ from icl_lib.models import (
     tiny_config,
     weights,
 )
-from icl_lib.models.config import FAMILIES
+from icl_lib.models.families import FAMILIES, from_hf, to_hf
 
 # google/gemma-2b's config.json as released; note "gelu", and that neither tying nor hidden_activation is named.
 GEMMA_2B = {
@@ -79,8 +81,8 @@ def test_gemma_2b_has_its_published_tensors():
         raw = json.loads((CONFIGS / "gemma-2b.json").read_text())
         wanted = json.loads((CONFIGS / "tensors" / "gemma-2b.tensors.json").read_text())
         assert wanted == gemma_2b_tensors()
-    config = ModelConfig.from_hf(raw)
-    assert config == ModelConfig.from_hf(GEMMA_2B)
+    config = from_hf(raw)
+    assert config == from_hf(GEMMA_2B)
     shapes = tensor_shapes(config)
     assert {name: list(shape) for name, shape in shapes.items()} == wanted
     assert len(shapes) == 164
@@ -95,17 +97,15 @@ def test_new_field_names_mean_the_same_as_the_old():
         "dtype": "bfloat16",
         "hidden_act": "gelu_pytorch_tanh",
     }
-    assert ModelConfig.from_hf(new) == ModelConfig.from_hf(GEMMA_2B | {"rope_theta": 500.0})
-    assert ModelConfig.from_hf(new).rope_theta == 500.0
-    several = ModelConfig.from_hf(new | {"eos_token_id": [1, 107]})
-    assert (several.eos_id, several.more_eos) == (1, (107,)) and ModelConfig.from_hf(
-        several.to_hf("float32")
-    ) == several
+    assert from_hf(new) == from_hf(GEMMA_2B | {"rope_theta": 500.0})
+    assert from_hf(new).rope_theta == 500.0
+    several = from_hf(new | {"eos_token_id": [1, 107]})
+    assert (several.eos_id, several.more_eos) == (1, (107,)) and from_hf(to_hf(several, "float32")) == several
 
 
 def test_to_hf_is_the_inverse_of_from_hf():
     config = tiny_config(rope_theta=123.0, norm_eps=1e-5, bos_id=5)
-    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf("float16")))) == config
+    assert from_hf(json.loads(json.dumps(to_hf(config, "float16")))) == config
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_to_hf_is_the_inverse_of_from_hf():
 )
 def test_a_config_that_is_not_ours_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig.from_hf(GEMMA_2B | fields)
+        from_hf(GEMMA_2B | fields)
 
 
 def test_a_missing_field_is_named_with_its_file(folder):
@@ -293,7 +293,9 @@ def test_an_unusable_tokenizer_is_refused(folder, files, message):
 
 
 def sentencepiece_model() -> bytes:
-    """A published tokenizer.model where one is at hand, else one of five pieces: text (1), score (2) and kind (3) of each in a field 1."""
+    """A published tokenizer.model where one is at hand, else one of five pieces: text (1), score (2) and kind (3) of
+    each in a field 1.
+    """
     if SENTENCEPIECE.is_file():
         return SENTENCEPIECE.read_bytes()
     sized = lambda tag, content: bytes([tag, len(content)]) + content
@@ -325,7 +327,139 @@ def test_a_name_that_is_nowhere_says_what_would_do(name, monkeypatch, tmp_path):
 
 def test_the_import_is_light():
     """transformers, torch and the hub client take seconds to import; only the calls that need them may do so."""
-    code = "import sys, icl_lib.models; print([m for m in ('torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
+    heavy = ("torch", "transformers", "huggingface_hub")
+    code = f"import sys, icl_lib.models; print([m for m in {heavy} if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma"])
+def test_an_output_matrix_that_differs_from_the_tied_embedding_is_used_as_in_transformers(family, tmp_path, getkey):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    model = Transformer.init(tiny_config(family, tied=False), key=getkey())
+    folder = save_model(model, tmp_path, dtype="float32")
+    edit_config(folder, tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match="says tie_word_embeddings, but .* differ; both are used, as in transformers"):
+        ours = load_model(folder)
+    assert not ours.config.tied
+    np.testing.assert_array_equal(ours.unembed, model.unembed)
+    tokens = np.arange(3, 9)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(eqx.filter_jit(ours)(jnp.asarray(tokens, jnp.int32)), expected, rtol=0, atol=1e-4)
+
+
+def test_an_output_matrix_of_another_family_or_shape_is_not_passed_over(folder):
+    edit_tensors(folder, lambda t: t.update({"embed_out.weight": t["model.embed_tokens.weight"]}))
+    with pytest.raises(ValueError, match="unknown embed_out.weight"):
+        load_model(folder)
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t.pop("embed_out.weight")[:30]}))
+    with (
+        pytest.warns(UserWarning, match="differ"),
+        pytest.raises(ValueError, match=r"lm_head.weight has shape \(30, 16\)"),
+    ):
+        load_model(folder)
+
+
+@pytest.fixture
+def sharded(folder, tmp_path):
+    """A model in shards with all that transformers and we write beside it, and another model."""
+    from transformers import AutoModelForCausalLM
+
+    place = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(place, max_shard_size="8KB")
+    for name in ("icl_gate.json", "tokenizer.json", "generation_config.json"):
+        (place / name).write_text("{}")
+    return place, Transformer.init(tiny_config(rope_theta=9.0), key=jax.random.key(5))
+
+
+def assert_equal(model, other):
+    assert model.config == other.config
+    for ours, theirs in zip(*map(jax.tree.leaves, (model, other)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_model_saved_over_another_replaces_all_of_it(sharded):
+    place, new = sharded
+    save_model(new, place, dtype="float32")
+    assert_equal(load_model(place), new)
+    assert sorted(file.name for file in place.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("step", range(7))
+def test_an_interrupted_save_leaves_one_model_or_says_what_to_do(sharded, step, monkeypatch):
+    """Stopped at each change of the folder in turn: what is read is the old model or the new one, or an error helps."""
+    place, new = sharded
+    old, left = load_model(place), step
+    for method in ("unlink", "replace"):
+        module = os if method == "replace" else Path
+        plain = getattr(module, method)
+
+        def stopped(*args, plain=plain, **kwargs):
+            nonlocal left
+            if ".partial" not in str(args[0]) or plain is os_replace:
+                left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(module, method, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(new, place, dtype="float32")
+    monkeypatch.undo()
+    if step == 0:
+        assert_equal(load_model(place), old)
+    else:
+        with pytest.raises(FileNotFoundError, match="config.json does not exist.*interrupted here, save it again"):
+            load_model(place)
+    save_model(new, place, dtype="float32")
+    assert_equal(load_model(place), new)
+
+
+os_replace = os.replace
+
+
+def test_two_sets_of_weights_in_one_folder_are_refused(sharded, folder):
+    place, _ = sharded
+    (place / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(
+        ValueError, match="two sets of weights, model.safetensors and the files of .*: delete the older"
+    ):
+        load_model(place)
+    (place / "model.safetensors.index.json").unlink()
+    assert_equal(load_model(place), load_model(folder))  # the single file is a whole set, the shards are not asked
+    (place / "model.safetensors").rename(place / "copy.safetensors")
+    with pytest.raises(ValueError, match="twice, in copy.safetensors and in model-00001-of"):
+        load_model(place)
+
+
+def test_a_tokenizer_s_padding_serves_where_the_config_has_none(folder):
+    words = {"<pad>": 3, "a": 4, "</s>": 6}
+    edit_config(folder, pad_token_id=None, eos_token_id=6)
+    assert load_config(folder).pad_id == 6
+    (folder / "tokenizer_config.json").write_text('{"pad_token": {"content": "<pad>"}}')
+    assert load_config(folder).pad_id == 6  # a name alone is no id
+    for vocab, added in (
+        (words, []),
+        ([["</s>", 0.0]] * 3 + [["<pad>", 0.0]], []),
+        ({}, [{"id": 3, "content": "<pad>"}]),
+    ):
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}, "added_tokens": added}))
+        assert load_config(folder).pad_id == load_model(folder).config.pad_id == 3
+    edit_config(folder, pad_token_id=5)
+    assert load_config(folder).pad_id == 5
+
+
+def test_names_and_relative_paths_count_from_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "icl-tiny").mkdir()  # what lies in the current folder is not asked
+    assert fetch("icl-tiny") == fetch("assets/icl-tiny") == root() / "assets" / "icl-tiny"
+    assert load_config("icl-tiny") == load_model("icl-tiny").config
+    assert len(load_tokenizer("icl-tiny")) == load_config("icl-tiny").d_vocab
+    for name in ("./no-model", "~/no-model", str(tmp_path / "no-model")):
+        with pytest.raises(FileNotFoundError, match=r"no folder '.*no-model' here, where /.*no-model would be"):
+            load_model(name)

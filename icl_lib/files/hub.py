@@ -4,18 +4,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from icl_lib.files.names import named
-from icl_lib.files.paths import resolve
+from icl_lib.files.paths import resolve, root
 
 
 def fetch_folder(name: str | Path, revision: str | None, patterns: Sequence[str], what: str) -> Path:
     """The folder `name`, or a snapshot of the hub repository of that name with the files that match `patterns`.
 
-    `what` says in the errors what the folder holds. Raises `FileNotFoundError` if there is no such folder and the hub has no
-    such repository or revision, does not let us in, or cannot be reached.
+    `what` says in the errors what the folder holds. Raises `FileNotFoundError` if there is no such folder and the hub
+    has no such repository or revision, does not let us in, or cannot be reached.
     """
     folder = named(name, "model") or Path(resolve(name))
     if folder.is_dir():
         return folder
+    if folder.is_absolute() or str(name).startswith((".", "~")):
+        raise FileNotFoundError(
+            f"no folder {str(name)!r} here, where {root() / folder.expanduser()} would be (paths count from the "
+            "repository "
+            f"root): correct it, or pass a folder with {what}"
+        )
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -32,10 +38,8 @@ def _reason(name: str, revision: str | None, what: str, error: Exception, errors
     if isinstance(error, errors.GatedRepoError):  # before its parent, the missing repository
         return start + f"the hub's repository of that name is gated: accept its terms at {page}, then {token}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            start
-            + f"the hub has no repository of that name that it shows to us: check the spelling; if it is private, {token}"
-        )
+        what = "the hub has no repository of that name that it shows to us"
+        return start + f"{what}: check the spelling; if it is private, {token}"
     if isinstance(error, errors.RevisionNotFoundError):
         return start + f"the hub's repository has no revision {revision!r}: see {page}/commits/main"
     if isinstance(error, errors.HFValidationError):

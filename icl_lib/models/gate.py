@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icl_lib.files.processes import is_writer, to_host
+from icl_lib.files.processes import to_host
+from icl_lib.files.write import write_json
 from icl_lib.models.transformer import Transformer
 from icl_lib.models.weights import GATE as FILE
 
 PROMPT = "Follow the pattern:\nhot -> cold\nbig -> small\nup ->"
 N_TOP = 10
-# In standard deviations of the logits: several times what another device, order of summation or matmul precision changes.
+# In standard deviations of the logits: several times what another device, order of summation or precision changes.
 _TOLERANCE = {"float32": 0.02}
 _LOW_PRECISION = 0.1
 
@@ -30,15 +31,16 @@ def _share(dtype: str) -> float:
 
 def _measure(model: Transformer, ids: list[int]) -> tuple[np.ndarray, str]:
     """Logits after the last token, in float32, and the dtype of the weights."""
+    model.config.check_length(len(ids), "the gate's prompt")
     logits = eqx.filter_jit(lambda model, tokens: model(tokens)[0, -1])(model, jnp.asarray([ids], jnp.int32))
     return to_host(logits).astype(np.float32), str(model.embed.dtype)
 
 
 def record(model: Transformer, tokenizer, folder: str | Path, prompt: str = PROMPT) -> Path:
-    """Write `icl_gate.json` into the model's folder: the prompt, its token ids, and its ten largest logits at the last token.
+    """Write `icl_gate.json` into the model's folder: the prompt, its token ids, and the ten largest logits after it.
 
-    The tolerance it states is absolute: 0.02 standard deviations of the logits in float32, 0.1 in lower precision. Raises
-    `FloatingPointError` if a logit is not finite, and `ValueError` if the prompt has no token.
+    The tolerance it states is absolute: 0.02 standard deviations of the logits in float32, 0.1 in lower precision.
+    Raises `FloatingPointError` if a logit is not finite, and `ValueError` if the prompt has no token.
     """
     ids = [int(i) for i in tokenizer(prompt)["input_ids"]]
     if not ids:
@@ -46,25 +48,25 @@ def record(model: Transformer, tokenizer, folder: str | Path, prompt: str = PROM
     logits, dtype = _measure(model, ids)
     if not np.isfinite(logits).all():
         raise FloatingPointError(
-            f"{int((~np.isfinite(logits)).sum())} of {len(logits)} logits are not finite: this model cannot be a reference"
+            f"{(~np.isfinite(logits)).sum()} of {len(logits)} logits are not finite: this model cannot be a reference"
         )
     top = np.argsort(-logits, kind="stable")[:N_TOP]
-    tolerance = _share(dtype) * float(logits.std())
     content = {
         "prompt": prompt, "tokens": ids, "dtype": dtype, "d_vocab": len(logits), "device": jax.devices()[0].device_kind,
-        "top_ids": top.tolist(), "top_logits": [round(float(x), 5) for x in logits[top]], "tolerance": float(f"{tolerance:.3g}"),
+        "top_ids": top.tolist(), "top_logits": [round(float(x), 5) for x in logits[top]],
+        "tolerance": float(f"{_share(dtype) * float(logits.std()):.3g}"),
     }  # fmt: skip
     path = Path(folder) / FILE
-    if is_writer():
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_json(path, content)
     return path
 
 
 def check(model: Transformer, tokenizer, folder: str | Path) -> float | None:
     """The largest difference of the recorded logits; None if the folder carries no `icl_gate.json`.
 
-    Between two dtypes the tolerance is that of the lower precision. Raises `GateError` if the tokenizer cuts the prompt into other
-    tokens, the vocabulary has another size, or a logit differs by more than the tolerance; `ValueError` if the file cannot be read.
+    Between two dtypes the tolerance is that of the lower precision. Raises `GateError` if the tokenizer cuts the prompt
+    into other tokens, the vocabulary has another size, or a logit differs by more than the tolerance; `ValueError` if
+    the file cannot be read.
     """
     path = Path(folder) / FILE
     if not path.is_file():
@@ -77,22 +79,25 @@ def check(model: Transformer, tokenizer, folder: str | Path) -> float | None:
             min(len(ids), len(kept["tokens"])),
         )
         raise GateError(
-            f"this tokenizer is not the one recorded in {path}: of the prompt {kept['prompt']!r} token {at} is {ids[at : at + 1]}, recorded "
-            f"{kept['tokens'][at : at + 1]} ({len(ids)} tokens, recorded {len(kept['tokens'])}); load tokenizer and model from the same folder"
+            f"this tokenizer is not the one recorded in {path}: of the prompt {kept['prompt']!r} token {at} is "
+            f"{ids[at : at + 1]}, recorded {kept['tokens'][at : at + 1]} ({len(ids)} tokens, recorded "
+            f"{len(kept['tokens'])}); load tokenizer and model from the same folder"
         )
     if model.config.d_vocab != kept["d_vocab"]:
         raise GateError(
-            f"{path} was recorded with {kept['d_vocab']} logits, this model has {model.config.d_vocab}: it is another model"
+            f"{path} was recorded with {kept['d_vocab']} logits, this model has {model.config.d_vocab}: it is another"
         )
     logits, dtype = _measure(model, ids)
     tolerance = kept["tolerance"] * max(1.0, _share(dtype) / _share(kept["dtype"]))
     differ = np.abs(logits[kept["top_ids"]] - np.asarray(kept["top_logits"], np.float32))
     worst = int(differ.argmax())
+    token = kept["top_ids"][worst]
     if not differ[worst] <= tolerance:  # NaN fails too
         raise GateError(
-            f"these are not the weights recorded in {path}: the logit of token {kept['top_ids'][worst]} after the prompt "
-            f"{kept['prompt']!r} is {logits[kept['top_ids'][worst]]:.4f}, recorded {kept['top_logits'][worst]:.4f} on {kept['device']}, more than "
-            f"the tolerance of {tolerance:.3g} apart; check revision and files, or record the gate again if the weights are right"
+            f"these are not the weights recorded in {path}: the logit of token {token} after the prompt "
+            f"{kept['prompt']!r} is {logits[token]:.4f}, recorded {kept['top_logits'][worst]:.4f} on {kept['device']}, "
+            f"more than the tolerance of {tolerance:.3g} apart; check revision and files, or record the gate again if "
+            "the weights are right"
         )
     return float(differ[worst])
 

@@ -18,20 +18,24 @@ def generate(
 ) -> Int[Array, "batch n_new"]:
     """The `n_new` most probable next tokens, one after the other, of the prompts `tokens[b, :length[b]]`, right padded.
 
-    A prompt ends with the first token of `stop` (None: the config's ends of text, if it has any), which is kept, and pad ids come
-    after it; the loop ends when every prompt has. Prompts of any length from 1 to `seq` share one program.
+    A prompt ends with the first token of `stop` (None: the config's ends of text, if it has any), which is kept, and
+    pad ids come after it; the loop ends when every prompt has. Prompts of any length from 1 to `seq` share one program.
 
-    Raises `ValueError` if `n_new` is below 1, a length is not in 1..seq, or the text would be longer than the model's context.
+    Raises `ValueError` if `n_new` is below 1, a length is not in 1..seq, or the text would be longer than the model's
+    context.
     """
     seq, longest, shortest = tokens.shape[1], int(length.max()), int(length.min())
     if n_new < 1 or shortest < 1 or longest > seq:
         raise ValueError(
-            f"n_new is at least 1 and lengths are 1 to {seq}, the width of tokens; got {n_new=} and lengths {shortest} to {longest}"
+            f"n_new is at least 1 and lengths are 1 to {seq}, the width of tokens; got {n_new=} and lengths "
+            f"{shortest} to {longest}"
         )
     if longest + n_new > model.config.n_ctx:
         raise ValueError(
-            f"{longest} tokens and {n_new} new ones are more than the model's context of {model.config.n_ctx}: lower n_new"
+            f"{longest} tokens and {n_new} new ones are more than the model's context of "
+            f"{model.config.n_ctx}: lower n_new"
         )
+    model.config.check_length(seq, "a table of prompts")
     stop = (model.config.eos_id, *model.config.more_eos) if stop is None else tuple(stop)
     stop = tuple(end for end in stop if end is not None)
     return _generate(model, tokens.astype(jnp.int32), length.astype(jnp.int32), jnp.asarray(stop, jnp.int32), n_new)
@@ -39,7 +43,7 @@ def generate(
 
 @eqx.filter_jit
 def _generate(model: Transformer, tokens, length, stop, n_new: int):
-    """All but the last token of each prompt fill the past; each step then takes one token and writes its keys and values."""
+    """All but the last token of each prompt fill the past; each step takes one token and writes its keys and values."""
     rows, layers = jnp.arange(tokens.shape[0]), range(model.config.n_layers)
     past = Past.record(model, tokens, length - 1)
     room = lambda x: jnp.pad(x, ((0, 0), (0, n_new), (0, 0), (0, 0)))

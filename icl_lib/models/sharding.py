@@ -1,7 +1,8 @@
 """One model on many devices: a mesh of two axes, and the place of every weight and batch on it.
 
-Along `data` each device holds other rows of the batch; along `model` it holds other heads, MLP channels and words. The weights
-carry their places with them, so the model's code is the same on one device and on many: XLA adds the communication.
+Along `data` each device holds other rows of the batch; along `model` it holds other heads, MLP channels and words. The
+weights carry their places with them, so the model's code is the same on one device and on many: XLA adds the
+communication.
 """
 
 from typing import TypeVar
@@ -12,13 +13,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from icl_lib.models.config import ModelConfig
-from icl_lib.models.families import abstract, leaf_path
+from icl_lib.models.tensors import abstract, leaf_path
 from icl_lib.models.transformer import Transformer
 
 Tree = TypeVar("Tree")
 
-# Weights are (out, in). A matrix that begins a branch is cut by its outputs (heads, channels), the one that ends it by its
-# inputs, so that between the two nothing is exchanged and behind them one sum over the devices makes the branch whole.
+# Weights are (out, in). A matrix that begins a branch is cut by its outputs (heads, channels), the one that ends it by
+# its inputs, so that between the two nothing is exchanged and behind them one sum over devices makes the branch whole.
 _ROWS = {"q", "b_q", "k", "v", "b_k", "b_v", "gate", "up", "b_gate", "b_up", "embed", "unembed"}
 _COLUMNS = {"o", "down"}
 
@@ -39,8 +40,8 @@ def make_mesh(data: int = 1, model: int | None = None) -> Mesh:
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     """Raises `ValueError`, before anything is read, where the model cannot be cut along the mesh's `model` axis.
 
-    Query heads and MLP channels have to divide evenly. Key-value heads do too, or several devices share one (and each keeps
-    all of them). Words that do not divide are no error: every device then keeps the whole embedding.
+    Query heads and MLP channels have to divide evenly. Key-value heads do too, or several devices share one (and each
+    keeps all of them). Words that do not divide are no error: every device then keeps the whole embedding.
     """
     if set(mesh.axis_names) != {"data", "model"}:
         raise ValueError(
@@ -68,7 +69,7 @@ def largest_split(config: ModelConfig, count: int) -> int:
 
 
 def auto_mesh(config: ModelConfig) -> Mesh | None:
-    """A mesh of all devices whose `model` axis is the longest that this model can be cut along; None where there is one device."""
+    """A mesh of all devices, its `model` axis as long as this model can be cut; None where there is one device."""
     n = jax.device_count()
     return None if n == 1 else make_mesh(n // largest_split(config, n))
 
@@ -112,8 +113,8 @@ def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
     for x in jax.tree.leaves(batch):
         if not np.ndim(x) or len(x) % mesh.shape["data"]:
             raise ValueError(
-                f"a batch is spread over {mesh.shape['data']} devices along its first axis, which must be a multiple of that; "
-                f"got shape {np.shape(x)}: choose another batch size, or pad the batch"
+                f"a batch is spread over {mesh.shape['data']} devices along its first axis, which must be a multiple "
+                f"of that; got shape {np.shape(x)}: choose another batch size, or pad the batch"
             )
     return jax.tree.map(lambda x: _put(x, place), batch)
 

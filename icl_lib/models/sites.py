@@ -34,8 +34,8 @@ LAYER_SITES = {
 # What an SAE that reads a site is called everywhere: in tables, circuits, cards and figures.
 KINDS = ("residual", "attention", "transcoder", "mlp")
 _KIND_OF_SITE = {
-    "resid_pre": "residual", "resid_mid": "residual", "resid_post": "residual", "z": "attention", "attn_out": "attention",
-    "mlp_normalized": "transcoder", "mlp_in": "transcoder", "mlp_out": "mlp",
+    "resid_pre": "residual", "resid_mid": "residual", "resid_post": "residual", "z": "attention",
+    "attn_out": "attention", "mlp_normalized": "transcoder", "mlp_in": "transcoder", "mlp_out": "mlp",
 }  # fmt: skip
 GLOBAL_SITES = {"embed": "hook_embed", "final_norm": "ln_final.hook_normalized", "logits": "hook_logits"}
 _FROM_HOOK = {hook: name for names in (LAYER_SITES, GLOBAL_SITES) for name, hook in names.items()}

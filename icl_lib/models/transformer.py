@@ -1,12 +1,11 @@
-r"""A decoder-only transformer with named sites; `ModelConfig` says which of the six families it is.
+r"""A decoder-only transformer with named sites; `ModelConfig` says of which family it is.
 
-Block:  $x \leftarrow x + \mathrm{Attn}(\mathrm{Norm}_1 x)$, then  $x \leftarrow x + \mathrm{MLP}(\mathrm{Norm}_2 x)$. Gemma 2 has a
-norm behind each branch too; in GPT-NeoX both branches read the block's input.
-Linear weights keep Hugging Face's (out, in) orientation, so that a checkpoint is read without a transposition.
-Einsum letters: b batch, s query position, t key position, g key-value head, r query heads per g, m = (r, s), d width.
+Block:  $x \leftarrow x + \mathrm{Attn}(\mathrm{Norm}_1 x)$, then  $x \leftarrow x + \mathrm{MLP}(\mathrm{Norm}_2 x)$.
+Gemma 2 has a norm behind each branch too; in GPT-NeoX both branches read the block's input. Linear weights keep Hugging
+Face's (out, in) orientation, so that a checkpoint is read without a transposition. Einsum letters: b batch, s query
+position, t key position, g key-value head, r query heads per g, m = (r, s), d width.
 """
 
-import math
 from functools import partial
 
 import equinox as eqx
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from icl_lib.models.config import ModelConfig
+from icl_lib.models.rotary import causal_mask, rotary_frequencies, rotate
 from icl_lib.models.sites import Site, Tap, record
 
 _ACTIVATIONS = {
@@ -27,8 +27,8 @@ _ACTIVATIONS = {
 class Norm(eqx.Module):
     r"""$n(x) \cdot (o + w) + b$ in float32, where $n(x) = x / \sqrt{\overline{x^2} + \epsilon}$.
 
-    A layer norm takes the mean off x first and has a bias; an RMS norm does neither. The offset $o$ is 1 in Gemma, whose
-    weight is the gain minus one, and 0 elsewhere.
+    A layer norm takes the mean off x first and has a bias; an RMS norm does neither. The offset $o$ is 1 in Gemma,
+    whose weight is the gain minus one, and 0 elsewhere.
     """
 
     weight: Float[Array, " d_model"]
@@ -96,53 +96,6 @@ class Past(eqx.Module):
         return cls(tuple(cache[Site("rot_k", i)] for i in layers), tuple(cache[Site("v", i)] for i in layers), length)
 
 
-def rotary_frequencies(config: ModelConfig) -> Float[Array, " half"]:
-    r"""$\theta^{-2i/n}$ for the pairs i of the n rotating dimensions, in radians a token.
-
-    Llama 3 slows down what turns less than once in `original_n_ctx` / `low_freq_factor` tokens by `factor`, leaves alone
-    what turns more than once in `original_n_ctx` / `high_freq_factor`, and blends between the two.
-    """
-    n = config.rotary_dim or config.d_head
-    frequency = config.rope_theta ** (-jnp.arange(n // 2, dtype=jnp.float32) / (n // 2))
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
-    turns = scaling.original_n_ctx * frequency / (2 * math.pi)  # in the original context
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return frequency * (keep + (1 - keep) / scaling.factor)
-
-
-def rotate(
-    x: Float[Array, "batch seq heads d_head"], positions: Int[Array, "#batch seq"], frequency: Float[Array, " half"]
-) -> Float[Array, "batch seq heads d_head"]:
-    r"""Rotary embedding: the pair $(x_i, x_{i + n/2})$ turns by position times frequency (Hugging Face's half split).
-
-    Dimensions beyond the n = 2 half first ones stay as they are.
-    """
-    half = frequency.shape[0]
-    angle = (positions.astype(jnp.float32)[..., None] * frequency[None, None, :])[:, :, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-    return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
-
-
-def causal_mask(seq: int, past: Past | None, window: int | None = None) -> Array:
-    """(1 or batch, seq, keys) booleans: token s sees the valid past and the tokens up to itself, the last `window` at most."""
-    ago = jnp.arange(seq)[:, None] - jnp.arange(seq)[None, :]  # how many tokens the key lies behind the query
-    own = (ago >= 0)[None] if window is None else ((ago >= 0) & (ago < window))[None]
-    if past is None:
-        return own
-    batch, n_past = past.k[0].shape[:2]
-    place = jnp.arange(n_past)[None, None, :]
-    valid = jnp.broadcast_to(place < past.length[:, None, None], (batch, seq, n_past))
-    if window is not None:
-        query = past.length[:, None, None] + jnp.arange(seq)[None, :, None]
-        valid = valid & (query - place < window)
-    return jnp.concatenate([valid, jnp.broadcast_to(own, (batch, seq, seq))], axis=-1)
-
-
 class Attention(eqx.Module):
     """Causal attention whose `n_heads` queries share `n_kv_heads` keys and values in equal groups."""
 
@@ -168,7 +121,8 @@ class Attention(eqx.Module):
             v = jnp.concatenate([past.v[layer].astype(v.dtype), v], axis=1)
         batch, seq, groups = *x.shape[:2], config.n_kv_heads
         scale = config.d_head**-0.5 if config.attn_scale is None else config.attn_scale
-        # The queries that share a key head go side by side into one product (r and s as one axis): few large products, not many small.
+        # The queries that share a key head go side by side into one product (r and s as one axis): few large products,
+        # not many small.
         # r before s, because heads may lie on several devices: the joint axis is then still cut where they are.
         q = (
             (q * scale)
@@ -187,7 +141,9 @@ class Attention(eqx.Module):
 
 
 class MLP(eqx.Module):
-    r"""$W_{down}(\sigma(W_{gate} x) \odot W_{up} x)$; without a gate $W_{down}\,\sigma(W_{up} x)$. Biases where the family has them."""
+    r"""$W_{down}(\sigma(W_{gate} x) \odot W_{up} x)$; without a gate $W_{down}\,\sigma(W_{up} x)$. Biases where the
+    family has them.
+    """
 
     gate: Float[Array, "d_mlp d_model"] | None
     up: Float[Array, "d_mlp d_model"]
@@ -231,7 +187,7 @@ class Block(eqx.Module):
 
 def _init_block(config: ModelConfig, key: PRNGKeyArray) -> Block:
     d, width, kv = config.d_model, config.n_heads * config.d_head, config.n_kv_heads * config.d_head
-    branch = (2 * config.n_layers) ** -0.5
+    hidden, branch = config.d_mlp, (2 * config.n_layers) ** -0.5
     k = jax.random.split(key, 7)
     norm = partial(Norm.init, config)
     zeros = lambda n, wanted: jnp.zeros(n) if wanted else None  # noqa: E731
@@ -240,8 +196,8 @@ def _init_block(config: ModelConfig, key: PRNGKeyArray) -> Block:
         *(zeros(n, config.qkv_bias) for n in (width, kv, kv)), zeros(d, config.out_bias),
     )  # fmt: skip
     mlp = MLP(
-        _normal(k[4], config.d_mlp, d) if config.gated else None, _normal(k[5], config.d_mlp, d), _normal(k[6], d, config.d_mlp, branch),
-        zeros(config.d_mlp, config.mlp_bias and config.gated), zeros(config.d_mlp, config.mlp_bias), zeros(d, config.mlp_bias),
+        _normal(k[4], hidden, d) if config.gated else None, _normal(k[5], hidden, d), _normal(k[6], d, hidden, branch),
+        zeros(hidden, config.mlp_bias and config.gated), zeros(hidden, config.mlp_bias), zeros(d, config.mlp_bias),
     )  # fmt: skip
     post = (norm(), norm()) if config.post_norms else (None, None)
     return Block(norm(), attn, norm(), mlp, *post)
@@ -280,7 +236,7 @@ class Transformer(eqx.Module):
 
     @classmethod
     def init(cls, config: ModelConfig, *, key: PRNGKeyArray) -> "Transformer":
-        r"""Random weights: normal with variance 1/fan-in, branches into the residual shrunk by $\sqrt{2 n_{layers}}$."""
+        r"""Random weights: normal, of variance 1/fan-in, branches into the residual shrunk by $\sqrt{2 n_{layers}}$."""
         key, embed_key = jax.random.split(key)
         blocks = tuple(_init_block(config, k) for k in jax.random.split(key, config.n_layers))
         embed = _normal(embed_key, config.d_vocab, config.d_model)
@@ -292,6 +248,7 @@ class Transformer(eqx.Module):
             raise ValueError(
                 f"the model takes tokens of shape (batch, seq), got {tokens.shape}; is tokens[None] meant?"
             )
+        self.config.check_length(tokens.shape[1])
         return self.run_from(0, _checked(tap)(Site("embed"), self.embedding(tokens)), tap)
 
     def embedding(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq d_model"]:
@@ -307,7 +264,7 @@ class Transformer(eqx.Module):
         seq = self.config.check_length(resid_pre.shape[1])
         positions = jnp.arange(seq)[None, :] + (0 if past is None else past.length[:, None])
         masks = {
-            window: causal_mask(seq, past, window)
+            window: causal_mask(seq, None if past is None else (past.k[0].shape[1], past.length), window)
             for window in set(map(self.config.window, range(layer, self.config.n_layers)))
         }
         x = resid_pre

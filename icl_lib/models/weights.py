@@ -1,12 +1,14 @@
 """Reading and writing models as Hugging Face folders: `config.json`, `*.safetensors`, `tokenizer.json`.
 
-Every tensor's name and shape is checked against the model that the config describes before any data is read. Then each device
-gets its own part of each weight: only these rows and columns are read, converted, and handed over, one part after the other.
+Every tensor's name and shape is checked against the model that the config describes before any data is read. Then each
+device gets its own part of each weight: only these rows and columns are read, converted and handed over, part by part.
 """
 
+import dataclasses
 import json
 import math
 import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,15 +22,17 @@ from safetensors.numpy import save_file
 
 from icl_lib.files.hub import fetch_folder
 from icl_lib.files.processes import is_writer, to_host
+from icl_lib.files.write import replace_file, write_json
 from icl_lib.models.config import ModelConfig
-from icl_lib.models.families import abstract, ignored, leaf_path, sources, tensor_shapes
-from icl_lib.models.sharding import auto_mesh, shardings
+from icl_lib.models.families import family_of, from_hf, to_hf
+from icl_lib.models.sharding import auto_mesh, check_mesh, shardings
+from icl_lib.models.tensors import abstract, ignored, leaf_path, sources, tensor_shapes
 from icl_lib.models.transformer import Transformer
 
 GATE = "icl_gate.json"  # recorded logits, where the folder has them: see `gate`
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FILES = [
-    "config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt",
-    GATE,
+    "config.json", "*.safetensors", _INDEX, "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", GATE,
 ]  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _PIECE = 1 << 23  # elements of the file read at once, so that no whole tensor passes through host memory
@@ -37,17 +41,39 @@ _PIECE = 1 << 23  # elements of the file read at once, so that no whole tensor p
 def fetch(name: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: `name` itself if it is one, else a snapshot of that hub repository.
 
-    Raises `FileNotFoundError` if neither exists, the repository is gated, or the hub cannot be reached, and says what to do.
+    Raises `FileNotFoundError` if neither exists, the repository is gated, or the hub cannot be reached, and says what
+    to do.
     """
     return fetch_folder(name, revision, _FILES, "config.json, *.safetensors and tokenizer.json")
 
 
 def load_config(name: str | Path, revision: str | None = None) -> ModelConfig:
-    """The config of a model folder or hub id, without its weights."""
-    path = fetch(name, revision) / "config.json"
+    """The config of a model folder or hub id, without its weights; where it names no padding, the tokenizer does."""
+    folder = fetch(name, revision)
+    path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: a model folder holds config.json beside its *.safetensors")
-    return ModelConfig.from_hf(_read_json(path), source=str(path))
+        raise FileNotFoundError(
+            f"{path} does not exist: a model folder holds config.json beside its *.safetensors; if saving a model was "
+            "interrupted here, save it again"
+        )
+    raw = _read_json(path)
+    return from_hf(raw, str(path), _tokenizer_pad(folder) if raw.get("pad_token_id") is None else None)
+
+
+def _tokenizer_pad(folder: Path) -> int | None:
+    """The id of the token that the folder's tokenizer pads with; None where there is no tokenizer.json or it pads with
+    none.
+    """
+    files = (folder / file for file in ("tokenizer_config.json", "special_tokens_map.json"))
+    token = next(filter(None, (_read_json(file).get("pad_token") for file in files if file.is_file())), None)
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is None or not (folder / "tokenizer.json").is_file():
+        return None
+    tokenizer = _read_json(folder / "tokenizer.json")
+    ids = {added["content"]: added["id"] for added in tokenizer.get("added_tokens", [])}
+    vocab = tokenizer.get("model", {}).get("vocab", {})
+    ids |= {} if token in ids else vocab if isinstance(vocab, dict) else {row[0]: i for i, row in enumerate(vocab)}
+    return ids.get(token)
 
 
 def load_model(
@@ -55,24 +81,24 @@ def load_model(
 ) -> Transformer:
     """The model of a Hugging Face folder or hub id, its weights converted to `dtype`.
 
-    With a mesh (`make_mesh`) each device holds its part of the weights and reads no more than that; "auto" makes a mesh of
-    all devices, as far as the model can be cut; without one, the first device of each process holds all. Raises
-    `FileNotFoundError` or `ValueError` with the name of what is absent, unknown, misshapen or unreadable, or if the mesh does
-    not divide the model.
+    With a mesh (`make_mesh`) each device holds its part of the weights and reads no more than that; "auto" makes a mesh
+    of all devices, as far as the model can be cut; without one, the first device of each process holds all. Raises
+    `FileNotFoundError` or `ValueError` with the name of what is absent, unknown, misshapen or unreadable, or if the
+    mesh does not divide the model. Where the config ties the embedding to an output matrix that is in the files and
+    differs, the model has both, as in transformers, and a warning says so.
     """
     folder = fetch(name, revision)
     config = load_config(folder)
-    model = abstract(config)
     if isinstance(mesh, str):
         if mesh != "auto":
             raise ValueError(f"mesh must be a Mesh (make_mesh), 'auto' or None, got {mesh!r}")
         mesh = auto_mesh(config)
-    places = (
-        jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), model)
-        if mesh is None
-        else shardings(config, mesh)
-    )
-    files = _find_tensors(folder, config)
+    if mesh is not None:
+        check_mesh(config, mesh)
+    config, files = _find_tensors(folder, config)
+    model = abstract(config)
+    one = SingleDeviceSharding(jax.local_devices()[0])
+    places = jax.tree.map(lambda _: one, model) if mesh is None else shardings(config, mesh)
     where = sources(config)
 
     def read(path, leaf, place):
@@ -85,7 +111,10 @@ def load_model(
 def save_model(model: Transformer, folder: str | Path, dtype: str = "float16") -> Path:
     """Write `config.json` and `model.safetensors` so that transformers and `load_model` read them back.
 
-    Of several processes all have to call it, and the first one writes.
+    A model that lies in the folder goes when the new weights are on the disk: its config first and the new one last, so
+    that an interruption leaves the old model, the new one, or a folder without a config, which no reader takes. With it
+    go what was recorded of it, its gate and its generation_config.json; tokenizer files stay. Of several processes all
+    have to call this, and the first one writes.
     """
     folder = Path(folder)
     shapes, where = tensor_shapes(model.config), sources(model.config)
@@ -94,11 +123,17 @@ def save_model(model: Transformer, folder: str | Path, dtype: str = "float16") -
         (name, rows), whole = where[leaf_path(path)], to_host(leaf)
         if tensors:
             tensors[name][slice(None) if rows is None else rows] = whole.astype(jnp.dtype(dtype))
-    if not is_writer():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(model.config.to_hf(dtype), indent=2) + "\n")
+
+    def write(partial: Path) -> None:
+        save_file(tensors, partial, metadata={"format": "pt"})
+        for old in ("config.json", _INDEX, GATE, "generation_config.json"):
+            (folder / old).unlink(missing_ok=True)
+
+    replace_file(folder / _WEIGHTS, write)
+    if is_writer():
+        for shard in folder.glob("model-*-of-*.safetensors"):
+            shard.unlink()
+    write_json(folder / "config.json", to_hf(model.config, dtype))
     return folder
 
 
@@ -120,15 +155,12 @@ def load_tokenizer(name: str | Path, revision: str | None = None):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers and tokenizers raise whatever their parsers meet
         fast = (folder / "tokenizer.json").is_file()
-        remedy = (
-            "download it again"
-            if fast
-            else "add the tokenizer.json of the model, so that none has to be made from older files"
-        )
+        remedy = "download it again" if fast else "add the tokenizer.json of the model, so that none has to be made"
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): {remedy}") from error
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{folder} has only a slow tokenizer ({type(tokenizer).__name__}), which does not tell where in the text a token "
+            f"{folder} has only a slow tokenizer ({type(tokenizer).__name__}), which does not tell where in the text a "
+            "token "
             "came from: add the tokenizer.json of the model, or one converted by transformers.convert_slow_tokenizer"
         )
     return tokenizer
@@ -144,14 +176,30 @@ def _read_json(path: Path) -> dict:
     return value
 
 
-def _find_tensors(folder: Path, config: ModelConfig) -> dict[str, Path]:
-    """The file of every tensor of the checkpoint, once all of them are known to be there with the right shapes."""
+def _find_tensors(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[str, Path]]:
+    """The file of every tensor of the checkpoint, once all are known to be there with the right shapes, and the config.
+
+    A tied model whose file has an output matrix of its own is not tied: the config comes back so.
+    """
     files, found = {}, {}
     for file in _tensor_files(folder):
         with _open(file) as handle:
             for name in handle.keys():
+                if name in files:
+                    raise ValueError(
+                        f"{folder} holds {name} twice, in {files[name].name} and in {file.name}: delete one"
+                    )
                 files[name], part = file, handle.get_slice(name)
                 found[name] = (tuple(part.get_shape()), part.get_dtype())
+    family = family_of(config.family)
+    embed, head = family.names["embed"], family.names["unembed"]
+    if config.tied and head in found and embed in found and not _same(files, found, embed, head):
+        warnings.warn(
+            f"{folder}: config.json says tie_word_embeddings, but {head} and {embed} differ; both are used, as in "
+            "transformers",
+            stacklevel=3,
+        )
+        config = dataclasses.replace(config, tied=False)
     wanted = tensor_shapes(config)
     problems = [f"missing {name} {wanted[name]}" for name in sorted(wanted.keys() - found.keys())]
     problems += [f"unknown {name}" for name in sorted(found.keys() - wanted.keys()) if not ignored(config, name)]
@@ -165,18 +213,34 @@ def _find_tensors(folder: Path, config: ModelConfig) -> dict[str, Path]:
             f"{folder} does not hold the tensors that its config.json describes: {'; '.join(problems[:5])}{more}. "
             "Check that config and weights belong to the same model, and that the weights are not quantised"
         )
-    return files
+    return config, files
+
+
+def _same(files: dict[str, Path], found: dict[str, tuple], a: str, b: str) -> bool:
+    """Whether two matrices of the checkpoint are equal, read in pieces."""
+    shape = found[a][0]
+    if found[a] != found[b] or len(shape) != 2 or not all(shape):
+        return found[a] == found[b]
+    rows, width = shape
+    parts = ([slice(*cut), slice(0, width)] for cut in _runs(slice(0, rows), None, max(1, _PIECE // width)))
+    read = lambda name, part: _read_part(files[name], name, None, part, width, np.dtype("float32"))
+    return all(np.array_equal(read(a, part), read(b, part)) for part in parts)
 
 
 def _tensor_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+    """The files of one whole set of weights: those of the index, or model.safetensors, or all that there are."""
+    single, index = folder / _WEIGHTS, folder / _INDEX
     if index.is_file():
         names = _read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise ValueError(f"{index} has no weight_map, which says in which file each tensor is: download it again")
         files = [folder / name for name in sorted(set(names.values()))]
+        if single.is_file() and single not in files:
+            raise ValueError(
+                f"{folder} holds two sets of weights, {_WEIGHTS} and the files of {_INDEX}: delete the older"
+            )
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        files = [single] if single.is_file() else sorted(folder.glob("[!.]*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no *.safetensors: save the model in that format, pickles are not read")
     for file in files:
@@ -198,9 +262,8 @@ def _read_leaf(file: Path, name: str, rows: np.ndarray | None, shape: tuple, dty
     """One weight in its place. Devices that hold the same part share one reading of it."""
     holders: dict[tuple, list] = {}
     for device, index in place.addressable_devices_indices_map(shape).items():
-        holders.setdefault(tuple(part.indices(size) for part, size in zip(index, shape, strict=True)), []).append(
-            device
-        )
+        part = tuple(cut.indices(size) for cut, size in zip(index, shape, strict=True))
+        holders.setdefault(part, []).append(device)
     shards = []
     for index, devices in holders.items():
         part = _read_part(file, name, rows, [slice(*bounds) for bounds in index], math.prod(shape[1:]), dtype)

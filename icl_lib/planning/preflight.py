@@ -20,6 +20,7 @@ import jax
 from huggingface_hub import constants, try_to_load_from_cache
 
 import icl_lib.models.families as families
+import icl_lib.models.tensors as tensors
 from icl_lib.cards.card import LOCAL
 from icl_lib.cards.checks import check_against_model, config_of
 from icl_lib.files.paths import resolve
@@ -156,7 +157,7 @@ def _shallow(config: ModelConfig, depth: int) -> ModelConfig:
 
 def _compiled(step: Step, config: ModelConfig, dtype: str, split: int) -> tuple[float, float]:
     """Bytes of work arrays and results, and FLOPs, of one device."""
-    model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), families.abstract(config))
+    model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tensors.abstract(config))
     if split > 1:
         mesh = make_mesh(jax.device_count() // split)
         check_mesh(config, mesh)

@@ -24,7 +24,7 @@ from typing import Any
 
 from icl_lib.files.paths import resolve
 from icl_lib.models import ModelConfig, Site
-from icl_lib.models.families import n_params
+from icl_lib.models.tensors import n_params
 from icl_lib.planning.dictionaries import dictionaries
 from icl_lib.tasks import Role
 from icl_lib.tasks.tasks import task_files
