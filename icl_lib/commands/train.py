@@ -12,23 +12,21 @@ import pandas as pd
 from jax.sharding import AxisType, Mesh
 
 from icl_lib.cards.card import CardError
-from icl_lib.cards.suite import SuiteCard, members, read_suite_card, recipe
+from icl_lib.cards.suite import SuiteCard, job_settings, members, read_suite_card, recipe
 from icl_lib.embedded.icl_tiny.language import LANGUAGE
+from icl_lib.embedded.icl_tiny.stream import LanguageCorpus
 from icl_lib.files.paths import resolve, run_folder
 from icl_lib.models import load_config, load_model, load_tokenizer
 from icl_lib.models.sharding import make_mesh
 from icl_lib.runs import devices
 from icl_lib.text.corpus import Corpus, TextCorpus, open_text
-from icl_lib.training.job import train_suite
+from icl_lib.training import TrainingError, train_suite
 from icl_lib.training.plan import AXIS
-from icl_lib.training.recipes import TrainingError
 
 
 def corpus(card: SuiteCard, bos_id: int | None) -> Corpus:
     """The text of the card, tokenised for its model."""
-    if card.text == LANGUAGE:
-        from icl_lib.embedded.icl_tiny.stream import LanguageCorpus
-
+    if card.text == LANGUAGE:  # the one branch by a name: `embedded.catalogue.open_corpus(text, ...)` takes its place
         return LanguageCorpus(card.context, seed=card.seed)
     stream = open_text(resolve(card.text), subset=card.subset, revision=card.text_revision)
     tokenizer = load_tokenizer(resolve(card.model), card.revision)
@@ -64,11 +62,7 @@ def run(card: SuiteCard) -> Path:
     of_model, mesh = meshes(card)
     text = corpus(card, config.bos_id)
     model = load_model(resolve(card.model), card.revision, card.dtype, of_model)
-    train_suite(
-        model, text, suite, how, run_folder(card.run_dir), seed=card.seed, contexts=card.contexts, passes=card.passes,
-        steps_per_pass=card.steps_per_pass, held_out=card.held_out, save_every=card.save_every, keep=card.keep, mesh=mesh, shard=card.shard,
-        metadata={"model_name": card.model, "dataset": card.text, "context_size": card.context},
-    )  # fmt: skip
+    train_suite(model, text, suite, how, run_folder(card.run_dir), job_settings(card, mesh))
     return run_folder(card.run_dir) / "saes"
 
 
@@ -80,20 +74,9 @@ def main() -> int:
         devices.setup(card.run_dir)
         print(f"wrote {run(card)}")
         if (table := run_folder(card.run_dir) / "quality.parquet").is_file():
-            shown = [
-                "site",
-                "d_sae",
-                "sparsity",
-                "l0",
-                "fvu",
-                "ce_recovered_zero",
-                "ce_recovered_mean",
-                "dead",
-                "dense",
-            ]
-            print(
-                f"quality on {card.held_out} contexts held out:\n{pd.read_parquet(table)[shown].round(3).to_string(index=False)}"
-            )
+            shown = "site d_sae sparsity l0 fvu ce_recovered_zero ce_recovered_mean dead dense".split()
+            text = pd.read_parquet(table)[shown].round(3).to_string(index=False)
+            print(f"quality on {card.held_out} contexts held out:\n{text}")
     except (TrainingError, ValueError, OSError) as err:
         print(err, file=sys.stderr)
         return 2

@@ -7,7 +7,8 @@ activations; running these passes again in the same order gives the same buffer,
 
 import collections
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -24,6 +25,8 @@ from icl_lib.models.sites import GLOBAL_SITES, LAYER_SITES, check_sites
 from icl_lib.text.corpus import Corpus
 from icl_lib.text.tokens import check_tokens, token_mask
 from icl_lib.training.recipes import TrainingError
+
+SAY_SECONDS = 5.0  # from word to word while the buffer is filled
 
 
 class ActivationBuffer:
@@ -73,15 +76,29 @@ class ActivationBuffer:
         """Rows that a pass replaces."""
         return self._pass_rows
 
-    def fill(self) -> None:
-        """All passes of a new buffer. Raises `CorpusError` if the corpus is too short for it."""
-        for _ in range(self._recent.maxlen or 0):
+    def fill(self, say: Callable[[str], None] | None = None) -> None:
+        """All passes of a new buffer; `say` is told how far it is where that takes long. Raises `CorpusError` if the text is too short."""
+        for _ in self._told(range(self._recent.maxlen or 0), say):
             self.refill(step=0)
+
+    def _told(self, passes: Sequence | np.ndarray, say: Callable[[str], None] | None) -> Iterator:
+        """The passes, one after the other, with a word every `SAY_SECONDS`."""
+        last = time.perf_counter()
+        for i, each in enumerate(passes):
+            yield each
+            jax.block_until_ready(self._bad)
+            if say is not None and time.perf_counter() - last > SAY_SECONDS:
+                say(f"filling the activation buffer: pass {i + 1} of {len(passes)}")
+                last = time.perf_counter()
 
     def refill(self, step: int) -> None:
         """One pass over the next contexts in place of the oldest; `step` is named if its activations are not finite."""
         tokens = self._corpus.batch(self._local)
         check_tokens(tokens, self._model.config)
+        if not np.any(token_mask(tokens, self._model.config)):
+            raise TrainingError(
+                f"the {len(tokens)} contexts of the pass at step {step} hold nothing but BOS and padding: check the text and its tokenizer"
+            )
         self._recent.append(tokens)
         self._run(tokens, self._n_passes, step)
         self._n_passes += 1
@@ -105,12 +122,12 @@ class ActivationBuffer:
         """An array of the shape of the tokens of `state`."""
         return np.zeros((jax.process_count(), self._recent.maxlen or 0, self._local, self._corpus.seq), np.int32)
 
-    def load(self, state: dict[str, Any], tokens: np.ndarray) -> None:
+    def load(self, state: dict[str, Any], tokens: np.ndarray, say: Callable[[str], None] | None = None) -> None:
         """Fill the buffer as it was when `state` was taken, by the same passes."""
         mine = np.asarray(tokens)[jax.process_index()]
         self._corpus.load_state_dict(state["corpus"][jax.process_index()])
         self._n_passes = int(state["n_passes"])
-        for i, batch in enumerate(mine, self._n_passes - len(mine)):
+        for i, batch in enumerate(self._told(mine, say), self._n_passes - len(mine)):
             self._recent.append(batch)
             self._run(batch, i, 0)
 

@@ -1,4 +1,4 @@
-"""What is trained together: the SAEs of a suite, how, and over which devices."""
+"""What is trained together: the SAEs, how, and over which devices."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ class Member:
 
 
 @dataclasses.dataclass(frozen=True)
-class Suite:
+class Plan:
     """What is trained and how; plain and hashable, because it is static under `jit`.
 
     SAEs of one shape are stacked: `vmap` steps them together on accelerators; on a CPU they take turns (`lax.map`) inside the one
