@@ -1,6 +1,7 @@
-"""`python -m icl_lib.commands.train params/suites/gemma-1-2b.yaml`: train the suite of a card; the same command goes on with it.
+"""`python -m icl_lib.commands.train params/suites/gemma-1-2b.yaml`: train the suite of a card.
 
-A card of a suite names a model, a text and the SAEs; `SuiteCard` says what each key means.
+The same command goes on with it. A card of a suite names a model, a text and the SAEs; `SuiteCard` says what each key
+means.
 """
 
 import argparse
@@ -38,14 +39,16 @@ def corpus(card: SuiteCard, bos_id: int | None) -> Corpus:
 
 
 def meshes(card: SuiteCard) -> tuple[Mesh | None, Mesh | None]:
-    """That of the language model and that of the SAEs, over the same devices in the same order; None where there is one device.
+    """That of the language model and that of the SAEs, over the same devices in the same order.
 
-    Raises `CardError` if the devices do not divide into copies of the model.
+    Both are None where there is one device.     Raises `CardError` if the devices do not divide into copies of the
+    model.
     """
     n, each = jax.device_count(), card.devices_per_model
     if jax.local_device_count() % each:
         raise CardError(
-            f"`devices_per_model`: {each} does not divide the {jax.local_device_count()} {jax.default_backend()} device(s) of a process"
+            f"`devices_per_model`: {each} does not divide the {jax.local_device_count()} "
+            f"{jax.default_backend()} device(s) of a process"
         )
     if n == 1:
         return None, None
@@ -54,7 +57,10 @@ def meshes(card: SuiteCard) -> tuple[Mesh | None, Mesh | None]:
 
 
 def run(card: SuiteCard) -> Path:
-    """Train the suite; on several devices each copy of the model has its share of the contexts. Gives the folder of the SAEs."""
+    """Train the suite; on several devices each copy of the model has its share of the contexts.
+
+    Gives the folder of the SAEs.
+    """
     config = load_config(resolve(card.model), card.revision)
     suite, how = members(card, config.n_layers), recipe(card)
     for member in suite:

@@ -39,24 +39,24 @@ def train_on(
     r"""Train one gated SAE for each site in `sites`, all of width `d_sae`, by the objective of icl_sfc.py.
 
     `acts[site]` (n_tokens, d) in host memory, float32 or float16, row i the same token at every site, for the sites and
-    their targets (`needed_sites`); or an iterator of such buffers, of which each chunk of steps takes the next. Batches are
-    rows drawn at random with replacement. `sparsity` is $\lambda$, one for all or one a site.
+    their targets (`needed_sites`); or an iterator of such buffers, of which each chunk of steps takes the next. Batches
+    are rows drawn at random with replacement. `sparsity` is $\lambda$, one for all or one a site.
 
-    Inputs are divided by their running mean norm and multiplied by $\sqrt d$, targets likewise; at the end both are folded
-    into the weights, and so are the norms of the decoder rows: the SAEs returned take and give raw activations, and a
-    feature is in units of the norm that it writes.
+    Inputs are divided by their running mean norm and multiplied by $\sqrt d$, targets likewise; at the end both are
+    folded into the weights, and so are the norms of the decoder rows: the SAEs returned take and give raw activations,
+    and a feature is in units of the norm that it writes.
 
     `progress` is called with a `Progress` after every `chunk` steps (`None` is silent, `list.append` keeps them).
-    `sparsity_warmup` defaults to a fifth of the steps. This and the start, schedule and `dead_after` (2,000 in the paper) suit
-    short runs: see `recipes.SHORT_RUN`.
-    Raises `TrainingError` before any step if an activation is missing or shapes differ; later, with step and site, on NaN.
+    `sparsity_warmup` defaults to a fifth of the steps. This and the start, schedule and `dead_after` (2,000 in the
+    paper) suit short runs: see `recipes.SHORT_RUN`. Raises `TrainingError` before any step if an activation is missing
+    or shapes differ; later, with step and site, on NaN.
     """
     if chunk < 1:
         raise TrainingError(f"a chunk of steps must be at least 1, got {chunk}")
     ramp = n_steps // 5 if sparsity_warmup is None else sparsity_warmup
     recipe = make_recipe(
-        "icl-sfc", n_steps=n_steps, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup, sparsity_warmup=ramp,
-        dead_after=dead_after, clip=clip, **SHORT_RUN,
+        "icl-sfc", n_steps=n_steps, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup,
+        sparsity_warmup=ramp, dead_after=dead_after, clip=clip, **SHORT_RUN,
     )  # fmt: skip
     members = tuple(Member(s, d_sae, sparsity[s] if isinstance(sparsity, Mapping) else sparsity) for s in sites)
     buffers = _buffers(acts)

@@ -1,19 +1,17 @@
 """The job that trains a suite of SAEs on a language model and a corpus, from one pass of the model for all of them.
 
-Language-model passes and SAE steps alternate on the device: a pass replaces the oldest part of the activation buffer, then
-every SAE takes some steps. Meanwhile the host tokenises the next contexts. Everything the job carries is in its checkpoints,
-so that one that was killed goes on as if nothing had happened: in float32 on a CPU to the same bits.
+Language-model passes and SAE steps alternate on the device: a pass replaces the oldest part of the activation buffer,
+then every SAE takes some steps. Meanwhile the host tokenises the next contexts. Everything the job carries is in its
+checkpoints, so that one that was killed goes on as if nothing had happened: in float32 on a CPU to the same bits.
 """
 
 import dataclasses
 import functools
-import hashlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,19 +28,20 @@ from icl_lib.saes.quality import quality_table
 from icl_lib.saes.sae import SAE
 from icl_lib.text.corpus import Corpus, CorpusEnded, rewind
 from icl_lib.training.buffer import ActivationBuffer
-from icl_lib.training.checkpoints import Checkpoints
+from icl_lib.training.checkpoints import Checkpoints, fingerprint
 from icl_lib.training.plan import Member, Plan
 from icl_lib.training.progress import Curves, Progress, Reporter
 from icl_lib.training.recipes import Recipe, TrainingError
 from icl_lib.training.state import Means, State, everywhere, shardings, stop_if_bad
 from icl_lib.training.steps import finish, init_state, run_steps
 
-_PRIMES = tuple(map(np.uint32, (2654435761, 2246822519, 3266489917, 668265263)))  # of the places in a checksum
-
 
 @dataclasses.dataclass(frozen=True)
 class JobSettings:
-    """How a job goes about its work. With n tokens a pass, a token is drawn steps_per_pass x batch_size / n times on average."""
+    """How a job goes about its work. With n tokens a pass,
+
+    a token is drawn steps_per_pass x batch_size / n times on average.
+    """
 
     seed: int = 0  # of the start, and of which rows a step draws
     contexts: int = 32  # of `corpus.seq` tokens, in one pass of the language model
@@ -75,23 +74,25 @@ def train_suite(
     folder: str | Path,
     settings: JobSettings | None = None,
 ) -> dict[Member, SAE]:
-    """Train `members` by `recipe` on activations of `model` over `corpus`; the same call goes on with a run that was interrupted.
+    """Train `members` by `recipe` on activations of `model` over `corpus`.
 
-    Wherever the corpus stands, it is read from its start (`rewind`). Where several processes train there is no table of quality at the
-    end: call `quality_table` on the suite they wrote.
+    The same call goes on with a run that was interrupted.     Wherever the corpus stands, it is read from its start
+    (`rewind`). Where several processes train there is no table of quality at the end: call `quality_table` on the suite
+    they wrote.
 
     Writes into `folder`: `checkpoints/` every `save_every` steps and at the end (the last `keep`), `curves.parquet`,
-    `quality.parquet` (the table of `quality_table`, with sparsity), and `saes/` in SAELens layout, one folder a member (topk
-    transcoders as sparsify writes them).
+    `quality.parquet` (the table of `quality_table`, with sparsity), and `saes/` in SAELens layout, one folder a member
+    (topk transcoders as sparsify writes them).
 
-    Raises `TrainingError` before any step if model, corpus, members and recipe do not fit, or if `folder` holds a run of another
-    configuration (`CheckpointError`, naming the fields); later, with step and site, if an activation or a loss is not finite,
-    `CorpusEnded` if there is too little text, and `CheckpointError` if a checkpoint, or `OSError` if a result, cannot be written. The
-    last good checkpoint stays, and the next call goes on from it.
+    Raises `TrainingError` before any step if model, corpus, members and recipe do not fit, or if `folder` holds a run
+    of another configuration (`CheckpointError`, naming the fields); later, with step and site, if an activation or a
+    loss is not finite, `CorpusEnded` if there is too little text, and `CheckpointError` if a checkpoint, or `OSError`
+    if a result, cannot be written. The last good checkpoint stays, and the next call goes on from it.
     """
     if corpus.seq > model.config.n_ctx:
         raise TrainingError(
-            f"contexts of {corpus.seq} tokens are longer than the model's {model.config.n_ctx}: make the corpus with a shorter seq"
+            f"contexts of {corpus.seq} tokens are longer than the model's {model.config.n_ctx}: "
+            "make the corpus with a shorter seq"
         )
     settings = JobSettings() if settings is None else settings
     settings = dataclasses.replace(settings, dtype=settings.dtype or str(model.embed.dtype))
@@ -175,7 +176,8 @@ class _Job:
             if (bad := np.flatnonzero(~np.asarray(finite))).size:
                 site = self.plan.members[group[bad[0]]].site
                 raise TrainingError(
-                    f"a weight of the SAE at {site} is not finite after step {self.step - 1}: lower the learning rate; {self.kept()}"
+                    f"a weight of the SAE at {site} is not finite after step {self.step - 1}: "
+                    f"lower the learning rate; {self.kept()}"
                 )
         data, tokens = self.buffer.state()
         self.checkpoints.save(
@@ -191,7 +193,10 @@ class _Job:
         return jax.tree.map(place, shapes, shardings(self.plan, shapes))
 
     def _check(self, means: Means) -> None:
-        """Raises `TrainingError` if data or losses are not finite. Waits for the device, but not for other processes."""
+        """Raises `TrainingError` if data or losses are not finite.
+
+        Waits for the device, but not for other processes.
+        """
         self._check_data()
         try:
             stop_if_bad(means, self.plan)
@@ -203,8 +208,8 @@ class _Job:
             site, step = bad
             dtype = self.buffer.rows[site].dtype
             raise TrainingError(
-                f"activations at {site} are not finite in {dtype}, from the pass at step {step} on: check the model's weights, "
-                f"or take a dtype of wider range (float16 overflows at 65504); {self.kept()}"
+                f"activations at {site} are not finite in {dtype}, from the pass at step {step} on: "
+                f"check the model's weights, or take a dtype of wider range (float16 overflows at 65504); {self.kept()}"
             )
 
     def kept(self) -> str:
@@ -216,10 +221,16 @@ class _Job:
         )
 
     def remedy(self) -> str:
-        """What helps where the text has ended: the steps, and which text it is, belong to the configuration of a checkpoint."""
+        """What helps where the text has ended.
+
+        The steps, and which text it is, belong to the configuration of a checkpoint.
+        """
         if self.checkpoints.latest() is None:
             return ": give more text, more epochs or fewer steps"
-        return ", and with more epochs the same call goes on from it. With another text or fewer steps, choose another folder to start anew"
+        return (
+            ", and with more epochs the same call goes on from it. "
+            "With another text or fewer steps, choose another folder to start anew"
+        )
 
 
 @jax.jit
@@ -241,7 +252,7 @@ def _config(model: Transformer, corpus: Corpus, plan: Plan, settings: JobSetting
         if (of_model := mesh_of(model)) is not None and of_model.shape["model"] > 1:
             mesh["model"] = of_model.shape["model"]
     return {
-        "model": dataclasses.asdict(model.config) | {"dtype": str(model.embed.dtype), "weights": _fingerprint(model)},
+        "model": dataclasses.asdict(model.config) | {"dtype": str(model.embed.dtype), "weights": fingerprint(model)},
         "corpus": corpus.describe(),
         "members": {f"{m.site} d_sae={m.d_sae} sparsity={m.sparsity:g}": True for m in plan.members},
         "recipe": dataclasses.asdict(plan.recipe),
@@ -249,23 +260,6 @@ def _config(model: Transformer, corpus: Corpus, plan: Plan, settings: JobSetting
         "mesh": mesh,
         "seed": settings.seed,
     }
-
-
-def _fingerprint(model: Transformer) -> str:
-    """Tells models apart by the bits of every weight. Sums of integers are the same in any order, so on any number of devices."""
-    sums = jnp.stack([_checksum(w) for w in jax.tree.leaves(model) if eqx.is_inexact_array(w)])
-    return hashlib.sha256(np.asarray(sums).tobytes()).hexdigest()[:16]
-
-
-@jax.jit
-def _checksum(w: Array) -> Array:
-    r"""$\sum_i b_i m_i$ modulo $2^{32}$ of the bits b of each number, with an odd m that differs from place to place."""
-    bits = jax.lax.bitcast_convert_type(w, f"uint{8 * w.dtype.itemsize}").astype(jnp.uint32)
-    places = [
-        jax.lax.broadcasted_iota(jnp.uint32, w.shape, axis) * prime
-        for axis, prime in zip(range(w.ndim), _PRIMES, strict=False)
-    ]
-    return jnp.sum(bits * (2 * sum(places, jnp.uint32(0)) + 1), dtype=jnp.uint32)
 
 
 def _quality(model: Transformer, trained: Mapping[Member, SAE], tokens: np.ndarray) -> pd.DataFrame:

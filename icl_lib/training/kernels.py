@@ -1,8 +1,9 @@
-r"""Kernels: plain functions of arrays, written as a CPU takes them fastest; each docstring says what is computed, in one line.
+r"""Kernels: plain functions of arrays, written as a CPU takes them fastest. The first line of each says what it is.
 
-A CPU reads a row of a matrix as fast as it is asked for. Features with few non-zero entries (topk, batchtopk) are therefore a list of
-pairs (token, latent): of the five products of size tokens x d x d_sae of a dense step only the encoder's has to be done, and decoding
-and all gradients touch one row of W_dec or of W_enc (which is stored latent by latent) for each pair. Accelerators take dense products.
+A CPU reads a row of a matrix as fast as it is asked for. Features with few non-zero entries (topk, batchtopk) are
+therefore a list of pairs (token, latent): of the five products of size tokens x d x d_sae of a dense step only the
+encoder's has to be done, and decoding and all gradients touch one row of W_dec or of W_enc (which is stored latent by
+latent) for each pair. Accelerators take dense products.
 """
 
 from typing import NamedTuple
@@ -53,8 +54,8 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 def product(a: Float[Array, "n m"], W: Float[Array, "m p"]) -> Float[Array, "n p"]:
     """`matmul`, but for the order of sums in the gradient of W: the narrower factor is transposed in memory beforehand.
 
-    On a CPU XLA's product of two plain matrices is 1.2 to 2.7 times as fast as its product with a transposed first factor. icl-sfc
-    keeps `matmul`: with another order of sums the committed suite would not come out again bit for bit.
+    On a CPU XLA's product of two plain matrices is 1.2 to 2.7 times as fast as its product with a transposed first
+    factor. icl-sfc keeps `matmul`: with another order of sums the committed suite would not come out again bit for bit.
     """
     return matmul(a, W)
 
@@ -76,9 +77,10 @@ product.defvjp(_matmul_forward, _product_backward)
 
 
 def over_tokens(f: Float[Array, "tokens d"]) -> Float[Array, " d"]:
-    """The sum over tokens, as a product with ones: on a CPU XLA takes several times as long for its own sum over the first axis.
+    """The sum over tokens.
 
-    With two rows of ones, since XLA takes a single one into a slow loop with the operations before it.
+    It is a product with ones: on a CPU XLA takes several times as long for its own sum over the first axis. With two
+    rows of ones, since XLA takes a single one into a slow loop with the operations before it.
     """
     return jnp.matmul(jnp.ones((2, len(f)), f.dtype), f, precision=jax.lax.Precision.HIGHEST)[0]
 
@@ -93,11 +95,12 @@ add_bias.defvjp(lambda h, bias: (add_bias(h, bias), None), lambda _, g: (g, over
 
 
 def least(f: Float[Array, "tokens d_sae"], k: Float[Array, ""], k_max: int, whole: bool) -> Float[Array, "#tokens 1"]:
-    """A number that the k largest of each row reach and no others, or of the `whole` the (tokens x k) largest; ties all do.
+    """A number that the k largest of each row reach, or the (tokens x k) largest of the `whole`, and no others.
 
-    `f` is at least 0, so that its order is that of its bits: bisected between the largest and, since each of `k_max` parts of a row has
-    a number of at least that, the least of their maxima. Counts are sums of float32, exact up to 2^24: XLA takes them faster on a CPU
-    than those of integers, and bisects several times faster than it sorts.
+    All that are equal to the last reach it. `f` is at least 0, so that its order is that of its bits: bisected between
+    the largest and, since each of `k_max` parts of a row has a number of at least that, the least of their maxima.
+    Counts are sums of float32, exact up to 2^24: XLA takes them faster on a CPU than those of integers, and bisects
+    several times faster than it sorts.
     """
     n, axis = (jnp.round(k * f.shape[0]), (0, 1)) if whole else (k, 1)
     number = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)
@@ -118,7 +121,10 @@ def least(f: Float[Array, "tokens d_sae"], k: Float[Array, ""], k_max: int, whol
 
 
 class Pairs(NamedTuple):
-    """Features that may be non-zero: their values, at least 0, their tokens and their latents; the order means nothing."""
+    """Features that may be non-zero: their values, at least 0, their tokens and their latents.
+
+    The order means nothing.
+    """
 
     value: Float[Array, " n"]
     token: Int[Array, " n"]
@@ -126,7 +132,10 @@ class Pairs(NamedTuple):
 
 
 def largest(f: Float[Array, "tokens d_sae"], k: Float[Array, ""], k_max: int, whole: bool) -> Pairs:
-    """The k largest of each token, or the (tokens x k) largest of the `whole` batch; room for `k_max`, the others have value 0."""
+    """The k largest of each token, or the (tokens x k) largest of the `whole` batch.
+
+    There is room for `k_max`, the others have value 0.
+    """
     n_tokens, d_sae = f.shape
     if whole:
         value, place = top_of_all(f, min(n_tokens * k_max, f.size))
@@ -188,7 +197,10 @@ def add_rows(
     origin: Int[Array, " n"],
     rows: Float[Array, "m d"],
 ) -> Float[Array, "r d"]:
-    """Zeros of `shape`, to whose row `to[p]` is added `scale[p] * rows[origin[p]]` for every p: in place, half the time of a scatter."""
+    """Zeros of `shape`, to whose row `to[p]` is added `scale[p] * rows[origin[p]]` for every p.
+
+    It is done in place, in half the time of a scatter.
+    """
 
     def add(p, total):
         row = jax.lax.dynamic_slice(rows, (origin[p], 0), (1, rows.shape[1])).astype(jnp.float32)

@@ -1,4 +1,7 @@
-"""What happens to the weights of one SAE between gradients: Adam, unit decoder rows, rounding to bfloat16, resampling of dead latents."""
+"""What happens to the weights of one SAE between gradients.
+
+Adam, unit decoder rows, rounding to bfloat16, resampling of dead latents.
+"""
 
 from typing import NamedTuple
 
@@ -32,7 +35,8 @@ def update(
 ) -> tuple[Weights, Moments]:
     """One step of Adam on the clipped gradient, bias-corrected; with `unit_norm` decoder rows move along the sphere.
 
-    A bfloat16 weight is rounded up or down at random, by `key`, so that its mean is the float32 result: small steps are not lost.
+    A bfloat16 weight is rounded up or down at random, by `key`, so that its mean is the float32 result: small steps are
+    not lost.
     """
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     if recipe.unit_norm:  # without the part along the row, which normalising would undo
@@ -84,9 +88,10 @@ def resample(
 ) -> tuple[Weights, Moments]:
     """Dead latents start again at inputs that are poorly explained; their moments at 0.
 
-    A token is drawn with probability proportional to its squared loss. The decoder row points along the target less b_dec, at the
-    mean norm of living rows, and the encoder along the centred input, at `RESAMPLED_NORM` of theirs; a threshold starts anew. Not for
-    topk and batchtopk, whose auxiliary loss revives. Source: Bricken et al. (2023), "Towards Monosemanticity", Appendix.
+    A token is drawn with probability proportional to its squared loss. The decoder row points along the target less
+    b_dec, at the mean norm of living rows, and the encoder along the centred input, at `RESAMPLED_NORM` of theirs; a
+    threshold starts anew. Not for topk and batchtopk, whose auxiliary loss revives. Source: Bricken et al. (2023),
+    "Towards Monosemanticity", Appendix.
     """
     centre = jnp.mean(x, axis=0)
     pre = matmul(x, weights.W_enc) + weights.b_enc[None]

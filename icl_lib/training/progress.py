@@ -1,4 +1,7 @@
-"""What training says while it runs: one line every few seconds, a bar in a terminal, and the curves that notebooks plot."""
+"""What training says while it runs.
+
+One line every few seconds, a bar in a terminal, and the curves that notebooks plot.
+"""
 
 import dataclasses
 import datetime
@@ -42,10 +45,10 @@ def _span(values: Mapping[Member, float], digits: int) -> str:
 
 
 class Reporter:
-    """Calls `log` with a `Progress` when `every` seconds have passed since the last, and at the end; on the first process alone.
+    """Calls `log` with a `Progress` when `every` seconds have passed since the last, and at the end.
 
-    In a terminal there is a bar instead, on stderr. Speed and time left are those since this process began, the first
-    report apart, which holds the compilation.
+    The first process alone does. In a terminal there is a bar instead, on stderr. Speed and time left are those since
+    this process began, the first report apart, which holds the compilation.
     """
 
     def __init__(self, plan: Plan, step: int, log: Callable[[Progress], None] | None, every: float):
@@ -86,7 +89,10 @@ class Reporter:
 
 
 class Curves:
-    """L0, FVU and dead fraction of every member at about 200 steps of a run: part of the checkpoint, so that none is lost or doubled."""
+    """L0, FVU and dead fraction of every member at about 200 steps of a run.
+
+    Part of the checkpoint, so that none is lost or doubled.
+    """
 
     def __init__(self, members: Sequence[Member], n_steps: int):
         self.members, self._every = members, max(1, n_steps // 200)

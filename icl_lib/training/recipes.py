@@ -26,10 +26,11 @@ class TrainingError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    r"""How to train; hashable, because it is static under `jit`. `make_recipe` gives the published settings of each objective.
+    r"""How to train; hashable, because it is static under `jit`.
 
-    Counts are in optimiser steps. Inputs and targets are scaled to a mean norm of $\sqrt d$. Raises `TrainingError` on a value that
-    cannot be, or on a changed field that the objective makes nothing of.
+    `make_recipe` gives the published settings of each objective.     Counts are in optimiser steps. Inputs and targets
+    are scaled to a mean norm of $\sqrt d$. Raises `TrainingError` on a value that cannot be, or on a changed field that
+    the objective makes nothing of.
     """
 
     objective: str  # name of a file in objectives/
@@ -96,7 +97,8 @@ class Recipe:
         return jnp.minimum(1.0, (step + 1) / max(1, self.sparsity_warmup))
 
 
-# Changes to icl-sfc that suit a run of some thousand steps: a learning rate that comes down, no latent born dead. See icl_sfc.py
+# Changes to icl-sfc that suit a run of some thousand steps: a learning rate that comes down, no latent born dead. See
+# icl_sfc.py
 SHORT_RUN = {"period": 0, "centred_start": True, "loss_scale": 0.0, "dead_rate": 0.0}
 
 

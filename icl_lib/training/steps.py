@@ -1,8 +1,9 @@
-"""Training a whole suite of SAEs at once: equal shapes are stacked, and every step of all of them is one compiled program.
+"""Training a whole suite at once: SAEs of equal shape are stacked, and every step of all is one compiled program.
 
-`init_state(plan, buffer)` gives a `State`, one pytree of arrays that holds all that training carries; `run_steps` takes a number of
-steps on rows of the buffer, drawn at random; `finish` folds the result into SAEs of raw activations. Inside `run_steps` nothing is
-read by the host: rows are drawn, each SAE takes one optimiser step, dead latents are counted, statistics are summed.
+`init_state(plan, buffer)` gives a `State`, one pytree of arrays that holds all that training carries; `run_steps` takes
+a number of steps on rows of the buffer, drawn at random; `finish` folds the result into SAEs of raw activations. Inside
+`run_steps` nothing is read by the host: rows are drawn, each SAE takes one optimiser step, dead latents are counted,
+statistics are summed.
 """
 
 import functools
@@ -26,7 +27,8 @@ from icl_lib.training.state import Means, Stack, State, shardings, stop_if_silen
 
 THRESHOLD_DECAY = 0.99  # of the running mean of batchtopk's smallest feature
 _SAMPLE = 4096  # tokens that the start of training looks at
-# On accelerators so many SAEs go side by side that their (batch, d_sae) arrays, about six in float32, stay below this on each device.
+# On accelerators so many SAEs go side by side that their (batch, d_sae) arrays, about six in float32, stay below this
+# on each device.
 _SIDE_BY_SIDE = 4e9
 
 Buffer = Mapping[Site, Array]
@@ -35,7 +37,8 @@ Buffer = Mapping[Site, Array]
 def init_state(plan: Plan, buffer: Buffer, *, key: PRNGKeyArray) -> State:
     """Start of training, from a sample of the buffer; made in place on its shards if there is a mesh.
 
-    Raises `TrainingError` if the buffer lacks a site or is empty, its sites differ in their number of tokens, or one is zero throughout.
+    Raises `TrainingError` if the buffer lacks a site or is empty, its sites differ in their number of tokens, or one is
+    zero throughout.
     """
     _check_buffer(plan, buffer)
     state = _init(plan, buffer, key)
@@ -57,8 +60,9 @@ def _init(plan: Plan, buffer: Buffer, key: PRNGKeyArray) -> State:
 def run_steps(state: State, buffer: Buffer, n: int, plan: Plan) -> tuple[State, Means]:
     """`n` optimiser steps of every SAE on rows of the buffer; `state` is given up. A new `n` needs no compilation.
 
-    `buffer[site]` is (n_tokens, d) in any float type, row i the same token at every site, for the sites in `plan.sites`.
-    Step t draws `batch_size` rows with replacement by a key folded with t: chunks of any length give the same bits.
+    `buffer[site]` is (n_tokens, d) in any float type, row i the same token at every site, for the sites in
+    `plan.sites`. Step t draws `batch_size` rows with replacement by a key folded with t: chunks of any length give the
+    same bits.
     """
     if n < 1:
         raise TrainingError(f"statistics are means over the steps: at least one must be taken, got {n}")
@@ -77,7 +81,8 @@ def finish(
 ) -> dict[Member, SAE]:
     """The SAEs, with both normalisations folded into the weights, and the norms of decoder rows too (exact).
 
-    They take and give raw activations; a latent is in units of the norm that it writes (not for topk, whose choice would change).
+    They take and give raw activations; a latent is in units of the norm that it writes (not for topk, whose choice
+    would change).
     """
     recipe, done = plan.recipe, {}
     for stack, group in zip(state.stacks, plan.groups, strict=True):
@@ -142,7 +147,8 @@ def _start_stack(x, y, keys, d_sae: int, plan: Plan) -> Stack:
         x, y = _scale(x, norm_in), _scale(y, norm_out)
         return OBJECTIVES[recipe.objective].init(x, y, d_sae, recipe, key=key)
 
-    # cut by latents, each SAE is whole on every device while it is made (an orthogonal start cannot be divided): one at a time
+    # cut by latents, each SAE is whole on every device while it is made (an orthogonal start cannot be divided): one at
+    # a time
     in_turns = plan.mesh is not None and plan.shard == "latent"
     each = (lambda *all: jax.lax.map(lambda own: one(*own), all)) if in_turns else jax.vmap(one)
     weights = each(x, y, norm_in, norm_out, keys)
@@ -171,7 +177,10 @@ def _scale(x, norm):
 
 @functools.partial(jax.jit, static_argnames=("plan", "groups"), donate_argnames="stacks")
 def _run(stacks, start: Array, key: Array, buffer: Buffer, n: Array, plan: Plan, groups: tuple[int, ...]):
-    """`n` steps of some of the groups: the step afterwards, their stacks, and their `Means` one group after the other."""
+    """`n` steps of some of the groups.
+
+    What comes back is the step afterwards, their stacks, and their `Means` one group after the other.
+    """
     n_tokens = buffer[plan.sites[0]].shape[0]
     members = [plan.groups[g] for g in groups]
     zeros = tuple(jnp.zeros(len(g)) for g in members)
@@ -227,9 +236,10 @@ def _programs(plan: Plan) -> list[tuple[int, ...]]:
 
 
 def _over_saes(function, recipe: Recipe, lanes: int, stack: Stack, *rest):
-    """`vmap` of `lanes` at a time on accelerators. On a CPU one SAE after the other: its (batch, d_sae) arrays stay in the cache, 2-3 x faster.
+    """`vmap` of `lanes` SAEs at a time on accelerators, on a CPU one after the other.
 
-    `function(..., revive)` is told whether any latent is dead: of all SAEs under `vmap`, where a branch cannot differ from SAE to SAE.
+    There its (batch, d_sae) arrays stay in the cache, which is 2 to 3 times as fast. `function(..., revive)` is told
+    whether any latent is dead: of all SAEs under `vmap`, where a branch cannot differ from SAE to SAE.
     """
 
     def call(stack, *rest, dead=None):

@@ -1,4 +1,7 @@
-"""What SAEs are trained for: one file an objective, each found here by itself; `Objective` in base.py says what a file must hold."""
+"""What SAEs are trained for: one file an objective, each found here by itself.
+
+`Objective` in base.py says what a file must hold.
+"""
 
 import importlib
 import pkgutil

@@ -1,9 +1,10 @@
-r"""The interface of an objective, and what several have in common; each is for one SAE and one batch, steps.py runs many at once.
+r"""The interface of an objective, and what several have in common.
 
-Inputs $x$ and targets $y$ (= $x$, or another activation for a transcoder) arrive scaled to a mean norm of $\sqrt d$. In the files of this
-folder $p = x W_{enc} + b_{enc}$, $\hat y(f) = f W_{dec} + b_{dec}$ (plus $x W_{skip}^T$ if there is a skip), $w_i = \|W_{dec,i}\|$, means are
-over the tokens of the batch, and $E(f) = \mathrm{mean} \|y - \hat y(f)\|^2$. The encoder reads $x$ and not $x - b_{dec}$: the same functions,
-as $b_{enc}$ is free.
+Each is for one SAE and one batch; steps.py runs many at once. Inputs $x$ and targets $y$ (= $x$, or another activation
+for a transcoder) arrive scaled to a mean norm of $\sqrt d$. In the files of this folder $p = x W_{enc} + b_{enc}$,
+$\hat y(f) = f W_{dec} + b_{dec}$ (plus $x W_{skip}^T$ if there is a skip), $w_i = \|W_{dec,i}\|$, means are over the
+tokens of the batch, and $E(f) = \mathrm{mean} \|y - \hat y(f)\|^2$. The encoder reads $x$ and not $x - b_{dec}$: the
+same functions, as $b_{enc}$ is free.
 """
 
 import abc
@@ -59,7 +60,7 @@ class Stats(NamedTuple):
 
 
 class Objective(eqx.Module):
-    """What one SAE is trained for. A file of this folder with a final class of this kind is all that a new objective needs."""
+    """What one SAE is trained for. A file of this folder with a final class of this kind is a new objective."""
 
     name: eqx.AbstractClassVar[str]  # in recipes and cards
     published: eqx.AbstractClassVar[
@@ -96,8 +97,8 @@ class Objective(eqx.Module):
     def gradient(self, weights: Weights, batch: Batch, recipe: Recipe) -> tuple[Float[Array, ""], Stats, Weights]:
         """Loss, statistics and gradients, with those of the auxiliary loss where `batch.revive` is true.
 
-        That branch is around a gradient of its own: inside a loss, the branch not taken would give a gradient of zeros to add, and
-        around the whole gradient it would keep that from running beside the rest.
+        That branch is around a gradient of its own: inside a loss, the branch not taken would give a gradient of zeros
+        to add, and around the whole gradient it would keep that from running beside the rest.
         """
         (loss, stats), grads = jax.value_and_grad(lambda w: self.loss(w, batch, recipe), has_aux=True)(weights)
         if self.auxiliary is not None and recipe.k_aux:
@@ -119,9 +120,10 @@ def random_start(
     key: PRNGKeyArray,
     by_latent: bool = False,
 ) -> Weights:
-    r"""Decoder rows are random directions of norm 1 (`unit_norm`) or 0.1, the encoder is the transpose; $b_{dec}$ is the mean target.
+    r"""Decoder rows are random directions of norm 1 (`unit_norm`) or 0.1, and the encoder is the transpose.
 
-    $b_{enc} = -\bar x W_{enc}$. A transcoder whose widths differ gets an independent encoder of the same norm.
+    $b_{dec}$ is the mean target, $b_{enc} = -\bar x W_{enc}$. A transcoder whose widths differ gets an independent
+    encoder of the same norm.
     """
     d_in, d_out = x.shape[1], y.shape[1]
     enc_key, dec_key = jax.random.split(key)
@@ -179,7 +181,10 @@ def times_on(f: Float[Array, "tokens d_sae"]) -> Float[Array, " d_sae"]:
 
 
 def draw_dead(dead: Array, n: int, *, key: PRNGKeyArray) -> tuple[Array, Array]:
-    """`n` latents, the dead among them first and in random order so that stubborn ones do not keep others waiting; which are dead."""
+    """`n` latents, the dead among them first, and which of them are dead.
+
+    The order is random, so that stubborn ones do not keep others waiting.
+    """
     rank, latents = jax.lax.top_k(jnp.where(dead, jax.random.uniform(key, dead.shape), -1.0), n)
     return latents, rank >= 0
 
@@ -189,7 +194,8 @@ def fold_linear(
 ) -> tuple[dict[str, Any], Float[Array, " d_sae"]]:
     """The fields that all SAEs have, on raw activations, and by what a latent's value grows.
 
-    Latents end in units of the norm that they write; `norms` gives other units. The paths of a gate are left as they are.
+    Latents end in units of the norm that they write; `norms` gives other units. The paths of a gate are left as they
+    are.
     """
     gain_in = math.sqrt(weights.W_enc.shape[0]) / norm_in
     gain_out = math.sqrt(weights.W_dec.shape[1]) / norm_out

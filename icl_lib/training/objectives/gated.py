@@ -1,6 +1,6 @@
-r"""gated: $L = E(f) + \lambda\, \mathrm{mean} \sum_i \mathrm{ReLU}(p_i) w_i + E'(\mathrm{ReLU}(p))$, with $f$ as in `SAE`.
+r"""gated: $L = E(f) + \lambda\, \mathrm{mean} \sum_i \mathrm{ReLU}(p_i) w_i + E'(\mathrm{ReLU}(p))$.
 
-The decoder of $E'$ is held constant. Source: Rajamanoharan et al. (2024), "Gated SAEs", Eq. 8.
+$f$ is that of `SAE`. The decoder of $E'$ is held constant. Source: Rajamanoharan et al. (2024), "Gated SAEs", Eq. 8.
 """
 
 import jax
@@ -14,8 +14,8 @@ class Gated(base.Objective):
     """A gate that decides which latents are on, and a magnitude that shares its weights."""
 
     name = "gated"
-    # Rajamanoharan et al. (2024), App. D: unit decoder rows, resampled dead latents. The clipping and the decay over the last
-    # fifth are not in the paper; they are Conerly et al.'s
+    # Rajamanoharan et al. (2024), App. D: unit decoder rows, resampled dead latents. The clipping and the decay over
+    # the last fifth are not in the paper; they are Conerly et al.'s
     published = dict(
         learning_rate=3e-4, beta1=0.0, beta2=0.999, unit_norm=True, resample_every=25_000, dead_after=10_000
     )

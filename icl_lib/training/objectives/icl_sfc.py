@@ -1,26 +1,27 @@
 r"""icl-sfc: the objective and the start of the paper's own gated SAEs.
 
-With $h = x W_{enc}$, gate pre-activation $\pi = h + b_{gate}$ and target $y$ (= $x$, or another activation for a transcoder)
+With $h = x W_{enc}$, gate pre-activation $\pi = h + b_{gate}$ and target $y$ (= $x$, or another activation for a
+transcoder)
 
 $$ f = 1[\pi > 0]\,\mathrm{ReLU}(h e^{r} + b_{mag}), \qquad
    R(\hat y) = \mathrm{mean}_{tokens} \frac{\|\hat y - y\|^2}{\|y - \bar y\|}, $$
 $$ L = R(f W_{dec} + b_{dec}) + 2 \lambda\, \mathrm{mean}_{tokens} \sum_i \mathrm{ReLU}(\pi_i)\,\|W_{dec,i}\|
      + R(\mathrm{ReLU}(\pi) W_{dec} + b_{dec}) + \tfrac14 L_{ghost}. $$
 
-$\bar y$ is the mean of the batch. The norm of a decoder row is free, since the penalty weighs by it, and the decoder is not
-held constant in the gate's reconstruction. Inputs and targets arrive scaled to a mean norm of $\sqrt d$.
+$\bar y$ is the mean of the batch. The norm of a decoder row is free, since the penalty weighs by it, and the decoder is
+not held constant in the gate's reconstruction. Inputs and targets arrive scaled to a mean norm of $\sqrt d$.
 
-Source: Kharlapenko et al. (2025), App. B, and their trainer, whose values `make_recipe("icl-sfc")` gives. Their $R$ is a mean over the d
-components of the target, with a $\lambda$ d times smaller, and their loss is that times 100: `loss_scale` s multiplies L by s / d, which
-matters for clipping alone, as Adam does not see it. What differs:
+Source: Kharlapenko et al. (2025), App. B, and their trainer, whose values `make_recipe("icl-sfc")` gives. Their $R$ is
+a mean over the d components of the target, with a $\lambda$ d times smaller, and their loss is that times 100:
+`loss_scale` s multiplies L by s / d, which matters for clipping alone, as Adam does not see it. What differs:
 
 - the magnitude's scale is $e^r$ (Gated SAEs, Eq. 7), theirs $\mathrm{softplus}(r)$: the same functions, other steps;
-- a latent that fires on less than 5 in a million tokens is dead as one is that has not fired for 2,000 steps (`dead_rate`). The rate is a
-  running mean over 2,000 steps here, theirs that of the last 2,000;
+- a latent that fires on less than 5 in a million tokens is dead as one is that has not fired for 2,000 steps
+  (`dead_rate`). The rate is a running mean over 2,000 steps here, theirs that of the last 2,000;
 - ghost gradients see a part of the batch and of the dead latents at a time, in turns;
 - they replace a NaN in an update by 0. We stop with the step and the site, since what gave one gives more;
-- for runs of some thousand steps `recipes.SHORT_RUN` takes `centred_start`, a `period` of the run's own length (theirs, of 100,000
-  steps or more, would leave the learning rate as it is), no `loss_scale` and no `dead_rate`.
+- for runs of some thousand steps `recipes.SHORT_RUN` takes `centred_start`, a `period` of the run's own length (theirs,
+  of 100,000 steps or more, would leave the learning rate as it is), no `loss_scale` and no `dead_rate`.
 """
 
 import math
@@ -33,27 +34,32 @@ from icl_lib.training.kernels import matmul
 from icl_lib.training.objectives import base
 
 GHOST_COEFFICIENT = 0.25
-# Ghost gradients look at this part of the batch, and at this part of the dictionary: cheap, and all dead latents get turns.
+# Ghost gradients look at this part of the batch, and at this part of the dictionary: cheap, and all dead latents get
+# turns.
 GHOST_BATCH, GHOST_LATENTS = 4, 8
 
 
 class IclSfc(base.Objective):
-    """The gated SAEs of Kharlapenko et al. It keeps `matmul`: by `product` the committed suite would not come out bit for bit."""
+    """The gated SAEs of Kharlapenko et al.
+
+    It keeps `matmul`: by `product` the committed suite would not come out bit for bit.
+    """
 
     name = "icl-sfc"
     # Kharlapenko et al. (2025), App. B (learning rate, betas), and their trainer; what is left out is above
     published = dict(
-        learning_rate=1e-3, beta1=0.0, beta2=0.99, warmup=128, decay="cosine", norm_decay=0.99, dead_after=2000, dead_rate=5e-6,
-        period=lambda steps, batch: max(100_000, 2 * steps), loss_scale=100.0,
+        learning_rate=1e-3, beta1=0.0, beta2=0.99, warmup=128, decay="cosine", norm_decay=0.99, dead_after=2000,
+        dead_rate=5e-6, period=lambda steps, batch: max(100_000, 2 * steps), loss_scale=100.0,
     )  # fmt: skip
     own = ("resample_every", "centred_start", "loss_scale")
 
     def init(self, x, y, d_sae, recipe, *, key):
-        r"""As published the encoder is orthogonal, the decoder its transpose with rows of norm 1, every bias 0, the scale softplus(0).
+        r"""As published: orthogonal encoder, its transpose with rows of norm 1 as decoder, biases 0, scale softplus(0).
 
-        With `centred_start` no latent is born dead: encoder columns have norm 1 too, $b_{dec}$ is the mean target, and gate
-        and magnitude biases are $-\bar x W_{enc}$, so that every latent fires on about half of the tokens at first.
-        A transcoder whose input and output widths differ gets an independent orthogonal decoder. Matrices are in `recipe.dtype`.
+        With `centred_start` no latent is born dead: encoder columns have norm 1 too, $b_{dec}$ is the mean target, and
+        gate and magnitude biases are $-\bar x W_{enc}$, so that every latent fires on about half of the tokens at
+        first. A transcoder whose input and output widths differ gets an independent orthogonal decoder. Matrices are in
+        `recipe.dtype`.
         """
         d_in, d_out, dtype = x.shape[1], y.shape[1], jnp.dtype(recipe.dtype)
         enc_key, dec_key = jax.random.split(key)
@@ -64,7 +70,8 @@ class IclSfc(base.Objective):
             zeros, scale = jnp.zeros(d_sae), jnp.full(d_sae, math.log(math.log(2)))
             return base.Weights(W_enc.astype(dtype), W_dec.astype(dtype), zeros, zeros, scale, jnp.zeros(d_out))
         bias = -(jnp.mean(x, axis=0) @ columns)
-        # a dense start would overshoot by the number of latents in the same direction, d_sae / d / 2 when half of them fire
+        # a dense start would overshoot by the number of latents in the same direction, d_sae / d / 2 when half of them
+        # fire
         W_dec = W_dec * min(1.0, d_out / d_sae)
         return base.Weights(
             columns.astype(dtype), W_dec.astype(dtype), bias, bias, jnp.zeros(d_sae), jnp.mean(y, axis=0)
@@ -129,9 +136,10 @@ def ghost_loss(
 ) -> Float[Array, ""]:
     r"""How well dead latents would explain the error of the living ones.
 
-    $g = \mathrm{softplus}(\pi) W_{dec}$ over the dead among `latents`, rescaled per token to half of the error's norm, is
-    compared with the error; the loss is scaled to the size of the reconstruction loss. Neither scale carries a gradient.
-    Source: Jermyn and Templeton, "Ghost grads", Transformer Circuits updates (January 2024); softplus for exp as in ICL-SFC.
+    $g = \mathrm{softplus}(\pi) W_{dec}$ over the dead among `latents`, rescaled per token to half of the error's norm,
+    is compared with the error; the loss is scaled to the size of the reconstruction loss. Neither scale carries a
+    gradient. Source: Jermyn and Templeton, "Ghost grads", Transformer Circuits updates (January 2024); softplus for exp
+    as in ICL-SFC.
     """
     pi = matmul(x, weights.W_enc[:, latents]) + weights.b_enc[latents][None]
     g = matmul(jnp.where(dead[None], jax.nn.softplus(pi), 0), weights.W_dec[latents])

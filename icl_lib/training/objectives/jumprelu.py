@@ -1,6 +1,6 @@
-r"""jumprelu: $f = p\,1[p > \theta]$ and $L = E(f) + \lambda\, \mathrm{mean} \|f\|_0$, $\theta$ learned by straight-through gradients.
+r"""jumprelu: $f = p\,1[p > \theta]$ and $L = E(f) + \lambda\, \mathrm{mean} \|f\|_0$.
 
-Source: Rajamanoharan et al. (2024), "Jumping Ahead", Eqs. 9 to 12.
+Straight-through gradients teach $\theta$. Source: Rajamanoharan et al. (2024), "Jumping Ahead", Eqs. 9 to 12.
 """
 
 import math
@@ -60,7 +60,7 @@ def step(
 def jump(
     pre: Float[Array, "tokens d_sae"], theta: Float[Array, " d_sae"], width: float | Array
 ) -> Float[Array, "tokens d_sae"]:
-    r"""$p\,1[p > \theta]$; to $\theta$ it passes the straight-through gradient $-\theta K((p - \theta) / \epsilon) / \epsilon$."""
+    r"""$p\,1[p > \theta]$; to $\theta$ it passes the gradient $-\theta K((p - \theta) / \epsilon) / \epsilon$."""
     return jnp.where(pre > theta[None], pre, 0)
 
 

@@ -1,4 +1,7 @@
-r"""standard: $f = \mathrm{ReLU}(p)$ and $L = E(f) + \lambda\, \mathrm{mean} \sum_i f_i w_i$. Source: Conerly et al. (April 2024)."""
+r"""standard: $f = \mathrm{ReLU}(p)$ and $L = E(f) + \lambda\, \mathrm{mean} \sum_i f_i w_i$.
+
+Source: Conerly et al. (April 2024).
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,8 @@
-r"""topk: $f$ is $\mathrm{ReLU}(p)$ where it is among the $k$ largest of a token, and $L = \mathrm{FVU}(f) + \alpha\, \mathrm{FVU}_{aux}$.
+r"""topk: $f$ is $\mathrm{ReLU}(p)$ where it is among the $k$ largest of a token.
 
-$\mathrm{FVU}_{aux}$ is that of the error by the `k_aux` largest dead latents of each token. Where more than 4 `k_aux` are dead, that many
-are drawn anew at each step. What is here is batchtopk's too. Source: Gao et al. (2024), Sec. 2.4.
+$L = \mathrm{FVU}(f) + \alpha\, \mathrm{FVU}_{aux}$. $\mathrm{FVU}_{aux}$ is that of the error by the `k_aux` largest
+dead latents of each token. Where more than 4 `k_aux` are dead, that many are drawn anew at each step. What is here is
+batchtopk's too. Source: Gao et al. (2024), Sec. 2.4.
 """
 
 import jax
@@ -30,7 +31,10 @@ def auxiliary(
 
 
 def top_loss(weights: base.Weights, batch: base.Batch, whole: bool) -> tuple[Float[Array, ""], base.Stats, Array]:
-    """FVU by the k largest features of each token, or the (tokens x k) largest of the `whole` batch; statistics; features kept."""
+    """FVU by the k largest features of each token, or the (tokens x k) largest of the `whole` batch.
+
+    With it come the statistics and the features kept.
+    """
     target, k, x = base.missing(weights, batch), batch.sparsity, batch.x
     if batch.sparse:
         fixed = jax.lax.stop_gradient(weights)
@@ -50,8 +54,8 @@ class TopK(base.Objective):
     """The k largest latents of each token."""
 
     name = "topk"
-    # Gao et al. (2024), App. A and B: dead after 10 million tokens. They take the power of two nearest d / 2 for k_aux: 512 is
-    # d = 1,024's
+    # Gao et al. (2024), App. A and B: dead after 10 million tokens. They take the power of two nearest d / 2 for k_aux:
+    # 512 is d = 1,024's
     published = dict(
         learning_rate=1e-4, beta1=0.9, beta2=0.999, unit_norm=True, k_aux=512,
         dead_after=lambda steps, batch: max(1, 10_000_000 // batch),
