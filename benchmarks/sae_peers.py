@@ -16,18 +16,18 @@ def ours(objective: str, d: int, d_sae: int, batch: int):
     import jax
 
     from icl_lib.models import Site
-    from icl_lib.training import steps
-    from icl_lib.training.recipes import make_recipe
+    from icl_lib.training import Member, Plan, make_recipe
+    from icl_lib.training.steps import init_state, run_steps
 
     site, key = Site("resid_pre", 0), jax.random.key(0)
     recipe = make_recipe(objective, n_steps=10_000, batch_size=batch, beta1=0.9)  # the peers keep a first moment too
-    suite = steps.Suite([steps.Member(site, d_sae, K if recipe.top else 1e-3)], recipe, {site: d})
+    plan = Plan([Member(site, d_sae, K if recipe.top else 1e-3)], recipe, {site: d})
     buffer = {site: jax.random.normal(key, (4 * batch, d))}
-    state = steps.init_state(suite, buffer, key=key)
+    state = init_state(plan, buffer, key=key)
 
     def steps(n):
         nonlocal state
-        state, means = steps.run_steps(state, buffer, n, suite)
+        state, means = run_steps(state, buffer, n, plan)
         jax.block_until_ready(means)
 
     return steps

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from common import write_line
 
 from icl_lib.models import ModelConfig, Site, Transformer, run_with_cache
-from icl_lib.training.recipes import make_recipe
-from icl_lib.training.steps import Member, Suite, init_state, run_steps
+from icl_lib.training import Member, Plan, make_recipe
+from icl_lib.training.steps import init_state, run_steps
 
 SITES = [Site(kind, layer) for layer in range(6) for kind in ("resid_pre", "attn_out", "mlp_out")]
 N = len(SITES)
@@ -34,18 +34,16 @@ def runner(args, n: int):
     """A function that takes steps of a suite of n SAEs, and the bytes of its state."""
     sites = SITES[:n]
     recipe = make_recipe(args.objective, n_steps=100_000, batch_size=args.batch, dead_after=10_000)
-    suite = Suite(
-        [Member(site, args.d_sae, args.sparsity) for site in sites], recipe, dict.fromkeys(sites, args.d_model)
-    )
+    plan = Plan([Member(site, args.d_sae, args.sparsity) for site in sites], recipe, dict.fromkeys(sites, args.d_model))
     buffer = {
         site: jax.random.normal(jax.random.key(i), (4 * args.batch, args.d_model)) for i, site in enumerate(sites)
     }
-    state = init_state(suite, buffer, key=jax.random.key(0))
+    state = init_state(plan, buffer, key=jax.random.key(0))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((state, buffer)))
 
     def steps(count: int) -> None:
         nonlocal state
-        state, means = run_steps(state, buffer, count, suite)
+        state, means = run_steps(state, buffer, count, plan)
         jax.block_until_ready(means)
 
     return steps, size

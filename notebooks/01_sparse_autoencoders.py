@@ -41,7 +41,9 @@ from icl_lib.text.corpus import rewind
 from icl_lib.saes.quality import frequency, fvu
 from icl_lib.training.recipes import SHORT_RUN, make_recipe
 from icl_lib.saes.survey import pareto_front
-from icl_lib.training.steps import Member, Suite, finish, init_state, run_steps, stop_if_bad
+from icl_lib.training import Member, Plan
+from icl_lib.training.state import stop_if_bad
+from icl_lib.training.steps import finish, init_state, run_steps
 from icl_lib.embedded.icl_tiny.language import Language
 from icl_lib.embedded.icl_tiny.retrain import held_out_corpus, suite_corpus
 
@@ -145,7 +147,7 @@ recipe = make_recipe("icl-sfc", n_steps=sweep_steps, batch_size=512, **short)
 def train_sweep(n_points=25):
     """The SAEs by member, and the curves: steps (point,), then (point, member) L0 and FVU, means up to the next point, and dead latents."""
     acts = {site: jnp.asarray(a) for site, a in harvest(lm, rows(1000, seed + 1), [site], dtype="float16").items()}
-    plan, points = Suite(members, recipe, {site: acts[site].shape[-1]}), []
+    plan, points = Plan(members, recipe, {site: acts[site].shape[-1]}), []
     state = init_state(plan, acts, key=jax.random.key(seed))
     ends = np.unique(np.linspace(0, sweep_steps, n_points + 1).astype(int))
     for first, last in zip(ends[:-1], ends[1:], strict=True):

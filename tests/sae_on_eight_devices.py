@@ -16,10 +16,9 @@ import numpy as np
 
 from icl_lib.models import Site, Transformer, tiny_config
 from icl_lib.models.sharding import make_mesh, shard_model
-from icl_lib.training import steps, train_suite
+from icl_lib.training import JobSettings, Member, Plan, make_recipe, steps, train_suite
 from icl_lib.training.buffer import ActivationBuffer, _refill
-from icl_lib.training.recipes import make_recipe
-from icl_lib.training.steps import Member, Suite, finish, init_state, run_steps
+from icl_lib.training.steps import finish, init_state, run_steps
 
 MESH = jax.make_mesh((8,), ("sae",), axis_types=(jax.sharding.AxisType.Auto,))
 SITES = [Site("resid_pre", layer) for layer in range(8)]
@@ -37,12 +36,12 @@ def check(objective: str, level: float, shard: str, transcoder: bool = False, **
     buffer = {site: jax.random.normal(jax.random.key(i), (200, d)) for i, (site, d) in enumerate(widths.items())}
     results = []
     for mesh in (None, MESH):
-        suite = Suite(members, recipe, widths, mesh, shard)
-        state = init_state(suite, buffer, key=jax.random.key(1))
-        state, _ = jax.block_until_ready(run_steps(state, buffer, 1, suite))
-        state, means = jax.block_until_ready(run_steps(state, buffer, 2, suite))
-        results.append((means, finish(state, suite)[members[-1]]))
-        weights = state.stacks[0].params.W_dec
+        plan = Plan(members, recipe, widths, mesh, shard)
+        state = init_state(plan, buffer, key=jax.random.key(1))
+        state, _ = jax.block_until_ready(run_steps(state, buffer, 1, plan))
+        state, means = jax.block_until_ready(run_steps(state, buffer, 2, plan))
+        results.append((means, finish(state, plan)[members[-1]]))
+        weights = state.stacks[0].weights.W_dec
         where, d_out = weights.sharding.shard_shape(weights.shape), weights.shape[2]
         assert mesh is None or where == ((1, 32, d_out) if shard == "sae" else (1, 4, d_out)), where
     (one, sae), (many, other) = results
@@ -58,10 +57,10 @@ def check(objective: str, level: float, shard: str, transcoder: bool = False, **
 def check_start() -> None:
     """An orthogonal start of eight SAEs, cut by latents, never holds the whole stack of a matrix on one device."""
     recipe = make_recipe("icl-sfc", n_steps=10, batch_size=64)
-    suite = Suite([Member(site, 2048, 0.1) for site in SITES], recipe, dict.fromkeys(SITES, 64), MESH, "latent")
+    plan = Plan([Member(site, 2048, 0.1) for site in SITES], recipe, dict.fromkeys(SITES, 64), MESH, "latent")
     buffer = {site: jax.ShapeDtypeStruct((500, 64), jnp.float32) for site in SITES}
-    start, key = functools.partial(steps._start, suite=suite, groups=(0,)), jax.random.key(0)
-    places = steps.shardings(suite, jax.eval_shape(start, buffer, key))
+    start, key = functools.partial(steps._start, plan=plan, groups=(0,)), jax.random.key(0)
+    places = steps.shardings(plan, jax.eval_shape(start, buffer, key))
     memory = jax.jit(start, out_shardings=places).lower(buffer, key).compile().memory_analysis()
     sample, stack = 8 * steps._SAMPLE * 64 * 4, 8 * 2048 * 64 * 4
     assert memory.temp_size_in_bytes - sample < stack / 2, memory
@@ -108,10 +107,10 @@ def check_job() -> None:
     saes = []
     for mesh, placed in ((None, model), (MESH, shard_model(model, make_mesh(data=8)))):
         with tempfile.TemporaryDirectory() as folder:
-            settings = dict(
+            settings = JobSettings(
                 contexts=8, passes=2, steps_per_pass=2, save_every=2, held_out=3, mesh=mesh, shard="latent", log=None
             )
-            saes.append(train_suite(placed, Rows(), [member], recipe, folder, **settings)[member])
+            saes.append(train_suite(placed, Rows(), [member], recipe, folder, settings)[member])
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
         np.testing.assert_allclose(getattr(saes[0], name), getattr(saes[1], name), atol=1e-4)
     print("train_suite latent", flush=True)

@@ -1,6 +1,7 @@
 """Each published loss against its equations by hand, gradients against differences or the straight-through formulas, the optimiser."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from icl_lib.training import TrainingError, optimiser, sparse
-from icl_lib.training.objectives import objectives
-from icl_lib.training.recipes import make_recipe
+from icl_lib.training import TrainingError, kernels, make_recipe, optimiser
+from icl_lib.training.objectives import OBJECTIVES, Batch, Weights, base
 
 D, D_SAE, D_OUT, TOKENS = 5, 12, 4, 9
 DENSE = ("standard", "gated", "jumprelu")
@@ -20,13 +20,18 @@ PATHS = [(objective, False) for objective in DENSE + TOP] + [(objective, True) f
 
 def recipe(objective, **changes):
     # a wide window, so that some pre-activations of nine tokens are in it
-    return make_recipe(objective, n_steps=100, batch_size=TOKENS, **({"bandwidth": 0.2, "threshold": 0.1} | changes))
+    window = {"bandwidth": 0.2, "threshold": 0.1} if objective == "jumprelu" else {}
+    return make_recipe(objective, n_steps=100, batch_size=TOKENS, **(window | changes))
+
+
+def loss_of(objective, p, x, y, sparsity, r, sparse=False):
+    return OBJECTIVES[objective].loss(p, Batch(x, y, jnp.float32(sparsity), k_max=5, sparse=sparse), r)
 
 
 def problem(getkey, objective, skip=False):
     normal = lambda *shape: 0.5 * jax.random.normal(getkey(), shape)
     gated = objective == "gated"
-    params = objectives.Params(
+    params = Weights(
         W_enc=normal(D_SAE, D) if objective in TOP else normal(D, D_SAE),
         W_dec=normal(D_SAE, D_OUT),
         b_enc=normal(D_SAE),
@@ -89,7 +94,7 @@ def reference(objective, P, X, Y, sparsity, dead=None, k_aux=0, alpha=1 / 32, fr
 def test_loss_is_the_equation(getkey, objective, sparse_path):
     p, x, y = problem(getkey, objective, skip=True)
     sparsity = 3.0 if objective in TOP else 0.3
-    loss, stats = objectives.loss(p, x, y, jnp.float32(sparsity), recipe(objective), 5, sparse=sparse_path)
+    loss, stats = loss_of(objective, p, x, y, sparsity, recipe(objective), sparse_path)
     wanted, f = reference(objective, p, np.asarray(x, np.float64), np.asarray(y, np.float64), sparsity)
     assert float(loss) == pytest.approx(wanted, rel=1e-4)
     assert float(stats.l0) == pytest.approx((f > 0).sum() / TOKENS)
@@ -104,7 +109,7 @@ def test_gradients_are_differences(getkey, objective, sparse_path):
     p, x, y = problem(getkey, objective, skip=objective != "gated")
     sparsity = 3.0 if objective in TOP else 0.3
     r = recipe(objective)
-    grads = jax.grad(lambda p: objectives.loss(p, x, y, jnp.float32(sparsity), r, 5, sparse=sparse_path)[0])(p)
+    grads = jax.grad(lambda p: loss_of(objective, p, x, y, sparsity, r, sparse_path)[0])(p)
     X, Y, eps = np.asarray(x, np.float64), np.asarray(y, np.float64), 1e-6
     for name, value in p._asdict().items():
         if value is None or name == "log_threshold":
@@ -125,7 +130,7 @@ def test_threshold_has_the_straight_through_gradient(getkey):
     """Jumping Ahead, Eqs. (11) and (12), written out: latents whose pre-activation is within half a bandwidth of their threshold."""
     p, x, y = problem(getkey, "jumprelu")
     r, lam = recipe("jumprelu", bandwidth=0.5), 0.3
-    grads = jax.grad(lambda p: objectives.loss(p, x, y, jnp.float32(lam), r)[0])(p)
+    grads = jax.grad(lambda p: loss_of("jumprelu", p, x, y, lam, r)[0])(p)
     P, X, Y = (
         [None if a is None else np.asarray(a, np.float64) for a in p],
         np.asarray(x, np.float64),
@@ -151,12 +156,11 @@ def test_auxiliary_loss(getkey, objective, sparse_path):
     r, key = recipe(objective, k_aux=2), getkey()
 
     def loss(p, dead=None):
-        value, stats = objectives.loss(p, x, y, jnp.float32(3), r, 5, sparse=sparse_path)
-        return (
-            value
-            if dead is None
-            else value + objectives.auxiliary(p, x, jax.lax.stop_gradient(stats.err), dead, r, key=key)
-        )
+        value, stats = loss_of(objective, p, x, y, 3, r, sparse_path)
+        if dead is None:
+            return value
+        batch = Batch(x, y, jnp.float32(3), dead, key=key)
+        return value + OBJECTIVES[objective].auxiliary(p, batch, jax.lax.stop_gradient(stats.err), r)
 
     assert float(loss(p, jnp.asarray(dead))) == pytest.approx(reference(objective, p, X, Y, 3, dead, 2)[0], rel=1e-4)
     assert float(loss(p, jnp.zeros(D_SAE, bool))) == pytest.approx(reference(objective, p, X, Y, 3)[0], rel=1e-4)
@@ -167,17 +171,17 @@ def test_auxiliary_loss(getkey, objective, sparse_path):
 
 def test_the_largest_of_all_are_exact(getkey):
     f = jax.random.normal(getkey(), (64, 256))
-    value, place = sparse.top_of_all(f, 40)
+    value, place = kernels.top_of_all(f, 40)
     np.testing.assert_array_equal(value, np.sort(np.asarray(f).ravel())[::-1][:40])
     np.testing.assert_array_equal(np.asarray(f).ravel()[place], value)
-    pairs = sparse.largest(f, jnp.float32(2), 5, whole=True)
+    pairs = kernels.largest(f, jnp.float32(2), 5, whole=True)
     assert int((pairs.value > 0).sum()) == 128 and int(pairs.token.max()) < 64
 
 
 def test_matrices_in_bfloat16_are_summed_in_float32(getkey):
     a, w = jax.random.normal(getkey(), (3, 4096)), jnp.ones((4096, 2), jnp.bfloat16)
-    out, grad = jax.value_and_grad(lambda w: objectives.matmul(a, w).sum())(w)
-    assert objectives.matmul(a, w).dtype == jnp.float32 and grad.dtype == jnp.bfloat16
+    out, grad = jax.value_and_grad(lambda w: kernels.matmul(a, w).sum())(w)
+    assert kernels.matmul(a, w).dtype == jnp.float32 and grad.dtype == jnp.bfloat16
     assert float(out) == pytest.approx(2 * float(a.astype(jnp.bfloat16).astype(jnp.float32).sum()), abs=1e-2)
 
 
@@ -200,7 +204,7 @@ def test_update_is_optax_adam_on_clipped_gradients(getkey, beta1):
 def test_unit_rows_stay_unit_and_move_along_the_sphere(getkey):
     r = recipe("topk", learning_rate=1e-2)
     p, *_ = problem(getkey, "topk")
-    p = p._replace(W_dec=objectives.unit_rows(p.W_dec))
+    p = p._replace(W_dec=base.unit_rows(p.W_dec))
     along = jax.tree.map(jnp.zeros_like, p)._replace(W_dec=3 * p.W_dec)  # nothing but length
     q, _ = optimiser.update(p, optimiser.start(p, r), along, r, jnp.int32(0), key=getkey())
     np.testing.assert_allclose(jnp.linalg.norm(q.W_dec, axis=1), 1, rtol=1e-5)
@@ -229,7 +233,7 @@ def test_resampling_touches_the_dead_alone(getkey):
         and float(m.first.W_dec[4:].min()) == 1
         and float(m.second.b_dec.min()) == 1
     )
-    cosine = objectives.unit_rows(q.W_dec[:4]) @ objectives.unit_rows(y - p.b_dec[None]).T
+    cosine = base.unit_rows(q.W_dec[:4]) @ base.unit_rows(y - p.b_dec[None]).T
     np.testing.assert_allclose(jnp.max(cosine, axis=1), 1, rtol=1e-5)  # each points to a target
     pre = x @ q.W_enc[:, :4] + q.b_enc[None, :4]
     assert bool(jnp.all(jnp.max(pre, axis=0) > 0)), "a latent fires on the token it was made of"
@@ -261,7 +265,7 @@ def test_schedules():
 
 
 def test_recipes_are_checked():
-    with pytest.raises(TrainingError, match="recipe must be one of icl-sfc, standard"):
+    with pytest.raises(TrainingError, match="recipe must be one of batchtopk, gated, icl-sfc, jumprelu"):
         make_recipe("relu", n_steps=1, batch_size=1)
     with pytest.raises(TrainingError, match="a recipe has no learnign_rate; it has aux, "):
         make_recipe("topk", n_steps=1, batch_size=1, learnign_rate=1)
@@ -275,3 +279,19 @@ def test_recipes_are_checked():
         with pytest.raises(TrainingError, match=name):
             recipe("topk", **{name: value})
     assert dataclasses.replace(recipe("topk"), k_aux=0) != recipe("topk")
+
+
+def test_a_field_that_an_objective_makes_nothing_of_is_refused():
+    for objective, changes, why in [
+        ("standard", {"k_aux": 4}, "k_aux is not for standard, which has no auxiliary loss"),
+        ("topk", {"threshold": 0.1}, "threshold is not for topk, which learns no thresholds"),
+        ("gated", {"centred_start": True}, "centred_start is not for gated, which has one start"),
+        ("batchtopk", {"resample_every": 5}, "resample_every is not for batchtopk, whose auxiliary loss"),
+    ]:
+        with pytest.raises(TrainingError, match=why):
+            make_recipe(objective, n_steps=1, batch_size=1, **changes)
+
+
+def test_each_file_of_the_folder_is_an_objective():
+    files = {path.stem for path in Path(base.__file__).parent.glob("[a-z]*.py")} - {"base"}
+    assert {name.replace("-", "_") for name in OBJECTIVES} == files

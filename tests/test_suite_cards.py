@@ -1,5 +1,6 @@
 """Cards of suites: those of the repository, one run from a folder of text to a folder of SAEs, and cards that cannot be."""
 
+import dataclasses
 import json
 import os
 import re
@@ -23,9 +24,8 @@ from icl_lib.files.paths import root
 from icl_lib.models import Site, Transformer, save_model, tiny_config
 from icl_lib.saes import load_suite
 from icl_lib.text.corpus import CorpusError
-from icl_lib.training import TrainingError, make_recipe
-from icl_lib.training.objectives import icl_sfc
-from icl_lib.training.recipes import Recipe
+from icl_lib.training import Recipe, TrainingError, make_recipe
+from icl_lib.training.objectives import OBJECTIVES, Batch
 
 CONFIG = tiny_config()
 WORDS = [f"w{i}" for i in range(CONFIG.d_vocab - 3)]
@@ -70,14 +70,15 @@ def test_the_papers_start_and_scale():
     """Orthogonal encoder, its transpose with rows of norm 1, no biases, softplus(0); the loss is a mean over components, times 100."""
     how = make_recipe("icl-sfc", n_steps=10, batch_size=8, dtype="bfloat16")
     x = jax.random.normal(jax.random.key(1), (20, 16))
-    p = icl_sfc.init(x, x, 64, how, key=jax.random.key(0))
+    p = OBJECTIVES["icl-sfc"].init(x, x, 64, how, key=jax.random.key(0))
     assert p.W_enc.dtype == p.W_dec.dtype == jnp.bfloat16 and p.b_enc.dtype == jnp.float32
     W_enc, W_dec = np.asarray(p.W_enc, np.float32), np.asarray(p.W_dec, np.float32)
     np.testing.assert_allclose(W_enc @ W_enc.T, np.eye(16), atol=0.02)
     np.testing.assert_allclose(W_dec, (W_enc / np.linalg.norm(W_enc, axis=0)).T, atol=0.01)
     assert not any(np.any(b) for b in (p.b_enc, p.b_mag, p.b_dec))
     np.testing.assert_allclose(np.exp(p.r_mag), np.log(2), rtol=1e-6)
-    plain, scaled = (icl_sfc.loss(p, x, x, jnp.float32(0.1), loss_scale=scale)[0] for scale in (0.0, 100.0))
+    batch, recipes = Batch(x, x, jnp.float32(0.1)), (dataclasses.replace(how, loss_scale=s) for s in (0.0, 100.0))
+    plain, scaled = (OBJECTIVES["icl-sfc"].loss(p, batch, r)[0] for r in recipes)
     assert float(scaled) == pytest.approx(float(plain) * 100 / 16, rel=1e-5)
 
 
@@ -163,7 +164,7 @@ def test_cards_that_cannot_be(card_file):
         read_suite_card(card_file(steps="12"))
     with pytest.raises(CardError, match="`text`: Field required"):
         read_suite_card(card_file(text=None))
-    with pytest.raises(CardError, match="`recipe`: must be one of icl-sfc, .*got 'top-k'"):
+    with pytest.raises(CardError, match="`recipe`: must be one of batchtopk, .*got 'top-k'"):
         read_suite_card(card_file(recipe="top-k"))
     with pytest.raises(ValueError, match="unknown site 'resid'; did you mean 'resid_mid'|unknown site 'resid'"):
         run(read_suite_card(card_file(sparsity={"resid": [0.1]})))

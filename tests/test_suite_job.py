@@ -1,5 +1,6 @@
 """The suite job: what is in its buffer, that it learns, goes on after being killed to the same bits, and stops where it must."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -28,13 +29,15 @@ from icl_lib.models.sharding import make_mesh, shard_model
 from icl_lib.saes.formats import load_suite
 from icl_lib.text.corpus import CorpusEnded, TextCorpus, open_text
 from icl_lib.text.tokens import token_mask
-from icl_lib.training import job
+from icl_lib.training import JobSettings, Member, Plan, job
+from icl_lib.training import buffer as buffer_module
 from icl_lib.training.buffer import ActivationBuffer
 from icl_lib.training.checkpoints import CheckpointError, Checkpoints, abstract_like, differences
 from icl_lib.training.job import train_suite
 from icl_lib.training.progress import Reporter
 from icl_lib.training.recipes import SHORT_RUN, TrainingError, make_recipe
-from icl_lib.training.steps import Means, Member, Suite, init_state
+from icl_lib.training.state import Means
+from icl_lib.training.steps import init_state
 
 CONFIG = tiny_config(d_model=8, d_head=4, d_mlp=16)
 SITES = [Site("resid_pre", 1), Site("mlp_in", 0)]
@@ -75,9 +78,8 @@ def make_model() -> Transformer:
 
 def run(folder, corpus=None, model=None, members=MEMBERS, recipe=RECIPE, log=None, **changes):
     model = make_model() if model is None else model
-    return train_suite(
-        model, Numbers() if corpus is None else corpus, members, recipe, folder, log=log, **(SIZES | changes)
-    )
+    settings = JobSettings(log=log, **(SIZES | changes))
+    return train_suite(model, Numbers() if corpus is None else corpus, members, recipe, folder, settings)
 
 
 def weights(folder) -> dict[str, np.ndarray]:
@@ -159,6 +161,23 @@ def test_buffer_in_half_precision_and_its_limits():
         ActivationBuffer(model, Numbers(), SITES, contexts=2, passes=0)
 
 
+def test_a_pass_of_nothing_is_refused_and_a_long_filling_is_told(monkeypatch):
+    class Blank(Numbers):
+        def batch(self, n):
+            tokens = super().batch(n)
+            tokens[:, 1:] = CONFIG.pad_id
+            return tokens
+
+    with pytest.raises(TrainingError, match="4 contexts of the pass at step 0 hold nothing but BOS and padding"):
+        ActivationBuffer(make_model(), Blank(), SITES, contexts=4, passes=3).fill()
+    said = []
+    ActivationBuffer(make_model(), Numbers(), SITES, contexts=4, passes=3).fill(said.append)
+    assert not said
+    monkeypatch.setattr(buffer_module, "SAY_SECONDS", 0.0)
+    ActivationBuffer(make_model(), Numbers(), SITES, contexts=4, passes=3).fill(said.append)
+    assert said == [f"filling the activation buffer: pass {i} of 3" for i in (1, 2, 3)]
+
+
 def test_job_learns_and_writes(finished):
     suite = load_suite(finished / "saes")
     assert set(suite) == set(SITES) and suite[Site("mlp_in", 0)].site_out == Site("mlp_out", 0)
@@ -194,19 +213,21 @@ def test_progress_lines(tmp_path):
 
 
 def test_a_bar_in_a_terminal_lines_elsewhere(monkeypatch, capsys):
+    plan = Plan(MEMBERS, RECIPE, dict.fromkeys([*SITES, Site("mlp_out", 0)], CONFIG.d_model))
+    plan = dataclasses.replace(plan, recipe=dataclasses.replace(RECIPE, n_steps=40))
     means = Means(*(np.asarray(v) for v in ([3.0, 4.0], [0.25, 0.5], [0.0, 0.1], [-1, -1])))
-    line = Reporter(0, 40, 8, print, every=0.0)
+    line = Reporter(plan, 0, print, every=0.0)
     line.report(20, means)
     out, err = capsys.readouterr()
     assert out.startswith("step 20 / 40  ") and "FVU 0.250 to 0.500  dead 0.000 to 0.100" in out and not err
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    bar = Reporter(0, 40, 8, print, every=0.0)
+    bar = Reporter(plan, 0, print, every=0.0)
     bar.report(20, means)
     bar.close()
     assert "20/40" in terminal.getvalue() and "L0 3.0 to 4.0" in terminal.getvalue() and not capsys.readouterr().out
-    quiet = Reporter(0, 40, 8, None, every=0.0)
+    quiet = Reporter(plan, 0, None, every=0.0)
     assert not quiet.due(40)
 
 
@@ -271,10 +292,12 @@ def test_bad_loss_stops_the_job_and_keeps_the_checkpoint(tmp_path):
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path, monkeypatch):
-    suite = Suite(MEMBERS, RECIPE, {site: CONFIG.d_model for site in [*SITES, Site("mlp_out", 0)]})
-    state = init_state(suite, {site: jnp.ones((9, CONFIG.d_model)) for site in suite.sites}, key=jax.random.key(0))
+    plan = Plan(MEMBERS, RECIPE, {site: CONFIG.d_model for site in [*SITES, Site("mlp_out", 0)]})
+    state = init_state(plan, {site: jnp.ones((9, CONFIG.d_model)) for site in plan.sites}, key=jax.random.key(0))
     assert [x.tolist() for x in job._finite(state)] == [[True, True]]
-    broken = eqx.tree_at(lambda s: s.stacks[0].params.b_dec, state, state.stacks[0].params.b_dec.at[1, 3].set(jnp.inf))
+    broken = eqx.tree_at(
+        lambda s: s.stacks[0].weights.b_dec, state, state.stacks[0].weights.b_dec.at[1, 3].set(jnp.inf)
+    )
     found = job._finite(broken)
     assert [x.tolist() for x in found] == [[True, False]]
     monkeypatch.setattr(job, "_finite", lambda state: found)
@@ -443,6 +466,8 @@ def test_impossible_jobs(tmp_path):
         run(tmp_path, corpus=Numbers(seq=65))
     with pytest.raises(TrainingError, match="steps_per_pass and save_every must be at least 1"):
         run(tmp_path, steps_per_pass=0)
+    with pytest.raises(TrainingError, match="held_out at least 0.*and -1"):
+        run(tmp_path, held_out=-1)
     skip = make_recipe("standard", n_steps=8, batch_size=16, skip=True)
     with pytest.raises(
         TrainingError, match="skip is for transcoders: .* the SAE at blocks.1.hook_resid_pre would copy its input"

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pydantic
+from jax.sharding import Mesh
 
 from icl_lib.cards.card import CardError, read_card
 from icl_lib.models import Site
-from icl_lib.training.plan import Member
-from icl_lib.training.recipes import OBJECTIVES, Recipe, make_recipe
+from icl_lib.training import JobSettings, Member, Recipe, make_recipe
+from icl_lib.training.recipes import OBJECTIVES
 
 
 class SuiteCard(pydantic.BaseModel):
@@ -35,16 +36,15 @@ class SuiteCard(pydantic.BaseModel):
     batch_size: int  # rows in a step
     changes: dict[str, float | int | bool | str] = {}  # to the fields of the recipe
     shard: str = "latent"  # over several devices: "latent" divides each SAE, "sae" gives each device some
-    devices_per_model: pydantic.PositiveInt = (
-        1  # that one copy of the language model is divided among, where one cannot hold it
-    )
+    devices_per_model: pydantic.PositiveInt = 1  # that one copy of the model is divided among, where one cannot hold it
 
-    contexts: int = 32  # in a pass of the language model
-    passes: int = 16  # that the activation buffer holds
-    steps_per_pass: int = 4
+    # as in `JobSettings`
+    contexts: int = JobSettings.contexts  # in a pass of the language model
+    passes: int = JobSettings.passes  # that the activation buffer holds
+    steps_per_pass: int = JobSettings.steps_per_pass
     held_out: int = 64  # first contexts of the text, kept for the table of quality at the end; 0: none
-    save_every: int = 1000  # steps
-    keep: int = 2  # checkpoints
+    save_every: int = JobSettings.save_every  # steps
+    keep: int = JobSettings.keep  # checkpoints
 
 
 def read_suite_card(path: str | Path) -> SuiteCard:
@@ -75,3 +75,10 @@ def members(card: SuiteCard, n_layers: int) -> list[Member]:
 def recipe(card: SuiteCard) -> Recipe:
     """The published recipe with the card's changes."""
     return make_recipe(card.recipe, n_steps=card.steps, batch_size=card.batch_size, **card.changes)
+
+
+def job_settings(card: SuiteCard, mesh: Mesh | None = None) -> JobSettings:
+    """How the job of the card goes about its work, on the devices of `mesh`."""
+    same = ("seed", "contexts", "passes", "steps_per_pass", "held_out", "save_every", "keep", "shard")
+    metadata = {"model_name": card.model, "dataset": card.text, "context_size": card.context}
+    return JobSettings(**{name: getattr(card, name) for name in same}, mesh=mesh, metadata=metadata)

@@ -1,6 +1,7 @@
-"""`python -m icl_lib.commands.train params/suites/gemma-1-2b.yaml`: train the suite of a card; the same command goes on with it.
+"""`python -m icl_lib.commands.train params/suites/gemma-1-2b.yaml`: train the suite of a card.
 
-A card of a suite names a model, a text and the SAEs; `SuiteCard` says what each key means.
+The same command goes on with it. A card of a suite names a model, a text and the SAEs; `SuiteCard` says what each key
+means.
 """
 
 import argparse
@@ -12,23 +13,21 @@ import pandas as pd
 from jax.sharding import AxisType, Mesh
 
 from icl_lib.cards.card import CardError
-from icl_lib.cards.suite import SuiteCard, members, read_suite_card, recipe
+from icl_lib.cards.suite import SuiteCard, job_settings, members, read_suite_card, recipe
 from icl_lib.embedded.icl_tiny.language import LANGUAGE
+from icl_lib.embedded.icl_tiny.stream import LanguageCorpus
 from icl_lib.files.paths import resolve, run_folder
 from icl_lib.models import load_config, load_model, load_tokenizer
 from icl_lib.models.sharding import make_mesh
 from icl_lib.runs import devices
 from icl_lib.text.corpus import Corpus, TextCorpus, open_text
-from icl_lib.training.job import train_suite
+from icl_lib.training import TrainingError, train_suite
 from icl_lib.training.plan import AXIS
-from icl_lib.training.recipes import TrainingError
 
 
 def corpus(card: SuiteCard, bos_id: int | None) -> Corpus:
     """The text of the card, tokenised for its model."""
-    if card.text == LANGUAGE:
-        from icl_lib.embedded.icl_tiny.stream import LanguageCorpus
-
+    if card.text == LANGUAGE:  # the one branch by a name: `embedded.catalogue.open_corpus(text, ...)` takes its place
         return LanguageCorpus(card.context, seed=card.seed)
     stream = open_text(resolve(card.text), subset=card.subset, revision=card.text_revision)
     tokenizer = load_tokenizer(resolve(card.model), card.revision)
@@ -40,14 +39,16 @@ def corpus(card: SuiteCard, bos_id: int | None) -> Corpus:
 
 
 def meshes(card: SuiteCard) -> tuple[Mesh | None, Mesh | None]:
-    """That of the language model and that of the SAEs, over the same devices in the same order; None where there is one device.
+    """That of the language model and that of the SAEs, over the same devices in the same order.
 
-    Raises `CardError` if the devices do not divide into copies of the model.
+    Both are None where there is one device.     Raises `CardError` if the devices do not divide into copies of the
+    model.
     """
     n, each = jax.device_count(), card.devices_per_model
     if jax.local_device_count() % each:
         raise CardError(
-            f"`devices_per_model`: {each} does not divide the {jax.local_device_count()} {jax.default_backend()} device(s) of a process"
+            f"`devices_per_model`: {each} does not divide the {jax.local_device_count()} "
+            f"{jax.default_backend()} device(s) of a process"
         )
     if n == 1:
         return None, None
@@ -56,7 +57,10 @@ def meshes(card: SuiteCard) -> tuple[Mesh | None, Mesh | None]:
 
 
 def run(card: SuiteCard) -> Path:
-    """Train the suite; on several devices each copy of the model has its share of the contexts. Gives the folder of the SAEs."""
+    """Train the suite; on several devices each copy of the model has its share of the contexts.
+
+    Gives the folder of the SAEs.
+    """
     config = load_config(resolve(card.model), card.revision)
     suite, how = members(card, config.n_layers), recipe(card)
     for member in suite:
@@ -64,11 +68,7 @@ def run(card: SuiteCard) -> Path:
     of_model, mesh = meshes(card)
     text = corpus(card, config.bos_id)
     model = load_model(resolve(card.model), card.revision, card.dtype, of_model)
-    train_suite(
-        model, text, suite, how, run_folder(card.run_dir), seed=card.seed, contexts=card.contexts, passes=card.passes,
-        steps_per_pass=card.steps_per_pass, held_out=card.held_out, save_every=card.save_every, keep=card.keep, mesh=mesh, shard=card.shard,
-        metadata={"model_name": card.model, "dataset": card.text, "context_size": card.context},
-    )  # fmt: skip
+    train_suite(model, text, suite, how, run_folder(card.run_dir), job_settings(card, mesh))
     return run_folder(card.run_dir) / "saes"
 
 
@@ -80,20 +80,9 @@ def main() -> int:
         devices.setup(card.run_dir)
         print(f"wrote {run(card)}")
         if (table := run_folder(card.run_dir) / "quality.parquet").is_file():
-            shown = [
-                "site",
-                "d_sae",
-                "sparsity",
-                "l0",
-                "fvu",
-                "ce_recovered_zero",
-                "ce_recovered_mean",
-                "dead",
-                "dense",
-            ]
-            print(
-                f"quality on {card.held_out} contexts held out:\n{pd.read_parquet(table)[shown].round(3).to_string(index=False)}"
-            )
+            shown = "site d_sae sparsity l0 fvu ce_recovered_zero ce_recovered_mean dead dense".split()
+            text = pd.read_parquet(table)[shown].round(3).to_string(index=False)
+            print(f"quality on {card.held_out} contexts held out:\n{text}")
     except (TrainingError, ValueError, OSError) as err:
         print(err, file=sys.stderr)
         return 2

@@ -1,13 +1,14 @@
 """Activations of all sites in a shuffle buffer on the device: every language-model pass replaces the oldest part of it.
 
-SAE steps draw rows at random from the whole buffer, so that neighbouring tokens of a text do not meet in a batch. Nothing is
-copied to the host. A checkpoint keeps the *tokens* of the passes that fill the buffer, thousands of times smaller than their
-activations; running these passes again in the same order gives the same buffer, bit for bit.
+SAE steps draw rows at random from the whole buffer, so that neighbouring tokens of a text do not meet in a batch.
+Nothing is copied to the host. A checkpoint keeps the *tokens* of the passes that fill the buffer, thousands of times
+smaller than their activations; running these passes again in the same order gives the same buffer, bit for bit.
 """
 
 import collections
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -25,13 +26,16 @@ from icl_lib.text.corpus import Corpus
 from icl_lib.text.tokens import check_tokens, token_mask
 from icl_lib.training.recipes import TrainingError
 
+SAY_SECONDS = 5.0  # from word to word while the buffer is filled
+
 
 class ActivationBuffer:
     """A ring of `passes` language-model passes over `contexts` contexts each, for `sites`, in `dtype`.
 
-    A pass gives contexts x (seq - 1) rows. Where BOS and padding leave fewer tokens, some of them are there twice.
-    With a `mesh` rows lie across all of its devices, and each process reads its share of the contexts. The model may be divided
-    over the same devices, in the same order (`make_mesh`); a context then goes to each device that has a part of one copy.
+    A pass gives contexts x (seq - 1) rows. Where BOS and padding leave fewer tokens, some of them are there twice. With
+    a `mesh` rows lie across all of its devices, and each process reads its share of the contexts. The model may be
+    divided over the same devices, in the same order (`make_mesh`); a context then goes to each device that has a part
+    of one copy.
     """
 
     def __init__(
@@ -51,8 +55,8 @@ class ActivationBuffer:
         self._pass_rows = contexts * (corpus.seq - (model.config.bos_id is not None))
         if min(contexts, passes) < 1 or contexts % n_devices or contexts % n_processes:
             raise TrainingError(
-                f"a pass of {contexts} contexts must be a multiple of {n_devices} devices and {n_processes} processes, and at "
-                f"least one pass is kept, got {passes}: change contexts or passes"
+                f"a pass of {contexts} contexts must be a multiple of {n_devices} devices and {n_processes} processes, "
+                f"and at least one pass is kept, got {passes}: change contexts or passes"
             )
         self._local = contexts // n_processes
         self._recent: collections.deque[np.ndarray] = collections.deque(maxlen=passes)
@@ -73,21 +77,42 @@ class ActivationBuffer:
         """Rows that a pass replaces."""
         return self._pass_rows
 
-    def fill(self) -> None:
-        """All passes of a new buffer. Raises `CorpusError` if the corpus is too short for it."""
-        for _ in range(self._recent.maxlen or 0):
+    def fill(self, say: Callable[[str], None] | None = None) -> None:
+        """All passes of a new buffer; `say` is told how far it is where that takes long.
+
+        Raises `CorpusError` if the text is too short.
+        """
+        for _ in self._told(range(self._recent.maxlen or 0), say):
             self.refill(step=0)
+
+    def _told(self, passes: Sequence | np.ndarray, say: Callable[[str], None] | None) -> Iterator:
+        """The passes, one after the other, with a word every `SAY_SECONDS`."""
+        last = time.perf_counter()
+        for i, each in enumerate(passes):
+            yield each
+            jax.block_until_ready(self._bad)
+            if say is not None and time.perf_counter() - last > SAY_SECONDS:
+                say(f"filling the activation buffer: pass {i + 1} of {len(passes)}")
+                last = time.perf_counter()
 
     def refill(self, step: int) -> None:
         """One pass over the next contexts in place of the oldest; `step` is named if its activations are not finite."""
         tokens = self._corpus.batch(self._local)
         check_tokens(tokens, self._model.config)
+        if not np.any(token_mask(tokens, self._model.config)):
+            raise TrainingError(
+                f"the {len(tokens)} contexts of the pass at step {step} hold nothing but BOS and padding: "
+                "check the text and its tokenizer"
+            )
         self._recent.append(tokens)
         self._run(tokens, self._n_passes, step)
         self._n_passes += 1
 
     def first_bad(self) -> tuple[Site, int] | None:
-        """The site and step of the first activation that is not finite in the buffer's dtype, if any. Waits for the device."""
+        """The site and step of the first activation that is not finite in the buffer's dtype, if any.
+
+        It waits for the device.
+        """
         bad = np.asarray(self._bad)
         if (bad < 0).all():
             return None
@@ -105,12 +130,12 @@ class ActivationBuffer:
         """An array of the shape of the tokens of `state`."""
         return np.zeros((jax.process_count(), self._recent.maxlen or 0, self._local, self._corpus.seq), np.int32)
 
-    def load(self, state: dict[str, Any], tokens: np.ndarray) -> None:
+    def load(self, state: dict[str, Any], tokens: np.ndarray, say: Callable[[str], None] | None = None) -> None:
         """Fill the buffer as it was when `state` was taken, by the same passes."""
         mine = np.asarray(tokens)[jax.process_index()]
         self._corpus.load_state_dict(state["corpus"][jax.process_index()])
         self._n_passes = int(state["n_passes"])
-        for i, batch in enumerate(mine, self._n_passes - len(mine)):
+        for i, batch in enumerate(self._told(mine, say), self._n_passes - len(mine)):
             self._recent.append(batch)
             self._run(batch, i, 0)
 
@@ -129,8 +154,9 @@ class ActivationBuffer:
         mine = {str(where) for where in sharding.addressable_devices_indices_map((contexts,)).values()}
         if len(mine) * jax.process_count() != of_model.shape["data"]:
             raise TrainingError(
-                f"the devices of one copy of the model must be in one process: its mesh is {dict(of_model.shape)}, and there are "
-                f"{jax.process_count()} processes of {jax.local_device_count()} devices: divide it over fewer"
+                f"the devices of one copy of the model must be in one process: its mesh is {dict(of_model.shape)}, "
+                f"and there are {jax.process_count()} processes of "
+                f"{jax.local_device_count()} devices: divide it over fewer"
             )
         return sharding
 
@@ -146,7 +172,10 @@ def _order(site: Site) -> tuple[int, int]:
 
 @eqx.filter_jit(donate="all-except-first")
 def _refill(inputs, rows: dict[Site, Array], bad: Array):
-    """`rows` with one pass written at row `at`; `bad` with the step of the first pass of each site that is not finite."""
+    """`rows` with one pass written at row `at`.
+
+    `bad` with the step of the first pass of each site that is not finite.
+    """
     model, tokens, sites, at, step, place = inputs
     cache: dict[Site, Array] = {}
     model(tokens, tap=record(sites, cache))
@@ -164,7 +193,10 @@ def _refill(inputs, rows: dict[Site, Array], bad: Array):
 
 
 def _written(rows: Array, new: Array, at: Array) -> Array:
-    """`rows` with `new` from row `at` on, where rows are divided: for a slice each device would have to hold all of them for a moment."""
+    """`rows` with `new` from row `at` on, where rows are divided.
+
+    To write a slice, each device would have to hold all of them for a moment.
+    """
     i = jnp.arange(len(rows), dtype=jnp.int32) - at
     return jnp.where(((i >= 0) & (i < len(new)))[:, None], new[jnp.clip(i, 0, len(new) - 1)], rows)
 

@@ -1,24 +1,30 @@
 """The state of a training job on disk, through orbax: written in the background, atomic, the last few kept.
 
-A checkpoint is a folder that appears under its step by one rename when all of it is written, so that a job killed at any
-moment finds whole checkpoints only. Each carries the configuration it was made with and is not given to another one.
+A checkpoint is a folder that appears under its step by one rename when all of it is written, so that a job killed at
+any moment finds whole checkpoints only. Each carries the configuration it was made with and is not given to another
+one.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from icl_lib.training.recipes import TrainingError
 
 logging.getLogger("absl").setLevel(
     logging.CRITICAL
 )  # orbax reports every phase of a save, and every error three times over
+_PRIMES = tuple(map(np.uint32, (2654435761, 2246822519, 3266489917, 668265263)))  # of the places in a checksum
 
 
 class CheckpointError(TrainingError):
@@ -54,8 +60,8 @@ class Checkpoints:
     def restore(self, abstract: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
         """Step, arrays and JSON of the last checkpoint; None if there is none yet.
 
-        `abstract` has the shapes, dtypes and shardings to restore to. Raises `CheckpointError` naming the fields in which
-        the configuration differs, or the checkpoint if it cannot be read.
+        `abstract` has the shapes, dtypes and shardings to restore to. Raises `CheckpointError` naming the fields in
+        which the configuration differs, or the checkpoint if it cannot be read.
         """
         step = self.latest()
         if step is None:
@@ -63,7 +69,8 @@ class Checkpoints:
         job = self._read(step, "job", ocp.args.JsonRestore())
         if differing := differences(job["config"], self.config):
             raise CheckpointError(
-                f"the checkpoint in {self.folder} (step {step}) was made with another configuration: {'; '.join(differing)}. "
+                f"the checkpoint in {self.folder} (step {step}) was made with another configuration: "
+                f"{'; '.join(differing)}. "
                 "Set these back to go on with it, or choose another folder to start anew"
             )
         return step, self._read(step, "arrays", ocp.args.StandardRestore(abstract)), job["data"]
@@ -80,14 +87,18 @@ class Checkpoints:
             logging.getLogger(__name__).warning("closing the checkpoints in %s: %s", self.folder, err)
 
     def _read(self, step: int, item: str, how) -> Any:
-        """One item of a checkpoint. A damaged one is left where it is: whether it is the disk or the file, we cannot know."""
+        """One item of a checkpoint. A damaged one is left where it is.
+
+        Whether it is the disk or the file, we cannot know.
+        """
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
         except Exception as err:  # orbax and tensorstore raise many kinds
             earlier = [other for other in self._manager.all_steps() if other < step]
             raise CheckpointError(
-                f"could not read step {step} of {self.folder}: {_brief(err)}. If it stays so, the checkpoint is damaged: delete the folder "
-                f"{self.folder / f'{step:09d}'} and start again with the same settings: the job goes on "
+                f"could not read step {step} of {self.folder}: {_brief(err)}. If it stays so, the checkpoint "
+                f"is damaged: delete the folder {self.folder / f'{step:09d}'} and start again "
+                "with the same settings: the job goes on "
                 + (f"from step {max(earlier)}" if earlier else "from the beginning, for there is none before it")
             ) from err
 
@@ -103,8 +114,10 @@ class Checkpoints:
                 else []
             )
             raise CheckpointError(
-                f"could not {what} {self.folder}: {_brief(err)}. Whole checkpoints there: {', '.join(map(str, kept)) or 'none'}. "
-                "Is the disk full? Make room and start again with the same settings: the job goes on from the last of them"
+                f"could not {what} {self.folder}: {_brief(err)}. "
+                f"Whole checkpoints there: {', '.join(map(str, kept)) or 'none'}. "
+                "Is the disk full? Make room and start again with the same settings: "
+                "the job goes on from the last of them"
             ) from err
 
 
@@ -137,3 +150,26 @@ def _brief(err: BaseException) -> str:
 def abstract_like(state: PyTree) -> PyTree:
     """Shapes, dtypes and shardings of a state, to restore another one to."""
     return jax.tree.map(ocp.tree.to_shape_dtype_struct, state)
+
+
+def fingerprint(model: PyTree) -> str:
+    """Tells models apart by the bits of every weight.
+
+    Sums of integers are the same in any order, so on any number of devices.
+    """
+    sums = jnp.stack([_checksum(w) for w in jax.tree.leaves(model) if eqx.is_inexact_array(w)])
+    return hashlib.sha256(np.asarray(sums).tobytes()).hexdigest()[:16]
+
+
+@jax.jit
+def _checksum(w: Array) -> Array:
+    r"""$\sum_i b_i m_i$ modulo $2^{32}$ of the bits b of each number,
+
+    with an odd m that differs from place to place.
+    """
+    bits = jax.lax.bitcast_convert_type(w, f"uint{8 * w.dtype.itemsize}").astype(jnp.uint32)
+    places = [
+        jax.lax.broadcasted_iota(jnp.uint32, w.shape, axis) * prime
+        for axis, prime in zip(range(w.ndim), _PRIMES, strict=False)
+    ]
+    return jnp.sum(bits * (2 * sum(places, jnp.uint32(0)) + 1), dtype=jnp.uint32)

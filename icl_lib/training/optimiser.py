@@ -1,4 +1,7 @@
-"""What happens to the weights of one SAE between gradients: Adam, unit decoder rows, rounding to bfloat16, resampling of dead latents."""
+"""What happens to the weights of one SAE between gradients.
+
+Adam, unit decoder rows, rounding to bfloat16, resampling of dead latents.
+"""
 
 from typing import NamedTuple
 
@@ -6,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from icl_lib.training.objectives.objectives import Params, matmul, start_threshold, unit_rows
+from icl_lib.training.kernels import matmul
+from icl_lib.training.objectives.base import Weights, unit_rows
+from icl_lib.training.objectives.jumprelu import start_threshold
 from icl_lib.training.recipes import Recipe
 
 RESAMPLED_NORM = 0.2  # of a resampled encoder column, relative to the mean of the living
@@ -15,27 +20,28 @@ RESAMPLED_NORM = 0.2  # of a resampled encoder column, relative to the mean of t
 class Moments(NamedTuple):
     """Running means of Adam, float32."""
 
-    first: Params | None  # of gradients; none if beta1 is 0
-    second: Params  # of their squares
+    first: Weights | None  # of gradients; none if beta1 is 0
+    second: Weights  # of their squares
 
 
-def start(params: Params, recipe: Recipe) -> Moments:
+def start(weights: Weights, recipe: Recipe) -> Moments:
     """Moments before the first step."""
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), weights)
     return Moments(zeros if recipe.beta1 else None, zeros)
 
 
 def update(
-    params: Params, moments: Moments, grads: Params, recipe: Recipe, step: Array, *, key: PRNGKeyArray
-) -> tuple[Params, Moments]:
+    weights: Weights, moments: Moments, grads: Weights, recipe: Recipe, step: Array, *, key: PRNGKeyArray
+) -> tuple[Weights, Moments]:
     """One step of Adam on the clipped gradient, bias-corrected; with `unit_norm` decoder rows move along the sphere.
 
-    A bfloat16 weight is rounded up or down at random, by `key`, so that its mean is the float32 result: small steps are not lost.
+    A bfloat16 weight is rounded up or down at random, by `key`, so that its mean is the float32 result: small steps are
+    not lost.
     """
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     if recipe.unit_norm:  # without the part along the row, which normalising would undo
-        along = jnp.sum(grads.W_dec * params.W_dec.astype(jnp.float32), axis=1, keepdims=True)
-        grads = grads._replace(W_dec=grads.W_dec - along * params.W_dec.astype(jnp.float32))
+        along = jnp.sum(grads.W_dec * weights.W_dec.astype(jnp.float32), axis=1, keepdims=True)
+        grads = grads._replace(W_dec=grads.W_dec - along * weights.W_dec.astype(jnp.float32))
     shrink = jnp.float32(1)
     if recipe.clip:
         norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
@@ -52,13 +58,13 @@ def update(
     first, second = jax.lax.optimization_barrier((first, second))
     towards = grads if first is None else first
     new = jax.tree.map(
-        lambda p, m, s: p.astype(jnp.float32) - rate * m / (jnp.sqrt(s / correction) + 1e-8), params, towards, second
+        lambda p, m, s: p.astype(jnp.float32) - rate * m / (jnp.sqrt(s / correction) + 1e-8), weights, towards, second
     )
     if recipe.unit_norm:
         new = new._replace(W_dec=unit_rows(new.W_dec))
     keys = jax.random.split(jax.random.fold_in(key, 1), len(new))
-    rounded = [None if p is None else round_to(v, p.dtype, key=k) for v, p, k in zip(new, params, keys, strict=True)]
-    return Params(*rounded), Moments(first, second)
+    rounded = [None if p is None else round_to(v, p.dtype, key=k) for v, p, k in zip(new, weights, keys, strict=True)]
+    return Weights(*rounded), Moments(first, second)
 
 
 def round_to(value: Float[Array, "..."], dtype, *, key: PRNGKeyArray) -> Array:
@@ -71,7 +77,7 @@ def round_to(value: Float[Array, "..."], dtype, *, key: PRNGKeyArray) -> Array:
 
 
 def resample(
-    params: Params,
+    weights: Weights,
     moments: Moments,
     dead: Array,
     x: Float[Array, "tokens d_in"],
@@ -79,46 +85,47 @@ def resample(
     recipe: Recipe,
     *,
     key: PRNGKeyArray,
-) -> tuple[Params, Moments]:
+) -> tuple[Weights, Moments]:
     """Dead latents start again at inputs that are poorly explained; their moments at 0.
 
-    A token is drawn with probability proportional to its squared loss. The decoder row points along the target less b_dec, at the
-    mean norm of living rows, and the encoder along the centred input, at `RESAMPLED_NORM` of theirs; a threshold starts anew. Not for
-    topk and batchtopk, whose auxiliary loss revives. Source: Bricken et al. (2023), "Towards Monosemanticity", Appendix.
+    A token is drawn with probability proportional to its squared loss. The decoder row points along the target less
+    b_dec, at the mean norm of living rows, and the encoder along the centred input, at `RESAMPLED_NORM` of theirs; a
+    threshold starts anew. Not for topk and batchtopk, whose auxiliary loss revives. Source: Bricken et al. (2023),
+    "Towards Monosemanticity", Appendix.
     """
     centre = jnp.mean(x, axis=0)
-    pre = matmul(x, params.W_enc) + params.b_enc[None]
-    threshold = 0.0 if params.log_threshold is None else jnp.exp(params.log_threshold)[None]
-    err = y - params.b_dec[None] - matmul(jnp.where((pre > threshold) & ~dead[None], pre, 0), params.W_dec)
+    pre = matmul(x, weights.W_enc) + weights.b_enc[None]
+    threshold = 0.0 if weights.log_threshold is None else jnp.exp(weights.log_threshold)[None]
+    err = y - weights.b_dec[None] - matmul(jnp.where((pre > threshold) & ~dead[None], pre, 0), weights.W_dec)
     weight = jnp.cumsum(jnp.sum(err**2, axis=1) ** 2)
     drawn = jnp.searchsorted(weight, weight[-1] * jax.random.uniform(jax.random.fold_in(key, 2), dead.shape))
     drawn = jnp.minimum(drawn, x.shape[0] - 1)
     living = jnp.maximum(jnp.sum(~dead, dtype=jnp.float32), 1)
-    norm_dec = jnp.sum(jnp.where(dead, 0, jnp.linalg.norm(params.W_dec.astype(jnp.float32), axis=1))) / living
-    norm_enc = jnp.sum(jnp.where(dead, 0, jnp.linalg.norm(params.W_enc.astype(jnp.float32), axis=0))) / living
-    rows_dec = norm_dec * unit_rows(y - params.b_dec[None])
+    norm_dec = jnp.sum(jnp.where(dead, 0, jnp.linalg.norm(weights.W_dec.astype(jnp.float32), axis=1))) / living
+    norm_enc = jnp.sum(jnp.where(dead, 0, jnp.linalg.norm(weights.W_enc.astype(jnp.float32), axis=0))) / living
+    rows_dec = norm_dec * unit_rows(y - weights.b_dec[None])
     rows_enc = RESAMPLED_NORM * norm_enc * unit_rows(x - centre[None])
     bias = -(rows_enc @ centre)
-    fresh = Params(
+    fresh = Weights(
         W_enc=rows_enc.T[:, drawn],
         W_dec=rows_dec[drawn],
         b_enc=bias[drawn],
         b_mag=bias[drawn],
         r_mag=jnp.zeros(len(dead)),
-        b_dec=params.b_dec,
-        log_threshold=None if params.log_threshold is None else start_threshold(len(dead), x.shape[1], recipe),
-        W_skip=params.W_skip,
+        b_dec=weights.b_dec,
+        log_threshold=None if weights.log_threshold is None else start_threshold(len(dead), x.shape[1], recipe),
+        W_skip=weights.W_skip,
     )
-    fresh = Params(*(None if p is None else f.astype(p.dtype) for f, p in zip(fresh, params, strict=True)))
+    fresh = Weights(*(None if p is None else f.astype(p.dtype) for f, p in zip(fresh, weights, strict=True)))
     zeros = jax.tree.map(jnp.zeros_like, moments.second)
     put = lambda new, old: _where_dead(dead, new, old)
-    return put(fresh, params), Moments(
+    return put(fresh, weights), Moments(
         None if moments.first is None else put(zeros, moments.first), put(zeros, moments.second)
     )
 
 
-def _where_dead(dead, new: Params, old: Params) -> Params:
+def _where_dead(dead, new: Weights, old: Weights) -> Weights:
     """`new` for what belongs to a dead latent."""
-    per_latent = Params(dead[None], dead[:, None], dead, dead, dead, None, dead)
+    per_latent = Weights(dead[None], dead[:, None], dead, dead, dead, None, dead)
     pick = lambda mask, n, o: o if o is None or mask is None else jnp.where(mask, n, o)
-    return Params(*map(pick, per_latent, new, old))
+    return Weights(*map(pick, per_latent, new, old))

@@ -1,4 +1,4 @@
-"""What is trained together: the SAEs of a suite, how, and over which devices."""
+"""What is trained together: the SAEs, how, and over which devices."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -22,16 +22,17 @@ class Member:
 
 
 @dataclasses.dataclass(frozen=True)
-class Suite:
+class Plan:
     """What is trained and how; plain and hashable, because it is static under `jit`.
 
-    SAEs of one shape are stacked: `vmap` steps them together on accelerators; on a CPU they take turns (`lax.map`) inside the one
-    compiled program, since a stack's (tokens, latents) arrays would leave the cache, and shapes are compiled one by one.
+    SAEs of one shape are stacked: `vmap` steps them together on accelerators; on a CPU they take turns (`lax.map`)
+    inside the one compiled program, since a stack's (tokens, latents) arrays would leave the cache, and shapes are
+    compiled one by one.
 
-    `widths` gives the last axis of every site in `sites`, as a mapping or pairs. With a `mesh` that has an axis "sae", the SAEs of
-    equal shape are divided over it (`shard="sae"`), or the latents of each ("latent").
-    Raises `TrainingError` if there are no members, two are equal, a width is missing, a number of latents cannot be, or the recipe has a
-    skip matrix where a member is no transcoder.
+    `widths` gives the last axis of every site in `sites`, as a mapping or pairs. With a `mesh` that has an axis "sae",
+    the SAEs of equal shape are divided over it (`shard="sae"`), or the latents of each ("latent"). Raises
+    `TrainingError` if there are no members, two are equal, a width is missing, a number of latents cannot be, or the
+    recipe has a skip matrix where a member is no transcoder.
     """
 
     members: Sequence[Member]
@@ -45,7 +46,8 @@ class Suite:
         object.__setattr__(self, "widths", tuple(sorted(dict(self.widths).items())))
         if not self.members or len(set(self.members)) != len(self.members):
             raise TrainingError(
-                f"sites must be different and at least one (or their d_sae or sparsity), got {[str(m.site) for m in self.members]}"
+                f"sites must be different and at least one (or their d_sae or sparsity), "
+                f"got {[str(m.site) for m in self.members]}"
             )
         if missing := [str(s) for s in self.sites if s not in dict(self.widths)]:
             raise TrainingError(

@@ -1,31 +1,35 @@
-"""What a training job says while it runs: one line every few seconds, a bar in a terminal, and the curves that notebooks plot."""
+"""What training says while it runs.
+
+One line every few seconds, a bar in a terminal, and the curves that notebooks plot.
+"""
 
 import dataclasses
 import datetime
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from icl_lib.training.plan import Member
-from icl_lib.training.steps import Means
+from icl_lib.training.plan import Member, Plan
+from icl_lib.training.state import Means
 
 
 @dataclasses.dataclass(frozen=True)
-class JobProgress:
-    """Where a job stands. `l0` and `fvu` (means over the last pass) and `dead` (fraction of latents) hold one value a member."""
+class Progress:
+    """Where training stands."""
 
-    step: int
-    n_steps: int
-    tokens_per_second: float
-    seconds_left: float
-    l0: tuple[float, ...]
-    fvu: tuple[float, ...]
-    dead: tuple[float, ...]
+    step: int  # steps done
+    n_steps: int  # of all
+    tokens_per_second: float  # rows that each SAE is trained on
+    seconds_left: float  # inf before a speed is known
+    l0: Mapping[Member, float]  # mean over the last pass, or chunk of steps
+    fvu: Mapping[Member, float]  # mean over the same steps
+    dead: Mapping[Member, float]  # part of the latents, now
 
     def __str__(self) -> str:
         left = datetime.timedelta(seconds=round(self.seconds_left)) if math.isfinite(self.seconds_left) else "?"
@@ -35,39 +39,41 @@ class JobProgress:
         )
 
 
-def _span(values: Sequence[float], digits: int) -> str:
-    low, high = min(values), max(values)
+def _span(values: Mapping[Member, float], digits: int) -> str:
+    low, high = min(values.values()), max(values.values())
     return f"{low:.{digits}f}" if low == high else f"{low:.{digits}f} to {high:.{digits}f}"
 
 
 class Reporter:
-    """Calls `log` with a `JobProgress` when `every` seconds have passed since the last, and at the end.
+    """Calls `log` with a `Progress` when `every` seconds have passed since the last, and at the end.
 
-    In a terminal there is a bar instead, on stderr. Speed and time left are those since this process began, the first
-    report apart, which holds the compilation.
+    The first process alone does. In a terminal there is a bar instead, on stderr. Speed and time left are those since
+    this process began, the first report apart, which holds the compilation.
     """
 
-    def __init__(
-        self, step: int, n_steps: int, tokens_per_step: int, log: Callable[[JobProgress], None] | None, every: float
-    ):
-        self.n_steps, self.tokens_per_step, self._log, self._every = n_steps, tokens_per_step, log, every
+    def __init__(self, plan: Plan, step: int, log: Callable[[Progress], None] | None, every: float):
+        self._plan, self._every = plan, every
+        self._log = log if jax.process_index() == 0 else None
         self._last = time.perf_counter()
         self._mark = (step, self._last)  # since when speed is measured
         self._warm = False
-        terminal = log is print and sys.stderr.isatty()
+        terminal = self._log is print and sys.stderr.isatty()
+        n_steps = plan.recipe.n_steps
         self._bar = tqdm(total=n_steps, initial=step, unit="step", dynamic_ncols=True) if terminal else None
 
     def due(self, step: int) -> bool:
         """Whether it is time to say something; the caller then reads the statistics, which waits for the device."""
-        return self._log is not None and (step >= self.n_steps or time.perf_counter() - self._last >= self._every)
+        at_end, waited = step >= self._plan.recipe.n_steps, time.perf_counter() - self._last
+        return self._log is not None and (at_end or waited >= self._every)
 
     def report(self, step: int, means: Means) -> None:
-        """Say where the job stands."""
-        now = time.perf_counter()
-        steps_per_second = (step - self._mark[0]) / max(now - self._mark[1], 1e-9)
-        left = (self.n_steps - step) / steps_per_second if steps_per_second else math.inf
-        values = [tuple(map(float, np.asarray(v))) for v in (means.l0, means.fvu, means.dead)]
-        progress = JobProgress(step, self.n_steps, steps_per_second * self.tokens_per_step, left, *values)
+        """Say where training stands."""
+        now, n_steps = time.perf_counter(), self._plan.recipe.n_steps
+        per_second = (step - self._mark[0]) / max(now - self._mark[1], 1e-9)
+        left = (n_steps - step) / per_second if per_second else math.inf
+        of_member = lambda values: dict(zip(self._plan.members, np.asarray(values).tolist(), strict=True))
+        values = map(of_member, (means.l0, means.fvu, means.dead))
+        progress = Progress(step, n_steps, per_second * self._plan.recipe.batch_size, left, *values)
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(str(progress).split("  ", 1)[1])
@@ -83,7 +89,10 @@ class Reporter:
 
 
 class Curves:
-    """L0, FVU and dead fraction of every member at about 200 steps of a run: part of the checkpoint, so that none is lost or doubled."""
+    """L0, FVU and dead fraction of every member at about 200 steps of a run.
+
+    Part of the checkpoint, so that none is lost or doubled.
+    """
 
     def __init__(self, members: Sequence[Member], n_steps: int):
         self.members, self._every = members, max(1, n_steps // 200)
@@ -94,23 +103,14 @@ class Curves:
         return before // self._every != after // self._every
 
     def add(self, step: int, means: Means) -> None:
-        self.points.append(
-            [step, *([round(float(v), 6) for v in np.asarray(x)] for x in (means.l0, means.fvu, means.dead))]
-        )
+        rounded = lambda x: [round(float(v), 6) for v in np.asarray(x)]
+        self.points.append([step, *map(rounded, (means.l0, means.fvu, means.dead))])
 
     def table(self) -> pd.DataFrame:
         """One row for each step and member: step, site, d_sae, sparsity, l0, fvu, dead."""
         rows = [
-            {
-                "step": step,
-                "site": str(m.site),
-                "d_sae": m.d_sae,
-                "sparsity": m.sparsity,
-                "l0": l0,
-                "fvu": fvu,
-                "dead": dead,
-            }
+            (step, str(m.site), m.d_sae, m.sparsity, *of_member)
             for step, *values in self.points
-            for m, l0, fvu, dead in zip(self.members, *values, strict=True)
+            for m, *of_member in zip(self.members, *values, strict=True)
         ]
         return pd.DataFrame(rows, columns=["step", "site", "d_sae", "sparsity", "l0", "fvu", "dead"])

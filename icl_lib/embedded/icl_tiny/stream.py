@@ -1,4 +1,7 @@
-"""The embedded language as an endless corpus for the suite job: the same rows as `language.corpus`, block after block."""
+"""The embedded language as an endless corpus for the suite job.
+
+The same rows as `language.corpus`, block after block.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +16,10 @@ _BLOCK = 256  # rows generated at a time, from a seed of their own
 
 
 class LanguageCorpus:
-    """A source of contexts like `icl_lib.text.corpus.TextCorpus`; nothing of it need be stored, it is made as it is read."""
+    """A source of contexts like `icl_lib.text.corpus.TextCorpus`.
+
+    Nothing of it need be stored, it is made as it is read.
+    """
 
     def __init__(self, seq: int, *, seed: int = 0):
         self.seq, self.seed = seq, seed
