@@ -20,8 +20,9 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from icl_lib.models import Transformer
+from icl_lib.models.batches import map_tasks
 from icl_lib.saes import SAE
-from icl_lib.vectors.insert import Cut, at_once, check_width, nll_of_one, with_task_axis
+from icl_lib.vectors.insert import Cut, at_once, check_width, nll_of_one
 from icl_lib.vectors.pursuit import gradient_pursuit
 
 MONITORS = ("l0", "loss")
@@ -111,11 +112,10 @@ def _clean_one(model, sae, theta, cut, l1, lr, patience: int, max_steps: int, mo
 
 @eqx.filter_jit
 def _clean(model, sae, theta, cut, l1, lr, patience: int, max_steps: int, monitor: str, chunk: int):
-    def one_task(args):
-        theta, cut = args
+    def one_task(theta, cut):
         return jax.vmap(lambda l1: _clean_one(model, sae, theta, cut, l1, lr, patience, max_steps, monitor))(l1)
 
-    return jax.lax.map(one_task, (theta, cut), batch_size=chunk)
+    return map_tasks(one_task, theta, cut, lead=cut.tasks, batch_size=chunk)
 
 
 def _check(
@@ -169,22 +169,12 @@ def clean(
     """
     penalties = np.asarray(l1, np.float32)
     _check(model, sae, vector, cut, monitor, init, penalties, max_steps)
-    folded, stack = sae.fold(), with_task_axis(cut)
+    folded, stack = sae.fold(), cut if cut.tasks else jax.tree.map(lambda x: x[None], cut)
     theta = _start(folded, vector.reshape(-1, vector.shape[-1]), init, k)
     # the backward pass keeps about twice what the forward pass needs
-    chunk, _ = at_once(model, stack, stack.tasks[0], 2 * penalties.size, _TURN_BYTES)
-    out = _clean(
-        model,
-        folded,
-        theta,
-        stack,
-        jnp.asarray(penalties.reshape(-1)),
-        jnp.float32(lr),
-        patience,
-        max_steps,
-        monitor,
-        chunk,
-    )
+    chunk, _ = at_once(model, *stack.resid.shape[-3:-1], stack.tasks[0], 2 * penalties.size, _TURN_BYTES)
+    l1 = jnp.asarray(penalties.reshape(-1))
+    out = _clean(model, folded, theta, stack, l1, jnp.float32(lr), patience, max_steps, monitor, chunk)
     lanes = cut.tasks + penalties.shape
     return jax.tree.map(lambda x: x.reshape(*lanes, *x.shape[2:]), out)
 
