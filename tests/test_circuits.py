@@ -172,7 +172,7 @@ def test_a_probe_on_activations_with_any_groups(world, by):
         (site,) = (s for s in folded if (s.layer, s.kind) == (node.layer, node.kind))
         masks = empty_masks(folded, batch)
         masks[site][..., node.latent] = np.asarray(groups.index) == groups.names.index(node.group)
-        run = lambda scale: probed_by_hand(model, folded, batch.tokens, masks, jnp.float32(scale))
+        run = lambda scale, masks=masks: probed_by_hand(model, folded, batch.tokens, masks, jnp.float32(scale))
         np.testing.assert_allclose((run(-eps) - run(eps)) / (2 * eps), node.effect, rtol=0.03, atol=2e-4)
         np.testing.assert_allclose(found, run(0) - run(1), rtol=0.03, atol=1e-5)
     circuit = Circuit.from_effects(effects, n=6)
