@@ -4,7 +4,7 @@ Figures take plain arrays (anything `numpy.asarray` reads), lists of names and D
 stores. A shape that does not fit its names is refused before anything is drawn, with the name of the argument.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import as_file, files
 from typing import Any
 
@@ -17,7 +17,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 Values = Any  # what numpy.asarray(..., dtype=float) reads: numpy and JAX arrays, lists, Series
-Number = float | int
+Number = float | int | np.integer
 
 OKABE_ITO = {
     "blue": "#0072B2",
@@ -139,12 +139,12 @@ def mean(values: Values, axis: int | None = None) -> np.ndarray:
     return np.where(n > 0, total / np.maximum(n, 1), np.nan)
 
 
-def in_order(names: Sequence[str], known: Mapping[str, str]) -> list[str]:
+def in_order(names: Iterable[str], known: Mapping[str, str]) -> list[str]:
     """The distinct names: those of `known` in its order, then the others as they come first."""
     return [name for name in known if name in set(names)] + [n for n in dict.fromkeys(names) if n not in known]
 
 
-def missing(n: int, of: str) -> str:
+def missing(n: Number, of: str) -> str:
     """A remark for a title or label on `n` missing values, empty where none is: "; 2 tasks without value"."""
     return f"; {n} {of}{'s' if n > 1 else ''} without value" if n else ""
 
