@@ -4,10 +4,9 @@ At the tokens of its groups an ablated latent is taken out of what the SAE write
 
 $$y' = y + \sum_i g_{k(t), i}\,(v_{k(t), i} - f_i(x))\, W_{dec, i} ,$$
 
-with k(t) the group of token t, g = 1 for ablated nodes and v = 0 (zero ablation) or the mean activation in the group (mean
-ablation). Since
-y = decode(f) + err, the error is kept, and with nothing ablated the pass is the plain one. Later SAEs see the ablated
-stream. Faithfulness of a set of nodes C is (m(C) - m(empty)) / (m(M) - m(empty)).
+with k(t) the group of token t, g = 1 for ablated nodes and v = 0 (zero ablation) or the mean activation in the group
+(mean ablation). Since y = decode(f) + err, the error is kept, and with nothing ablated the pass is the plain one. Later
+SAEs see the ablated stream. Faithfulness of a set of nodes C is (m(C) - m(empty)) / (m(M) - m(empty)).
 
 Which nodes are ablated is never stored as a mask: nodes carry a rank (0 = most helpful), and a pass ablates those with
 lo <= rank < hi. A latent of a folded SAE does not depend on its neighbours, so a pass that ablates few nodes computes
@@ -56,8 +55,8 @@ def splice(
 class Setting(eqx.Module):
     """All that stays the same in an ablation experiment: made by `prepare`.
 
-    `resid` is the clean residual at the first layer with SAEs, from which every pass starts; `full` and `empty` are m(M)
-    and m(empty) of every task, in units of the metric.
+    `resid` is the clean residual at the first layer with SAEs, from which every pass starts; `full` and `empty` are
+    m(M) and m(empty) of every task, in units of the metric.
     """
 
     model: Transformer
@@ -188,11 +187,13 @@ def _fitting(setting: Setting, ranking: Ranking, n: int | None) -> Ranking:
     """The ranking for the SAEs of the setting, compact where at most n nodes are ablated."""
     if ranking.n.shape[0] != setting.n_tasks:
         raise ValueError(
-            f"the ranking is of {ranking.n.shape[0]} tasks and the prompts are of {setting.n_tasks}: stack the same tasks in both"
+            f"the ranking is of {ranking.n.shape[0]} tasks and the prompts are of {setting.n_tasks}: stack the same "
+            "tasks in both"
         )
     if (rows := next(iter(ranking.rank.values())).shape[1]) != setting.groups.n:
         raise ValueError(
-            f"nodes are ranked in {rows - 1} groups of tokens, but the ablation has {setting.groups.n - 1}: give both the same groups"
+            f"nodes are ranked in {rows - 1} groups of tokens, but the ablation has {setting.groups.n - 1}: give "
+            "both the same groups"
         )
     if len(ranking.rank) != len(setting.suite):
         raise ValueError(

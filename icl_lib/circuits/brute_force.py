@@ -31,19 +31,22 @@ def _one_by_one(
 
 
 def brute_force_effects(setting: Setting, nodes: pd.DataFrame) -> Float[np.ndarray, " n"]:
-    """m(M) - m(node ablated alone) of each row (layer, kind, latent, group) of a circuit's table, in a setting of one task.
+    """m(M) - m(node ablated alone) of each row (layer, kind, latent, group) of a circuit's table, in a setting of one
+    task.
 
     What `node_effects` approximates, with the same sign: positive means that the node helps.
     """
     if setting.n_tasks != 1:
         raise ValueError(
-            f"brute_force_effects takes a setting of one task, got {setting.n_tasks}: prepare it with stack_prompts([prompts])"
+            f"brute_force_effects takes a setting of one task, got {setting.n_tasks}: prepare it with "
+            "stack_prompts([prompts])"
         )
     index = {(site.layer, site.kind): i for i, site in enumerate(setting.suite)}
     places = list(zip(nodes.layer, nodes.kind, strict=True))
     if lost := set(places) - set(index):
         raise ValueError(
-            f"nodes at {sorted(lost)} are outside of the setting, which has {sorted(index)}: prepare it with these layers"
+            f"nodes at {sorted(lost)} are outside of the setting, which has {sorted(index)}: prepare it with these "
+            "layers"
         )
     columns = ([index[place] for place in places], setting.groups.numbers(nodes.group), nodes.latent)
     return np.asarray(setting.full[0] - _one_by_one(setting, *(jnp.asarray(np.asarray(c, np.int32)) for c in columns)))

@@ -36,8 +36,8 @@ def _rows(table: np.ndarray, site: Site, names: tuple[str, ...], error: bool) ->
 class Circuit:
     """Nodes and edges with their effects on the metric (positive helps), strongest first.
 
-    `nodes` has the columns layer, kind (as `Site.kind`), latent (-1 for an error node), group (of tokens) and effect, and
-    readable names as its index; `edges` has source, target (such names) and effect.
+    `nodes` has the columns layer, kind (as `Site.kind`), latent (-1 for an error node), group (of tokens) and effect,
+    and readable names as its index; `edges` has source, target (such names) and effect.
     """
 
     nodes: pd.DataFrame
@@ -50,7 +50,8 @@ class Circuit:
 
     @classmethod
     def from_effects(cls, effects: Effects, n: int | None = None, errors: bool = False) -> "Circuit":
-        """The n nodes of one task with the largest positive effects, or all with any effect; `errors` lists error nodes too.
+        """The n nodes of one task with the largest positive effects, or all with any effect; `errors` lists error nodes
+        too.
 
         Raises `ValueError` for effects of stacked tasks.
         """

@@ -1,17 +1,17 @@
 r"""Edges: how much of a node's effect reaches it straight from an upstream node.
 
-Let n be a target node with latent f_n, group k and $\hat g_{b,t} = W_{dec,n} \cdot \nabla_{y_{b,t}} m$ held constant. Its
-effect is $\sum_{b, t \in k} \hat g_{b,t} f_n$. We differentiate that sum in the residual that feeds n's module,
+Let n be a target node with latent f_n, group k and $\hat g_{b,t} = W_{dec,n} \cdot \nabla_{y_{b,t}} m$ held constant.
+Its effect is $\sum_{b, t \in k} \hat g_{b,t} f_n$. We differentiate that sum in the residual that feeds n's module,
 
 $$r = \nabla_{resid} \sum_{b,\,t \in k} \hat g_{b,t}\, f_n(x(resid)),$$
 
-through the norm for a transcoder, through the whole attention (patterns included) for an attention output, directly for a
-residual node. An upstream node u of group j that writes f_u W_dec,u into that residual gets the edge
+through the norm for a transcoder, through the whole attention (patterns included) for an attention output, directly for
+a residual node. An upstream node u of group j that writes f_u W_dec,u into that residual gets the edge
 
 $$e_{u \to n} = \sum_{b,\, t \in j} f_u(x_{b,t})\; W_{dec,u} \cdot r_{b,t},$$
 
-and an error node the same with its err. For an SAE of the mixed values z, r is first taken back through the output matrix
-(and Gemma 2's second norm). The path is the straight one along the residual stream; what passes through other
+and an error node the same with its err. For an SAE of the mixed values z, r is first taken back through the output
+matrix (and Gemma 2's second norm). The path is the straight one along the residual stream; what passes through other
 modules is not counted. Sources are at most `window` layers before the target. In units of the metric.
 
 Source: ICL-SFC, App. E; SFC, Sec. 3.1 and App. A.1.
@@ -81,7 +81,9 @@ def _lift(model: Transformer, site: Site, resid_pre: Array):
 
 
 def _into(model, suite, target: Site, resid_pre, clean: CleanPass, indicator, nodes, sources):
-    """Edges into the nodes (latent, group) of one site: for each source site (latents, groups) -> (n_targets, n_sources)."""
+    """Edges into the nodes (latent, group) of one site: for each source site (latents, groups) -> (n_targets,
+    n_sources).
+    """
     sae, x = suite[target], clean.reads[target]
     pull = _pull(model, target, resid_pre[target.layer])
     lift = {site: _lift(model, site, resid_pre[site.layer]) for site in sources}

@@ -27,7 +27,7 @@ from icl_lib.models.batches import map_tasks
 from icl_lib.models.sites import check_sites
 from icl_lib.saes import SAE
 
-# (logits, cache, batch) -> (b,), larger is better; the cache holds the activations at the sites in `metric.sites`, if any
+# (logits, cache, batch) -> (b,), larger is better; the cache has the activations at the sites in `metric.sites`, if any
 Metric = Callable[[Array, dict[Site, Array], Any], Array]
 Suite = dict[Site, SAE]  # keyed by site_in
 Patch = Literal["zero", "mean"]
@@ -71,7 +71,8 @@ def suite_in_layers(model: Transformer, suite: Suite, layers: Iterable[int]) -> 
     missing = [layer for layer in layers if layer not in have]
     if missing:
         raise ValueError(
-            f"the suite has no SAE in layers {missing}, only in {have}: train or load these, or leave them out of layers"
+            f"the suite has no SAE in layers {missing}, only in {have}: train or load these, or leave them out of "
+            "layers"
         )
     if unknown := [str(site) for site in suite if site.name not in SITES]:
         raise ValueError(
@@ -82,12 +83,14 @@ def suite_in_layers(model: Transformer, suite: Suite, layers: Iterable[int]) -> 
     for site in sites:
         if suite[site].d_in != model.config.width(site.name):
             raise ValueError(
-                f"the SAE at {site} reads d_in = {suite[site].d_in}, but the model has {model.config.width(site.name)} there: "
+                f"the SAE at {site} reads d_in = {suite[site].d_in}, but the model has "
+                f"{model.config.width(site.name)} there: "
                 "was it trained on another model?"
             )
         if (twin := kinds.setdefault((site.layer, site.kind), site)) != site:
             raise ValueError(
-                f"the SAEs at {twin} and {site} are both the {site.kind} of layer {site.layer}: leave one out of the suite"
+                f"the SAEs at {twin} and {site} are both the {site.kind} of layer {site.layer}: leave one out of "
+                "the suite"
             )
     return {site: suite[site].fold() for site in sites}
 
@@ -192,9 +195,10 @@ def node_effects(
     r"""Effects of the latents and error nodes of every SAE in `layers`, for one task or a stack of tasks.
 
     `batch` is a pytree with `tokens`, such as prompts; `groups` (default: by role) says which tokens share a node.
-    `patch` names what a node would be replaced by: "zero" gives $\nabla m \cdot f$, "mean" $\nabla m \cdot (f - \bar f)$
-    with $\bar f$ the mean over the tokens of the group in this batch. Raises `ValueError` on a layer out of range, a layer
-    without SAEs, an unknown patch, a batch longer than the model's context, or prompts too short for the metric.
+    `patch` names what a node would be replaced by: "zero" gives $\nabla m \cdot f$, "mean"
+    $\nabla m \cdot (f - \bar f)$ with $\bar f$ the mean over the tokens of the group in this batch. Raises `ValueError`
+    on a layer out of range, a layer without SAEs, an unknown patch, a batch longer than the model's context, or prompts
+    too short for the metric.
     """
     if patch not in ("zero", "mean"):
         raise ValueError(f"patch must be 'zero' or 'mean', got {patch!r}")

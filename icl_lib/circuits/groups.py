@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 
 
 class Groups(eqx.Module):
-    """The group of every token; `index` counts in `names`, whose entry 0, "none", is of tokens that are part of no node.
+    """The group of every token; `index` counts in `names`, whose entry 0, "none", is of tokens that are part of no
+    node.
 
     A stack of tasks has a leading axis on `index`, as its tokens have.
     """
@@ -31,20 +32,23 @@ class Groups(eqx.Module):
         """The roles of few-shot prompts, as `prompts.groups()` gives them. Raises `ValueError` for another batch."""
         if not hasattr(prompts, "groups"):
             raise ValueError(
-                f"a {type(prompts).__name__} has no roles: pass groups=Groups.by_position(batch) or Groups.all_tokens(batch)"
+                f"a {type(prompts).__name__} has no roles: pass groups=Groups.by_position(batch) or "
+                "Groups.all_tokens(batch)"
             )
         return cls(*prompts.groups())
 
     @classmethod
     def by_position(cls, batch: Any) -> "Groups":
-        """Every position a group of its own, named by its number from 0; of `batch.real`, if it has that, only true ones."""
+        """Every position a group of its own, named by its number from 0; of `batch.real`, if it has that, only true
+        ones.
+        """
         names = tuple(map(str, range(batch.tokens.shape[-1])))
         position = jnp.broadcast_to(jnp.arange(1, len(names) + 1, dtype=jnp.int32), batch.tokens.shape)
         return cls(jnp.where(_real(batch), position, 0), ("none", *names))
 
     @classmethod
     def all_tokens(cls, batch: Any) -> "Groups":
-        """One group, "all", of every token that counts: of those of `batch.real` where it has one (no BOS, no padding)."""
+        """One group, "all", of every token that counts: of `batch.real` where there is one (no BOS, no padding)."""
         return cls(_real(batch).astype(jnp.int32), ("none", "all"))
 
     def indicator(self) -> Float[Array, "*tasks b s n_groups"]:

@@ -21,9 +21,9 @@ ALL = 2**31 - 1  # upper end of a range of ranks that takes every node
 class Ranking(eqx.Module):
     """Nodes of every task in order: rank 0 is the most helpful, `UNRANKED` one that does not help.
 
-    Column j of a site's table belongs to latent `latent[site][task, j]`; rows are groups. All ranks are below `n`, which
-    is the number of ranked nodes unless ranks are left empty (`random_ranking`). `whole` says that the columns are all
-    latents in their own order.
+    Column j of a site's table belongs to latent `latent[site][task, j]`; rows are groups. All ranks are below `n`,
+    which is the number of ranked nodes unless ranks are left empty (`random_ranking`). `whole` says that the columns
+    are all latents in their own order.
     """
 
     rank: dict[Site, Int[Array, "tasks n_groups _"]]
@@ -82,11 +82,12 @@ def random_ranking(
 ) -> Ranking:
     """A control for the first n[task] nodes of `ranking`: a random node in place of each, of the same site and group.
 
-    Nodes are drawn without repetition among the active ones outside of these n; active means that the latent fires in the
-    group in the prompts of `effects`. A drawn node has the rank of the node that it stands for, so the first k of the
-    control have as many nodes at every site and group as the first k of the circuit, for every k <= n. Where a group has
-    too few active nodes, the circuit's last ones there have no stand-in and their ranks stay empty; `Ranking.count` says
-    how many nodes there are. For k far below n, draw anew with n = k: this draw leaves out the other n - k nodes as well.
+    Nodes are drawn without repetition among the active ones outside of these n; active means that the latent fires in
+    the group in the prompts of `effects`. A drawn node has the rank of the node that it stands for, so the first k of
+    the control have as many nodes at every site and group as the first k of the circuit, for every k <= n. Where a
+    group has too few active nodes, the circuit's last ones there have no stand-in and their ranks stay empty;
+    `Ranking.count` says how many nodes there are. For k far below n, draw anew with n = k: this draw leaves out the
+    other n - k nodes as well.
     """
     limit = jnp.minimum(jnp.asarray(n, jnp.int32), ranking.n)
     rank = {}

@@ -1,4 +1,6 @@
-"""What single latents respond to and act on: steering one by one, roles, text examples, links from detectors to executors."""
+"""What single latents respond to and act on: steering one by one, roles, text examples, links from detectors to
+executors.
+"""
 
 from icl_lib.features.examples import Examples, top_examples
 from icl_lib.features.links import Links, detector_executor, display_strength, mean_strength
@@ -19,6 +21,5 @@ from icl_lib.features.steer import (
 __all__ = [
     "Examples", "LengthSweep", "Links", "Mass", "activation_mass", "active_latents", "best_lengths",
     "detector_executor", "display_strength", "latent_decrease", "length_sweep", "loss_decrease", "mean_strength",
-    "percentile_of", "random_latents",
-    "serves_one", "stands_out", "top_examples",
+    "percentile_of", "random_latents", "serves_one", "stands_out", "top_examples",
 ]  # fmt: skip

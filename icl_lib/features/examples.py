@@ -82,7 +82,8 @@ def top_examples(
     check_latents(sae, latents)
     if len(tokens) < k:
         raise ValueError(
-            f"the corpus has {len(tokens)} windows, fewer than the {k} examples asked for: give more text or a smaller k"
+            f"the corpus has {len(tokens)} windows, fewer than the {k} examples asked for: give more text or a "
+            "smaller k"
         )
     if valid is None:
         valid = (tokens != model.config.bos_id) & (tokens != model.config.pad_id)

@@ -2,11 +2,13 @@ r"""Detector to executor: does taking a detector out of the output tokens silenc
 
 At layer l_d the residual is changed at the chosen positions, by one of
 
-- steer:  $x' = x - s\,\bar a_d\,W_{dec,d} / |W_{dec,d}|$, with $\bar a_d$ the mean activation of d over all tokens of the prompts
+- steer:  $x' = x - s\,\bar a_d\,W_{dec,d} / |W_{dec,d}|$, with $\bar a_d$ the mean activation of d over
+  all tokens of the prompts
 - ablate: $x' = x - f_d(x)\,W_{dec,d}$, the latent's own contribution taken out, no more
 
-and the blocks up to the executors' layer run on it with their attention patterns frozen at the clean ones: values and MLPs
-respond, queries and keys do not. The effect on executor e is the mean over arrows (the last token of each) at which it was active of
+and the blocks up to the executors' layer run on it with their attention patterns frozen at the clean ones: values and
+MLPs respond, queries and keys do not. The effect on executor e is the mean over arrows (the last token of each) at
+which it was active of
 
 $$p = 1 - \mathrm{clip}(f_e(x') / f_e(x), 0, 1) .$$
 
@@ -35,9 +37,9 @@ from icl_lib.vectors.insert import check_latents
 class Links(eqx.Module):
     """Effects of detectors on executors, 0 (none) to 1 (silenced), task by task.
 
-    `effect` has one slice per strength (one in all for ablation); it is NaN where the executor is active at no arrow of the
-    task and 0 where the detector is never active. `peak` is max p over the arrows, 0 in both cases. `detector_mean` and
-    `executor_mean` are the clean mean activations over all tokens and over arrows.
+    `effect` has one slice per strength (one in all for ablation); it is NaN where the executor is active at no arrow of
+    the task and 0 where the detector is never active. `peak` is max p over the arrows, 0 in both cases. `detector_mean`
+    and `executor_mean` are the clean mean activations over all tokens and over arrows.
     """
 
     effect: Float[np.ndarray, "n_strengths tasks n_detectors n_executors"]
@@ -109,9 +111,10 @@ def detector_executor(
 ) -> Links:
     """The effect of every detector on every executor in every task of stacked prompts, in one compiled program.
 
-    Both SAEs are residual ones, the executors' later than the detectors'. `positions` are all tokens of outputs, or all tokens;
-    `strengths` are multiples of the detector's mean activation (the paper has 50) and are not used by "ablate". Raises
-    `ValueError` on other sites, an order that cannot act, unknown latents, or prompts that are not stacked or too long.
+    Both SAEs are residual ones, the executors' later than the detectors'. `positions` are all tokens of outputs, or all
+    tokens; `strengths` are multiples of the detector's mean activation (the paper has 50) and are not used by "ablate".
+    Raises `ValueError` on other sites, an order that cannot act, unknown latents, or prompts that are not stacked or
+    too long.
     """
     first, last = sae_detector.site_in, sae_executor.site_in
     for what, site in (("detectors", first), ("executors", last)):
@@ -120,7 +123,8 @@ def detector_executor(
         model.config.check_layer(site.layer, f"layer of the {what}")
     if first.layer >= last.layer:
         raise ValueError(
-            f"detectors act on later layers, so their layer must be below that of the executors, got {first.layer} and {last.layer}"
+            f"detectors act on later layers, so their layer must be below that of the executors, got {first.layer} "
+            f"and {last.layer}"
         )
     check_stacked(prompts, "detector_executor")
     if mode not in ("steer", "ablate") or positions not in ("outputs", "all"):
@@ -161,6 +165,8 @@ def display_strength(
 def mean_strength(
     effect: Float[np.ndarray, "tasks n_detectors n_executors"],
 ) -> Float[np.ndarray, "n_detectors n_executors"]:
-    """The plain mean over all tasks in which the executor is active at some arrow (NaN without any), not divided further."""
+    """The plain mean over all tasks in which the executor is active at some arrow (NaN without any), not divided
+    further.
+    """
     n = (~np.isnan(effect)).sum(axis=0)
     return np.where(n > 0, np.nan_to_num(effect).sum(axis=0) / np.maximum(n, 1), np.nan).astype(np.float32)

@@ -46,7 +46,8 @@ def _sums(model, sae, tokens, groups, latents) -> Float[Array, "tasks n_groups"]
 
 
 def activation_mass(model: Transformer, sae: SAE, prompts: Prompts, latents, groups: Groups | None = None) -> Mass:
-    """Mass by group (default: the role of every token) of the latent of each task, `latents` (tasks,), on stacked prompts.
+    """Mass by group (default: the role of every token) of the latent of each task, `latents` (tasks,), on stacked
+    prompts.
 
     Activations of tasks that share a latent are added before the shares are taken; the mean is over latents. Raises
     `ValueError` if the numbers of tasks differ, a latent does not exist, or the prompts are not stacked or too long.

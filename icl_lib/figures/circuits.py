@@ -51,7 +51,8 @@ def faithfulness_curve(
     """Faithfulness (task, n_nodes) against the number of nodes kept (`mode="keep"`) or ablated (`mode="ablate"`).
 
     Faint lines are tasks, bold is their mean with its standard error; `control` (task, n_nodes) is the same with random
-    active nodes, drawn dashed. The y axis runs from -0.25 to 1.25: tasks whose own gap m(M) - m(empty) is small leave it.
+    active nodes, drawn dashed. The y axis runs from -0.25 to 1.25: tasks whose own gap m(M) - m(empty) is small leave
+    it.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
@@ -83,7 +84,9 @@ def faithfulness_panels(
     keep_control: Values | None = None,
     ablate_control: Values | None = None,
 ) -> Figure:
-    """Both faithfulness curves side by side: left keeping, right ablating the top nodes; shapes as `faithfulness_curve`."""
+    """Both faithfulness curves side by side: left keeping, right ablating the top nodes; shapes as
+    `faithfulness_curve`.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
     faithfulness_curve(n_nodes, keep, mode="keep", control=keep_control, ax=left)
     faithfulness_curve(n_nodes, ablate, mode="ablate", control=ablate_control, ax=right)
@@ -166,7 +169,9 @@ def ie_scatter(
 
 
 def node_counts(nodes: pd.DataFrame) -> Figure:
-    """Number of nodes per layer and per group of tokens, stacked by SAE kind, as the columns `layer`, `kind`, `group` say."""
+    """Number of nodes per layer and per group of tokens, stacked by SAE kind, as the columns `layer`, `kind`, `group`
+    say.
+    """
     need_columns("nodes", nodes, ("layer", "kind", "group"))
     if not len(nodes):
         raise ValueError("nodes is empty: lower the threshold of the circuit")
@@ -189,7 +194,8 @@ def node_counts(nodes: pd.DataFrame) -> Figure:
 
 
 def halving_bars(counts: Values, tasks: Sequence[str], *, bar: Number | None = None, ax: Axes | None = None) -> Axes:
-    """How many nodes are ablated until a task's own faithfulness is below 0.5, `counts` (task,), sorted; NaN: it never is.
+    """How many nodes are ablated until a task's own faithfulness is below 0.5, `counts` (task,), sorted; NaN: it never
+    is.
 
     The dashed line is the median over tasks, `bar` a level asked for.
     """

@@ -34,8 +34,8 @@ from icl_lib.figures.style import (
 def displayed(effects: Values, threshold: Number = 0.2) -> np.ndarray:
     """Effects (task, latent) as the paper's main heatmaps show them; for display only.
 
-    Harmful and missing effects count as 0, each row is divided by its maximum, what is then below `threshold` becomes 0, and the
-    result lies in [0, 1]. A row without any positive effect stays 0. Source: ICL-SFC Fig 5.
+    Harmful and missing effects count as 0, each row is divided by its maximum, what is then below `threshold` becomes
+    0, and the result lies in [0, 1]. A row without any positive effect stays 0. Source: ICL-SFC Fig 5.
     """
     effects = np.nan_to_num(np.clip(checked("effects", effects, task=None, latent=None), 0, None))
     top = effects.max(axis=1, keepdims=True)
@@ -157,8 +157,8 @@ def role_mass_table(
 ) -> pd.DataFrame:
     """Tables 1 and 2: mean and standard deviation over latents of the mass per role in %, beside the published %.
 
-    `mass` (latent, role) as fractions, rows of NaN for latents that never fire, which are left out; `published` maps role
-    names to per cent, roles without an entry get NaN.
+    `mass` (latent, role) as fractions, rows of NaN for latents that never fire, which are left out; `published` maps
+    role names to per cent, roles without an entry get NaN.
     """
     roles = [role_name(role) for role in roles]
     mass = 100 * checked("mass", mass, latent=None, role=len(roles))
@@ -181,9 +181,9 @@ def link_heatmap(
 ) -> Axes:
     """Fig 8: how much of an executor's activation goes when a detector is ablated, `strength` (detector, executor).
 
-    The loss of activation of each task is taken to be divided by the largest of its matrix before the mean over tasks, as in
-    the paper, so that values compare pairs and are no shares.
-    `same_task` (detector, executor) outlines the pairs of one task; the title then compares their mean with the rest.
+    The loss of activation of each task is taken to be divided by the largest of its matrix before the mean over tasks,
+    as in the paper, so that values compare pairs and are no shares. `same_task` (detector, executor) outlines the pairs
+    of one task; the title then compares their mean with the rest.
     """
     strength = checked("strength", strength, detector=len(detectors), executor=len(executors))
     ax = axes_for(ax, width=8.0, height=2.0 + 0.17 * len(detectors))
@@ -218,9 +218,9 @@ def latent_control(
     """The control of single-latent steering: the best latent of each task, `best` (task,), against random ones.
 
     `random` (task, draw) are the effects of latents drawn at random; the grey bar runs from their 5th to their given
-    percentile, the tick is the median. A full dot lies above the percentile and reaches `bar`, an open one does not. The axis
-    begins at -2: harm beyond it is cut off. A task without an effect has no dot; without draws there is no bar, and no latent
-    stands above it.
+    percentile, the tick is the median. A full dot lies above the percentile and reaches `bar`, an open one does not.
+    The axis begins at -2: harm beyond it is cut off. A task without an effect has no dot; without draws there is no
+    bar, and no latent stands above it.
     """
     best = checked("best", best, task=len(tasks))
     random = np.asarray(random, dtype=np.float64)

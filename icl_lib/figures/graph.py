@@ -72,11 +72,12 @@ def place_nodes(nodes: pd.DataFrame) -> Layout:
 
 
 def circuit_graph(nodes: pd.DataFrame, edges: pd.DataFrame | None = None, *, title: str = "") -> Figure:
-    """Draw the tables of a `Circuit`. Box colour: effect of the node on the metric m; edges: width by size, colour by sign.
+    """Draw the tables of a `Circuit`. Box colour: effect of the node on the metric m; edges: width by size, colour by
+    sign.
 
-    `nodes` has the columns `layer`, `kind`, `latent` (below 0: the error node), `group` (of tokens), `effect`; `edges` has `source` and `target`, values of the index of `nodes`, and `effect`.
-    Nodes keep the order of the table inside a cell: sort it by effect. Raises `ValueError` for missing columns,
-    or an edge that ends at no node.
+    `nodes` has the columns `layer`, `kind`, `latent` (below 0: the error node), `group` (of tokens), `effect`; `edges`
+    has `source` and `target`, values of the index of `nodes`, and `effect`. Nodes keep the order of the table inside a
+    cell: sort it by effect. Raises `ValueError` for missing columns, or an edge that ends at no node.
     """
     need_columns("nodes", nodes, ("layer", "kind", "latent", "group", "effect"))
     if not len(nodes) or not nodes.index.is_unique:

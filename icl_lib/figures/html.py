@@ -10,7 +10,8 @@ from IPython.display import HTML
 def style_table(
     table: pd.DataFrame, *, caption: str = "", digits: int | Mapping[str, int] = 2, shade: Sequence[str] = ()
 ) -> HTML:
-    """`table` with a caption, rounded numbers, and the columns in `shade` coloured by size (`cividis`, column by column).
+    """`table` with a caption, rounded numbers, and the columns in `shade` coloured by size (`cividis`, column by
+    column).
 
     `digits` is one number of decimals or one per column (others get 2); whole-number columns stay whole. The CSS id
     comes from the caption and columns, so a notebook run twice gives the same output. Raises `ValueError` for a column

@@ -53,7 +53,7 @@ def accuracy_vs_shots(
 def training_curve(
     steps: Values, curves: Mapping[str, Values], *, ax: Axes | None = None, ylabel: str = "loss (nats per token)"
 ) -> Axes:
-    """One line per entry of `curves` (name -> (step,)) against the training step; logarithmic where all are positive."""
+    """One line per entry of `curves` (name -> (step,)) against the step; logarithmic where all are positive."""
     steps = checked("steps", steps, step=None)
     ax = axes_for(ax, height=2.8)
     lines = {name: checked(f"curves[{name!r}]", values, step=len(steps)) for name, values in curves.items()}
@@ -102,9 +102,11 @@ def width_lines(
     suffix: str = "",
     legend: bool = True,
 ) -> Axes:
-    """One column of a table of SAEs of several widths and sparsities against their L0: one line a width, narrow dark to wide bright.
+    """One column of a table of SAEs of several widths and sparsities against their L0: one line a width, narrow dark to
+    wide bright.
 
-    `table` has one row per SAE and the columns `d_sae` and `l0`; `suffix` is added to the name of each line, which `legend` keeps.
+    `table` has one row per SAE and the columns `d_sae` and `l0`; `suffix` is added to the name of each line, which
+    `legend` keeps.
     """
     need_columns("table", table, ("d_sae", "l0", column))
     ax = axes_for(ax, height=3.2)

@@ -81,7 +81,8 @@ def checked(name: str, values: Values, **axes: int | None) -> np.ndarray:
     if not fits:
         wanted = ", ".join(axis if size is None else f"{axis} = {size}" for axis, size in axes.items())
         raise ValueError(
-            f"{name} must have the axes ({wanted}), got shape {array.shape}; transpose it, or give as many names as it has rows and columns"
+            f"{name} must have the axes ({wanted}), got shape {array.shape}; transpose it, or give as many names as "
+            "it has rows and columns"
         )
     return array
 
@@ -117,7 +118,9 @@ def band(ax: Axes, x: np.ndarray, values: np.ndarray, *, label: str, colour: str
 
 
 def faint(ax: Axes, x: np.ndarray, values: np.ndarray, colour: str) -> None:
-    """Draw single tasks, `values` (n, x), as thin pale lines behind a mean; one flat colour makes a smaller PNG than alpha."""
+    """Draw single tasks, `values` (n, x), as thin pale lines behind a mean; one flat colour makes a smaller PNG than
+    alpha.
+    """
     ax.plot(x, values.T, color=pale(colour, 0.25), linewidth=0.4, antialiased=False, zorder=1.5)
 
 

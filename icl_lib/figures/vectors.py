@@ -95,7 +95,8 @@ def sweep_scatter(
     """App. D.1: one dot per (task, setting) of each method, `points[method] = (l0_fraction, delta)`, both (point,).
 
     x is L0 over the L0 of the SAE encoding; y = (L_task_vector - L_method) / L_zero, above 0 where the sparse vector
-    beats the original. y is clipped at `floor`, points with x > `widest` and points without value are left out (the label counts them).
+    beats the original. y is clipped at `floor`, points with x > `widest` and points without value are left out (the
+    label counts them).
     """
     ax = axes_for(ax, height=3.6)
     colours = colours_for(list(points), METHOD_COLOURS)
@@ -150,7 +151,7 @@ def sweep_panels(l1: Values, decrease: Values, fraction: Values, *, reference: N
 
 
 def pareto(l0: Values, loss: Values) -> np.ndarray:
-    """Indices of the points that no other point beats (fewer or equal latents and lower or equal loss), by rising L0."""
+    """Indices of the points that no other point beats (no more latents and no higher loss), by rising L0."""
     l0 = checked("l0", l0, point=None)
     loss = checked("loss", loss, point=len(l0))
     kept, best = [], np.inf
@@ -162,7 +163,7 @@ def pareto(l0: Values, loss: Values) -> np.ndarray:
 
 
 def pareto_front(points: Mapping[str, tuple[Values, Values]], *, ylabel: str = CHANGE, ax: Axes | None = None) -> Axes:
-    """Loss against the number of latents, `points[method] = (l0, loss)`, with each method's lower-left front as steps."""
+    """Loss against the number of latents, `points[method] = (l0, loss)`, with each method's front as steps."""
     ax = axes_for(ax, height=3.6)
     colours = colours_for(list(points), METHOD_COLOURS)
     for method, (l0, loss) in points.items():

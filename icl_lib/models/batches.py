@@ -1,4 +1,4 @@
-"""Batches of several tasks: arrays with leading axes of tasks, run one task after another inside one compiled program."""
+"""Batches of several tasks: arrays with leading axes of tasks, run task after task inside one compiled program."""
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ def check_stacked(batch, what: str) -> int:
     """The number of tasks of a stacked batch. Raises `ValueError` if its tokens have no axis of tasks."""
     if batch.tokens.ndim != 3:
         raise ValueError(
-            f"{what} takes stacked prompts (task, batch, seq), got tokens of shape {batch.tokens.shape}: use stack_prompts"
+            f"{what} takes stacked prompts (task, batch, seq), got tokens of shape {batch.tokens.shape}: use "
+            "stack_prompts"
         )
     return batch.tokens.shape[0]

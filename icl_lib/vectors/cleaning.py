@@ -27,7 +27,8 @@ from icl_lib.vectors.pursuit import gradient_pursuit
 
 MONITORS = ("l0", "loss")
 INITS = ("encoder", "pursuit")
-# Tasks run in turns of about this size: a turn lasts as long as its slowest lane, and larger ones are no faster on a CPU.
+# Tasks run in turns of about this size: a turn lasts as long as its slowest lane, and larger ones are no faster on a
+# CPU.
 _TURN_BYTES = 2**26
 
 
@@ -136,7 +137,8 @@ def _check(
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
     if l1.ndim > 1 or l1.size == 0 or (l1 < 0).any() or max_steps < 1:
         raise ValueError(
-            f"l1 must be one number or a list of numbers >= 0, and max_steps at least 1; got {l1.tolist()} and {max_steps}"
+            f"l1 must be one number or a list of numbers >= 0, and max_steps at least 1; got {l1.tolist()} and "
+            f"{max_steps}"
         )
 
 
@@ -154,12 +156,13 @@ def clean(
     init: str = "encoder",
     k: int = 7,
 ) -> Cleaned:
-    r"""Clean task vectors: Adam on $\mathrm{NLL}(v_\theta) + \lambda \sum_i f_i$ with $f = \mathrm{act}(\theta)$, $v_\theta = f W_{dec} + b_{dec}$.
+    r"""Clean task vectors: Adam on $\mathrm{NLL}(v_\theta) + \lambda \sum_i f_i$ with $f = \mathrm{act}(\theta)$,
+    $v_\theta = f W_{dec} + b_{dec}$.
 
-    $\theta$ starts at the SAE's pre-activations of `vector`, or with `init="pursuit"` (the paper's choice for detectors)
-    at the `k` weights of gradient pursuit on `vector - b_dec`, raised to just above their thresholds where need be.
-    The NLL is the mean over the prompts of `cut`, in nats. One lane for every task of the cut and every value of `l1`,
-    all in one compiled call; a single number for `l1` gives no l1 axis.
+    $\theta$ starts at the SAE's pre-activations of `vector`, or with `init="pursuit"` (the paper's choice for
+    detectors) at the `k` weights of gradient pursuit on `vector - b_dec`, raised to just above their thresholds where
+    need be. The NLL is the mean over the prompts of `cut`, in nats. One lane for every task of the cut and every value
+    of `l1`, all in one compiled call; a single number for `l1` gives no l1 axis.
 
     With `monitor="l0"` (published) a lane stops once `patience` further steps have not lowered L0, and the **last**
     iterate is returned. With `monitor="loss"` it stops on the penalised loss, and the best iterate is returned.

@@ -1,4 +1,5 @@
-r"""Add vectors to the residual stream of whole prompts: by a tap anywhere, or a latent's direction taken away at all arrows.
+r"""Add vectors to the residual stream of whole prompts: by a tap anywhere, or a latent's direction taken away at all
+arrows.
 
 Source: ICL-SFC, App. F.1.
 """
@@ -70,7 +71,8 @@ def negative_steering(
     scale: Float[Array, "*grid"] | float,
     n_first: int = 2,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    r"""Take a latent away where the task is at work: $-s\,W_{dec}[f]/|W_{dec}[f]|$ at **all** arrows of many-shot prompts.
+    r"""Take a latent away where the task is at work: $-s\,W_{dec}[f]/|W_{dec}[f]|$ at **all** arrows of many-shot
+    prompts.
 
     Returns the NLL of the query's answer (nats) and the accuracy, the fraction of arrows whose most likely next token
     is the true one; both (*task, *grid, b). Raises `ValueError` as `cut` does, and on an
