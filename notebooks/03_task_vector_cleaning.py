@@ -129,7 +129,11 @@ small beside the loss of about 1.3 nats and the stop should come later than the 
 sae, vector = suite[Site("resid_pre", best)], vectors[:, best]
 f_start = np.asarray(sae.encode(vector))
 encoded_l0 = (f_start > 0).sum(axis=-1)
-typical = f_start.sum() / encoded_l0.sum()
+typical = f_start.sum() / max(1, encoded_l0.sum())
+no_latents = encoded_l0 == 0  # such a vector is the bias alone: fractions of its L0 are NaN
+if no_latents.any():
+    print("no latent encodes the vectors of", ", ".join(np.array(names)[no_latents]))
+per_latent = lambda counts: (np.asarray(counts).T / np.where(no_latents, np.nan, encoded_l0)).T
 print(f"layer {best}: {encoded_l0.mean():.1f} latents encode a task vector, with a mean activation of {typical:.1f}")
 print("price of one latent: " + ", ".join(f"{value * typical:.2g}" for value in tvc_l1) + " nats")
 print(f"steps to switch one off: {typical / tvc_lr:.0f}, patience {tvc_patience}")
@@ -180,8 +184,9 @@ finds a plateau, then a collapse where the penalty outweighs the loss.
 
 # %%
 zero_choose, zero_test = (np.asarray(base_nll(lm, where).mean(axis=-1)) for where in (choose_cut, test_cut))
-relative = lambda loss, zero: (loss.T / zero - 1).T  # losses (task, ...), and with nothing inserted (task,)
-fraction = np.asarray(cleaned.l0) / encoded_l0[:, None]
+# of losses (task, ...) and those with nothing inserted (task,); NaN where these are 0
+relative = lambda loss, zero: (loss.T / np.where(zero > 0, zero, np.nan) - 1).T
+fraction = per_latent(cleaned.l0)
 figures.sweep_panels(
     tvc_l1, -relative(tvc_choose, zero_choose), fraction, reference=-relative(tv_choose, zero_choose).mean()
 )
@@ -254,7 +259,7 @@ codes = pursuit_path(vector, sae.W_dec, n_steps)
 ito_l0 = np.asarray((codes > 0).sum(axis=-1)).T
 ito_test = loss(test_cut, jnp.moveaxis(codes @ sae.W_dec, 0, 1))
 gain = lambda values: (tv_test[:, None] - values) / zero_test[:, None]
-ito_points = ((ito_l0 / encoded_l0[:, None]).ravel(), gain(ito_test).ravel())
+ito_points = (per_latent(ito_l0).ravel(), gain(ito_test).ravel())
 figures.sweep_scatter({"ITO": ito_points, "TVC": (fraction.ravel(), gain(tvc_test).ravel())})
 plt.show()
 
@@ -416,7 +421,8 @@ def cleaned_in(folder):
         load_sae(store.run_dir / folder).fold(), metadata=()
     )  # without what differs, one compilation serves a width
     start = sae.encode(vectors_here)
-    lr = 0.5 * float(start.sum() / (start > 0).sum())
+    n_on = (start > 0).sum()
+    lr = 0.5 * float(start.sum() / n_on) if n_on else tvc_lr
     result = clean(lm, sae, vectors_here, fit_here, l1=shared_l1, **(options | {"lr": lr}))
     losses = {"change": loss(test_here, result.vector), "reconstruction": loss(test_here, sae.decode(start))}
     counts = {"encoded": float((start > 0).sum(axis=-1).mean()), "left": float(result.l0.mean())}
@@ -446,7 +452,7 @@ if sweep_widths:
 
 # %%
 if sweep_widths:
-    part = dictionaries["left"] / dictionaries["encoded"]
+    part = dictionaries["left"] / dictionaries["encoded"].where(dictionaries["encoded"] > 0)
     print(f"TVC leaves {part.min():.2f} to {part.max():.2f} of the encoding's latents")
     low, high = dictionaries["change"].min(), dictionaries["change"].max()
     print(f"relative loss change after TVC {low:+.2f} to {high:+.2f}, task vector {change_here:+.2f}")
@@ -538,7 +544,10 @@ if sweep_widths:
     store.save("cleaned_sweep", survivors, meta={"model": model, "tasks": names, "layer": layer_executor})
 
 # %% tags=["nbval-check-output"]
-ratio, margin = float(l0.mean() / encoded_l0.mean()), float(change["TVC"].mean() - change["task vector"].mean())
+ratio, margin = (
+    float(l0.mean() / encoded_l0.mean()) if encoded_l0.any() else np.nan,
+    float(change["TVC"].mean() - change["task vector"].mean()),
+)
 nll_tvc, nll_tv = float(of(tvc_test, picks["TVC"]).mean()), float(tv_test.mean())
 share, share_bias = float(wins.mean()), float(wins_bias.mean())
 at_elbow = {method: values.mean(axis=0) for method, values in curves.items()}

@@ -33,7 +33,7 @@ import pandas as pd
 from icl_lib import figures
 from icl_lib.features import (
     activation_mass, active_latents, best_lengths, detector_executor, display_strength, latent_decrease, length_sweep, loss_decrease, mean_strength,
-    random_latents, serves_one, stands_out, top_examples,
+    percentile_of, random_latents, serves_one, stands_out, top_examples,
 )  # fmt: skip
 from icl_lib.figures.style import heatmap
 from icl_lib.models import Site, load_model, load_tokenizer, mesh_of, run_with_cache
@@ -258,9 +258,10 @@ if passes.any():
     print(f"decrease by those executors: {own_effect[passes].min():.2f} to {own_effect[passes].max():.2f}")
 for i in np.flatnonzero(~passes):
     print(f"{names[i]}: {own_effect[i]:.2f} by {executors[i]}, at best {effect[i].max():.2f} by {brightest[i]}")
-low, high = np.percentile(control, [5, 95], axis=1)
+low, high = percentile_of(control, 5), percentile_of(control, 95)
+middle = lambda values: np.median(values) if values.size else np.nan
 print(
-    f"random latents: median {np.median(control):.2f}; 5th percentiles down to {low.min():.1f}, 95th up to {high.max():.2f}"
+    f"random latents: median {middle(control):.2f}; 5th percentiles down to {low.min():.1f}, 95th up to {high.max():.2f}"
 )
 
 # %% [markdown]
@@ -405,10 +406,12 @@ ax.set(xlabel=f"executor of layer {layer_executor} taken away at all arrows")
 plt.show()
 
 # %% tags=["nbval-check-output"]
-elsewhere = np.nanmean(np.where(own, np.nan, lost), axis=0)
+# an executor of all tasks has no elsewhere and counts 0
+elsewhere = np.where(own, 0.0, lost).sum(axis=0) / np.maximum((~own).sum(axis=0), 1)
+mean = lambda values: float(np.nanmean(values)) if np.isfinite(values).any() else np.nan  # of what has a value
 worst = [f"{distinct[i]} ({elsewhere[i]:.2f})" for i in np.argsort(-elsewhere)[:2]]
 print(
-    f"accuracy {accuracy[:, -1].mean():.2f}; lost by a task's own executor {lost[own].mean():.2f}, by others {lost[~own].mean():.2f}"
+    f"accuracy {accuracy[:, -1].mean():.2f}; lost by a task's own executor {mean(lost[own]):.2f}, by others {mean(lost[~own]):.2f}"
 )
 print(f"most is lost elsewhere to {' and '.join(worst)}")
 
@@ -451,7 +454,11 @@ def mass_table(kind, caption):
     )
 
 
+# latents that never fire have no mass, and are left out of the means
+silent = lambda kind: mass[kind].latents[mass[kind].total == 0].tolist()
 draw_mass("executor")
+if silent("executor"):
+    print("executors that never fire in the prompts:", silent("executor"))
 
 # %% [markdown]
 """
@@ -623,9 +630,9 @@ print(
     f"{passes_d.sum()} of {n_tasks} tasks have a detector; without: {', '.join(np.array(names)[~passes_d]) or 'none'}"
 )
 print("weakest:", ", ".join(f"{names[i]} {own_effect_d[i]:.2f}" for i in np.argsort(own_effect_d)[:4]))
-low_d, high_d = np.percentile(control_d, [5, 95], axis=1)
+low_d, high_d = percentile_of(control_d, 5), percentile_of(control_d, 95)
 print(
-    f"random latents: median {np.median(control_d):.2f}; 5th percentiles down to {low_d.min():.1f}, 95th up to {high_d.max():.2f}"
+    f"random latents: median {middle(control_d):.2f}; 5th percentiles down to {low_d.min():.1f}, 95th up to {high_d.max():.2f}"
 )
 
 # %% [markdown]
@@ -639,6 +646,8 @@ Next, where the detectors fire. The bar is 80 % of the activation on outputs; th
 # %%
 mass["detector"] = activation_mass(lm, sae_detector, many_shots, detectors)
 draw_mass("detector")
+if silent("detector"):
+    print("detectors that never fire in the prompts:", silent("detector"))
 
 # %% [markdown]
 """
@@ -740,19 +749,21 @@ To compare: how high do they go in text, and how high in the prompts of their ow
 
 
 # %% tags=["nbval-check-output"]
-def peaks(sae, latents, rows):
+def peaks(sae, latents, rows, valid=None):
     """Largest activation (latent,) on any of the rows."""
-    return top_examples(lm, sae, rows, latents, k=1).peak[:, 0]
+    return top_examples(lm, sae, rows, latents, k=1, valid=valid).peak[:, 0]
 
 
-in_prompts = np.asarray(many_shots.tokens).reshape(-1, many_shots.tokens.shape[-1])
+flat = lambda values: np.asarray(values).reshape(-1, many_shots.tokens.shape[-1])
+in_prompts = flat(many_shots.tokens), flat(many_shots.real)
 for what, sae, latents in (
     ("executors", sae_executor, np.unique(executors)),
     ("detectors", sae_detector, np.unique(detectors)),
 ):
-    print(
-        f"{what}: peak in text / peak in prompts, median {np.median(peaks(sae, latents, text) / peaks(sae, latents, in_prompts)):.2f}"
-    )
+    there = peaks(sae, latents, *in_prompts)
+    ratio = peaks(sae, latents, text)[there > 0] / there[there > 0]
+    unknown = f", without {latents[there == 0].tolist()}, which never fire in prompts" if (there == 0).any() else ""
+    print(f"{what}: peak in text / peak in prompts, median {middle(ratio):.2f}{unknown}")
 
 # %% [markdown]
 """
@@ -823,7 +834,7 @@ def links_on(pool, which=rows_d, **kinds):
 
 def contrast(matrix):
     """Mean over the cells of one task, and over all others."""
-    return float(matrix[same].mean()), float(matrix[~same].mean())
+    return mean(matrix[same]), mean(matrix[~same])
 
 
 # %% tags=["nbval-check-output"]
@@ -854,6 +865,9 @@ every arrow; *plain* is the mean over all tasks without dividing them. *own* is 
 
 
 # %%
+over = lambda a, b: a / b if b else np.nan  # a ratio to nothing is unknown
+
+
 def link_row(effect, peak):
     """Averages over same-task cells and the others in three ways, and the undivided share."""
     row = {"own": own_share(effect)}
@@ -863,13 +877,13 @@ def link_row(effect, peak):
         "ratio, filtered": display_strength(effect, peak),
         "ratio, plain": mean_strength(effect),
     }
-    return row | {way: np.divide(*contrast(matrix)) for way, matrix in ways.items()}
+    return row | {way: over(*contrast(matrix)) for way, matrix in ways.items()}
 
 
 ablated = links_on("evaluation", mode="ablate")
 random_d = random_latents(alive_d, 12, detector_candidates, key=keys["links"])
 random_links = links_on("evaluation", random_d, strengths=strengths[used : used + 1])
-random_own = float(np.nan_to_num(random_links.effect[0][np.arange(n_tasks), :, own_pairs[1]]).mean())
+random_own = mean(np.nan_to_num(random_links.effect[0][np.arange(n_tasks), :, own_pairs[1]]))
 table = {f"s = {s:g}": link_row(*pair) for s, *pair in zip(strengths, links.effect, links.peak, strict=True)}
 table |= {
     "ablated": link_row(ablated.effect[0], ablated.peak[0]),
@@ -881,7 +895,7 @@ figures.style_table(link_table, caption="What a detector takes from executors (e
 # %% tags=["nbval-check-output"]
 diagonal, rest = contrast(strength)
 own_link = link_table["own"].iloc[used]
-print(f"detector to executor: same task {diagonal:.2f}, other pairs {rest:.2f}, ratio {diagonal / rest:.1f}")
+print(f"detector to executor: same task {diagonal:.2f}, other pairs {rest:.2f}, ratio {over(diagonal, rest):.1f}")
 print(
     f"of a task's own executor {100 * own_link:.0f} % goes with its detector, {100 * random_own:.0f} % with a random latent"
 )
@@ -935,7 +949,7 @@ bar, few_columns = (
     "20 % less loss, beyond 95 % of random latents, on 78 % of tasks, 18 at least",
     "fewer latents than tasks",
 )
-took, took_elsewhere = float(lost[own].mean()), float(lost[~own].mean())
+took, took_elsewhere = mean(lost[own]), mean(lost[~own])
 numbers += [
     ("executors", "Fig 5", "22 of 23", of(passes.sum()), bar, enough(passes)),
     (

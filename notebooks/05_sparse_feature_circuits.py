@@ -33,7 +33,7 @@ from icl_lib.models import load_model, load_tokenizer, mesh_of
 from icl_lib.runs import Ledger, Store, compute_dtype, devices
 from icl_lib.files.paths import resolve
 from icl_lib.saes import load_suite
-from icl_lib.tasks import Role, Template, load_tasks, make_prompts, pair_logit, pair_logprob, stack_prompts
+from icl_lib.tasks import Template, load_tasks, make_prompts, pair_logit, pair_logprob, stack_prompts
 
 # %% tags=["parameters"]
 card: str = "tiny"  # name of the experiment card
@@ -98,12 +98,12 @@ def draw(task, pool, n, seed):
 
 found = [draw(task, "extraction", effect_prompts, seed) for task in task_list]
 held_out = stack_prompts([draw(task, "evaluation", circuit_prompts, seed + 101) for task in task_list])
-effects = circuits.node_effects(lm, suite, stack_prompts(found), circuit_layers, metric=pair_logit)
+on_logit, on_logprob = circuits.OnLogits(pair_logit), circuits.OnLogits(pair_logprob)
+effects = circuits.node_effects(lm, suite, stack_prompts(found), circuit_layers, metric=on_logit)
 ranking = circuits.rank_nodes(effects)
 active = sum((np.asarray(table) != 0).sum(axis=(1, 2)) for table in effects.latents.values())
-n_nodes = sum(table.shape[-1] for table in effects.latents.values()) * (
-    len(Role) - 1
-)  # tokens of no role have no nodes
+n_groups = len(effects.names) - 1  # tokens of no role have no nodes
+n_nodes = sum(table.shape[-1] for table in effects.latents.values()) * n_groups
 print(f"{len(task_list)} tasks, {len(effects.latents)} SAEs in layers {circuit_layers}: {n_nodes:,} nodes")
 
 # %%
@@ -125,7 +125,7 @@ figures.node_counts(nodes)
 plt.show()
 
 # %% tags=["nbval-check-output"]
-share = nodes.groupby("role")["effect"].sum() / nodes["effect"].sum()
+share = nodes.groupby("group")["effect"].sum() / nodes["effect"].sum()
 print("share of the effect of the top 100 nodes, by role:")
 print((100 * share).sort_values(ascending=False).round(0).astype(int).to_string())
 
@@ -143,7 +143,7 @@ parts = {"latents": effects.latents, "errors": effects.errors}
 size = {}
 for what, tables in parts.items():
     for site, table in tables.items():
-        total = np.asarray(table).reshape(len(names), len(Role), -1).sum(axis=(1, 2))  # the summed effect of a site
+        total = np.asarray(table).reshape(len(names), -1).sum(axis=1)  # the summed effect of a site
         size[site.layer, site.name, what] = np.abs(total).mean()
 table = pd.Series(size).unstack().rename_axis(["layer", "SAE at"]).reset_index()
 figures.style_table(
@@ -168,9 +168,9 @@ others, and compare; left for the logit, right for the log-probability. We expec
 
 # %%
 shown = int(np.argsort(-np.asarray(effects.metric))[len(names) // 2])  # a task in the middle, by its logit
-plain = circuits.node_effects(lm, suite, stack_prompts(found), circuit_layers)  # of the log-probability
+plain = circuits.node_effects(lm, suite, stack_prompts(found), circuit_layers, metric=on_logprob)
 agree, figure = {}, plt.figure(figsize=(9, 4.2), layout="constrained")
-for k, (metric, source) in enumerate({pair_logit: effects, pair_logprob: plain}.items()):
+for k, (metric, source) in enumerate({on_logit: effects, on_logprob: plain}.items()):
     every = circuits.Circuit.from_effects(source.task(shown)).nodes
     strong = every.loc[every.effect.abs().nlargest(100).index]
     weak = every.drop(strong.index)
@@ -182,7 +182,8 @@ for k, (metric, source) in enumerate({pair_logit: effects, pair_logprob: plain}.
     )
     ax.set_title(f"{('logit', 'log-probability')[k]}: {ax.get_title(loc='left')}")
     ax.get_legend().set_visible(k == 0)
-    agree[metric.__name__] = float(np.corrcoef(some.effect, exact)[0, 1])
+    varied = len(some) > 1 and np.std(some.effect) > 0 and np.std(exact) > 0  # of constants there is no correlation
+    agree[metric.function.__name__] = float(np.corrcoef(some.effect, exact)[0, 1]) if varied else np.nan
 plt.show()
 
 # %% tags=["nbval-check-output"]
@@ -206,10 +207,13 @@ SAE and role, drawn anew for every count from those outside of the circuit. We e
 """
 
 # %%
-setting = circuits.prepare(lm, suite, held_out, layers=circuit_layers)
+setting = circuits.prepare(lm, suite, held_out, layers=circuit_layers, metric=on_logprob)
 counts = [10, 30, 50, 100, 200, 500, 1000]
 curves = {mode: np.asarray(circuits.faithfulness(setting, ranking, counts, mode)) for mode in ("keep", "inverse")}
 keep, inverse = curves["keep"], curves["inverse"]
+# A task on which ablating every latent changes nothing has no faithfulness, and counts in no mean below.
+if flat := [name for name, row in zip(names, keep, strict=True) if np.isnan(row).all()]:
+    print("no faithfulness, since m(M) = m(empty):", ", ".join(flat))
 
 # %%
 curve_key, matrix_key = jax.random.split(jax.random.key(seed))
@@ -226,7 +230,7 @@ figures.faithfulness_panels(counts, keep, inverse, keep_control=random["keep"], 
 plt.show()
 
 # %%
-found_share = np.array([drawn.count(n) / n for drawn, n in zip(draws, sizes, strict=True)])
+found_share = np.array([drawn.count(n) / np.where(n > 0, n, np.nan) for drawn, n in zip(draws, sizes, strict=True)])
 means = {
     "kept": keep,
     "random kept": random["keep"],
@@ -234,14 +238,18 @@ means = {
     "random ablated": random["inverse"],
     "drawn/asked": found_share.T,
 }
-print(pd.DataFrame({name: values.mean(axis=0) for name, values in means.items()}, index=counts).round(2).to_string())
+print(
+    pd.DataFrame({name: np.nanmean(values, axis=0) for name, values in means.items()}, index=counts)
+    .round(2)
+    .to_string()
+)
 
 # %% tags=["nbval-check-output"]
 print(f"m of the whole model {np.mean(setting.full):.1f} nats, with all latents ablated {np.mean(setting.empty):.1f}")
 print(
-    f"keeping 500 nodes: {keep[:, counts.index(500)].mean():.2f}, 500 random ones: {random['keep'][:, counts.index(500)].mean():.2f}"
+    f"keeping 500 nodes: {np.nanmean(keep[:, counts.index(500)]):.2f}, 500 random ones: {np.nanmean(random['keep'][:, counts.index(500)]):.2f}"
 )
-print(f"ablating 100 nodes leaves {inverse[:, counts.index(100)].mean():.2f}")
+print(f"ablating 100 nodes leaves {np.nanmean(inverse[:, counts.index(100)]):.2f}")
 
 # %% [markdown]
 """
@@ -261,7 +269,7 @@ For each task: the number of its top nodes that have to be ablated until its own
 # %%
 # A task that never falls is shown as such, and enters the matrix below with the limit of 1,024 nodes.
 halved, reached = (np.asarray(a) for a in circuits.nodes_to_halve(setting, ranking))
-figures.nodes_to_halve(np.where(reached, halved, np.nan), names, bar=300)
+figures.halving_bars(np.where(reached, halved, np.nan), names, bar=300)
 plt.show()
 
 # %% tags=["nbval-check-output"]
@@ -310,12 +318,14 @@ rows["random nodes, own task"] = control
 
 # %% tags=["nbval-check-output"]
 n_drawn = drawn.count(halved)
-summary = pd.DataFrame({k: {"mean": v.mean(), "median": np.median(v)} for k, v in rows.items()}).T.round(2)
+summary = pd.DataFrame(
+    {k: {"mean": np.nanmean(v), "median": np.nanmedian(v)} if np.isfinite(v).any() else {} for k, v in rows.items()}
+).T.round(2)
 summary["nodes (median)"] = [int(np.median(n)) for n in (halved, halved, halved, halved, n_drawn)]
 print(summary.to_string())
 
 # %% tags=["nbval-check-output"]
-least = float((n_drawn / halved).min())
+least = float((n_drawn / np.maximum(halved, 1))[halved > 0].min(initial=1.0))
 below = lambda ranks: np.asarray(ranks) < halved[:, None, None]
 mass = lambda order: sum(
     (np.asarray(effects.means[site]) * below(order.rank[site])).sum(axis=(1, 2)) for site in effects.means
@@ -323,7 +333,9 @@ mass = lambda order: sum(
 print(
     f"random nodes drawn: median {np.median(n_drawn):.0f} for circuits of {np.median(halved):.0f}; the smallest share is {least:.2f}"
 )
-print(f"their summed mean activation is {100 * np.median(mass(drawn) / mass(ranking)):.0f} % of the circuit's (median)")
+weight, of_drawn = mass(ranking), mass(drawn)
+weight_share = np.median(of_drawn[weight > 0] / weight[weight > 0]) if (weight > 0).any() else np.nan
+print(f"their summed mean activation is {100 * weight_share:.0f} % of the circuit's (median)")
 
 # %% [markdown]
 """
@@ -341,13 +353,13 @@ without its diagonal, which is a half by construction, and with it in brackets. 
 # %% tags=["nbval-check-output"]
 sides = {"en_*": [n.startswith("en_") for n in names], "*_en": [n.endswith("_en") for n in names]}
 blocks = {side: np.outer(member, member) for side, member in sides.items() if sum(member) > 1}
-spill = {side: float(change[block & off_diagonal].mean()) for side, block in blocks.items()}
+spill = {side: float(np.nanmean(change[block & off_diagonal])) for side, block in blocks.items()}
 for side, block in blocks.items():
-    print(f"{side}: {spill[side]:.2f} ({change[block].mean():.2f})")
+    print(f"{side}: {spill[side]:.2f} ({np.nanmean(change[block]):.2f})")
 strong = off_diagonal & (change < -0.2)
 inside = strong & same_group
 print(
-    f"{100 * strong.sum() / off_diagonal.sum():.0f} % of the other cells are below -0.2, {inside.sum()} of these {strong.sum()} inside a group"
+    f"{100 * strong.sum() / max(1, off_diagonal.sum()):.0f} % of the other cells are below -0.2, {inside.sum()} of these {strong.sum()} inside a group"
 )
 
 # %% tags=["nbval-check-output"]
@@ -378,10 +390,12 @@ values of a task's own prompts should therefore leave the task in place, and the
 # %%
 across = jax.tree.map(lambda m: jnp.broadcast_to(m.mean(axis=0, keepdims=True), m.shape), effects.means)
 sources = {"mean of the task": effects, "mean over all tasks": eqx.tree_at(lambda e: e.means, effects, across)}
-nats = lambda setting, left: (1 - left) * np.asarray(setting.full - setting.empty)[:, None]
+nats = lambda setting, left: (1 - np.nan_to_num(left, nan=1.0)) * np.asarray(setting.full - setting.empty)[:, None]
 lost = {"zero": nats(setting, inverse)}
 for name, source in sources.items():
-    other = circuits.prepare(lm, suite, held_out, layers=circuit_layers, patch="mean", effects=source)
+    other = circuits.prepare(
+        lm, suite, held_out, layers=circuit_layers, metric=on_logprob, patch="mean", effects=source
+    )
     lost[name] = nats(other, np.asarray(circuits.faithfulness(other, ranking, counts, "inverse")))
 ax = figures.effect_vs_shots(counts, lost, ylabel="log-probability lost (nats)")
 ax.set(xscale="log", xlabel="top nodes ablated")
@@ -421,7 +435,7 @@ middle = lambda tasks: int(tasks[len(tasks) // 2])  # the median circuit among t
 def draw_circuit(task: int) -> circuits.Circuit:
     """Draw the 40 strongest nodes and 80 edges of a task; effects and edges are those on the logit."""
     circuit = circuits.Circuit.from_effects(effects.task(task), n=40)
-    edges = circuits.edge_effects(lm, suite, found[task], circuit, metric=pair_logit)
+    edges = circuits.edge_effects(lm, suite, found[task], circuit, metric=on_logit)
     circuit = circuit.with_edges(edges[edges.source.isin(circuit.nodes.index)], per_node=2)  # error nodes are not drawn
     figures.circuit_graph(circuit.nodes, circuit.edges, title=f"{names[task]}: m is the logit")
     plt.show()
@@ -482,12 +496,14 @@ store.save(
 )
 
 # %%
-own_mean, spared = float(own.mean()), float(change[off_diagonal].mean())
+# means are over the tasks that have a value
+mean = lambda values: float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
+own_mean, spared = mean(own), mean(change[off_diagonal])
 half, half_logprob = needed["the logit"], needed["the log-probability"]
-median, ratio = float(np.median(half)), float(control.mean() / own_mean)
-in_group, out_group = float(change[same_group].mean()), float(change[unrelated].mean())
-kept, left_100 = dict(zip(counts, keep.mean(axis=0).tolist(), strict=True)), float(inverse[:, counts.index(100)].mean())
-middle_cell, many = float(np.median(change[off_diagonal])), float(strong.sum() / off_diagonal.sum())
+median, ratio = float(np.median(half)), mean(control) / own_mean if own_mean else np.nan
+in_group, out_group = mean(change[same_group]), mean(change[unrelated])
+kept, left_100 = dict(zip(counts, np.nanmean(keep, axis=0).tolist(), strict=True)), mean(inverse[:, counts.index(100)])
+middle_cell, many = float(np.nanmedian(change[off_diagonal])), float(strong.sum() / max(1, off_diagonal.sum()))
 specific = bool(reached.all() and half.min() >= 12 and half.max() <= 912 and spared > -0.1)
 numbers = [
     ("nodes_to_halve", "Sec 4.2", 195, median, "median of at most 300 nodes", median <= 300),

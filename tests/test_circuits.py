@@ -11,11 +11,12 @@ import pytest
 
 from icl_lib.circuits import (
     Circuit,
+    Groups,
+    OnLogits,
     brute_force_effects,
     edge_effects,
     faithfulness,
     node_effects,
-    node_roles,
     nodes_to_halve,
     prepare,
     random_ranking,
@@ -32,6 +33,8 @@ from icl_lib.tasks.prompts import _Label
 
 P, X, A, Y, N = Role.PROMPT, Role.INPUT, Role.ARROW, Role.OUTPUT, Role.NEWLINE
 LAYERS = (1, 2)
+LOGPROB = OnLogits(pair_logprob)
+node_roles = lambda prompts: Groups.by_role(prompts).index
 
 
 def make(seed: int, batch: int = 3) -> Prompts:
@@ -72,20 +75,20 @@ def world():
 
 @pytest.fixture(scope="module")
 def effects(world):
-    return node_effects(*world, LAYERS)
+    return node_effects(*world, LAYERS, metric=LOGPROB)
 
 
 @pytest.fixture(scope="module")
 def setting(world):
     model, suite, prompts = world
-    return prepare(model, suite, prompts, layers=LAYERS)
+    return prepare(model, suite, prompts, layers=LAYERS, metric=LOGPROB)
 
 
 @pytest.fixture(scope="module")
 def clean(world):
     """The clean pass of the first task."""
     model, suite, prompts = world
-    return clean_pass(model, suite_in_layers(model, suite, LAYERS), first_task(prompts), pair_logprob)
+    return clean_pass(model, suite_in_layers(model, suite, LAYERS), first_task(prompts), LOGPROB)
 
 
 def first_task(prompts: Prompts) -> Prompts:
@@ -108,6 +111,99 @@ def spliced_by_hand(model, suite, prompts, masks, scale):
 
 def empty_masks(suite, prompts):
     return {site: np.zeros((*prompts.tokens.shape, sae.d_sae), bool) for site, sae in suite.items()}
+
+
+def values_at(logits, cache, batch):
+    """A probe: the square of a direction of the residual stream at layer 2, mean over tokens; it reads no logits."""
+    return jnp.mean(cache[Site("resid_pre", 2)][..., 3] ** 2, axis=-1)
+
+
+values_at.sites = (Site("resid_pre", 2),)
+
+
+@eqx.filter_jit
+def probed_by_hand(model, suite, tokens, masks, scale):
+    """`values_at` with `scale` times the latents masks[site] taken out, each SAE on its own."""
+    taken, seen = {}, {}
+
+    def tap(site, x):
+        if site in suite:
+            sae = suite[site]
+            taken[sae.site_out] = scale * jnp.where(masks[site], sae.encode(x), 0.0) @ sae.W_dec
+        x = x - taken.pop(site) if site in taken else x
+        seen[site] = x
+        return x
+
+    model(tokens, tap=tap)
+    return values_at(None, seen, None).mean()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """A batch that knows nothing of in-context learning: tokens, and which of them count."""
+
+    tokens: jax.Array
+    real: jax.Array
+
+
+jax.tree_util.register_dataclass(Plain, data_fields=["tokens", "real"], meta_fields=[])
+
+
+@pytest.mark.parametrize("by", ["by_position", "all_tokens"])
+def test_a_probe_on_activations_with_any_groups(world, by):
+    """Effects against finite differences, single ablations against masks, and edges that end in the same nodes."""
+    model, suite, prompts = world
+    batch = Plain(first_task(prompts).tokens, first_task(prompts).real)
+    with pytest.raises(ValueError, match="has no roles"):
+        node_effects(model, suite, batch, LAYERS, metric=values_at)
+    groups = getattr(Groups, by)(batch)
+    real = np.asarray(batch.real)
+    assert (np.asarray(groups.index)[~real] == 0).all() and (np.asarray(groups.index)[real] > 0).all()
+    assert groups.names == (("none", "all") if by == "all_tokens" else ("none", *map(str, range(18))))
+    effects, eps = node_effects(model, suite, batch, LAYERS, metric=values_at, groups=groups), 0.02
+    assert np.abs(effects.latents[Site("resid_pre", 2)]).max() > 1e-3
+    assert not np.asarray(effects.latents[Site("mlp_in", 2)]).any()  # written after what the probe reads
+    nodes = Circuit.from_effects(effects, n=6).nodes
+    stack = lambda tree: jax.tree.map(lambda a: a[None], tree)
+    setting = prepare(model, suite, stack(batch), layers=LAYERS, metric=values_at, groups=stack(groups))
+    exact = brute_force_effects(setting, nodes)
+    folded = suite_in_layers(model, suite, LAYERS)
+    for node, found in zip(nodes.itertuples(), exact, strict=True):
+        (site,) = (s for s in folded if (s.layer, s.kind) == (node.layer, node.kind))
+        masks = empty_masks(folded, batch)
+        masks[site][..., node.latent] = np.asarray(groups.index) == groups.names.index(node.group)
+        run = lambda scale, masks=masks: probed_by_hand(model, folded, batch.tokens, masks, jnp.float32(scale))
+        np.testing.assert_allclose((run(-eps) - run(eps)) / (2 * eps), node.effect, rtol=0.03, atol=2e-4)
+        np.testing.assert_allclose(found, run(0) - run(1), rtol=0.03, atol=1e-5)
+    circuit = Circuit.from_effects(effects, n=6)
+    edges = edge_effects(model, suite, batch, circuit, metric=values_at, groups=groups)
+    assert set(edges.target) <= set(circuit.nodes.index) and len(edges)
+    assert Circuit.from_json(circuit.to_json()).nodes.group.tolist() == circuit.nodes.group.tolist()
+
+
+def test_a_probe_before_what_is_ablated_is_refused(world):
+    model, suite, prompts = world
+    with pytest.raises(ValueError, match="before layer 2"):
+        early = lambda logits, cache, batch: cache[Site("resid_pre", 1)].mean(axis=(1, 2))
+        early.sites = (Site("resid_pre", 1),)
+        prepare(model, suite, prompts, layers=[2], metric=early)
+
+
+def test_a_task_that_ablation_leaves_alone_has_no_faithfulness(setting, effects):
+    flat = eqx.tree_at(lambda s: s.empty, setting, setting.full.at[1:].set(setting.empty[1:]))
+    share = np.asarray(flat.faithfulness(flat.full[:, None]))
+    assert np.isnan(share[0]).all() and not np.isnan(share[1:]).any()
+    count, reached = nodes_to_halve(flat, rank_nodes(effects), max_nodes=3)
+    assert not reached[0] and count[0] == 3
+
+
+def test_prompts_longer_than_the_context_are_refused(world):
+    model, suite, prompts = world
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, n_ctx=12))
+    with pytest.raises(ValueError, match="12"):
+        node_effects(model, suite, first_task(prompts), LAYERS, metric=LOGPROB)
+    with pytest.raises(ValueError, match="12"):
+        prepare(model, suite, prompts, layers=LAYERS, metric=LOGPROB)
 
 
 def test_node_roles_take_the_last_token_of_words_and_leave_the_answer_out():
@@ -146,7 +242,7 @@ def test_effects_are_complete(world, effects, clean):
 
 def test_mean_patch_compares_with_the_mean_over_the_role(world, effects, clean):
     model, suite, prompts = world
-    mean = node_effects(model, suite, prompts, LAYERS, patch="mean")
+    mean = node_effects(model, suite, prompts, LAYERS, metric=LOGPROB, patch="mean")
     one = first_task(prompts)
     site, here = Site("mlp_in", 2), np.asarray(node_roles(one)) == A
     f, g = (
@@ -172,9 +268,9 @@ def test_brute_force_equals_the_estimate_where_the_model_is_linear(world, getkey
     gains = lambda m: [m.norm.weight, *[w for b in m.blocks for w in (b.ln1.weight, b.ln2.weight)]]
     model = eqx.tree_at(gains, model, [w + 1e6 for w in gains(model)])
     one = stack_prompts([first_task(prompts)])
-    circuit = Circuit.from_effects(node_effects(model, suite, one, LAYERS, linear_logits).task(0))
+    circuit = Circuit.from_effects(node_effects(model, suite, one, LAYERS, metric=OnLogits(linear_logits)).task(0))
     circuit = Circuit(circuit.nodes.iloc[:: max(1, len(circuit.nodes) // 25)])
-    setting = prepare(model, suite, one, layers=LAYERS, metric=linear_logits)
+    setting = prepare(model, suite, one, layers=LAYERS, metric=OnLogits(linear_logits))
     exact = brute_force_effects(setting, circuit.nodes)
     assert np.abs(exact).max() > 0.01
     np.testing.assert_allclose(exact, circuit.nodes.effect, rtol=2e-3, atol=2e-5)
@@ -183,7 +279,7 @@ def test_brute_force_equals_the_estimate_where_the_model_is_linear(world, getkey
 def test_faithfulness_ends_at_one_and_zero(world, effects, setting):
     model, suite, prompts = world
     ranking = rank_nodes(effects)
-    positive = prepare(model, suite, prompts, layers=LAYERS, empty="positive", effects=effects)
+    positive = prepare(model, suite, prompts, layers=LAYERS, metric=LOGPROB, empty="positive", effects=effects)
     plain = pair_logprob(model(prompts.tokens[0]), first_task(prompts)).mean()
     np.testing.assert_allclose(setting.full[0], plain, rtol=1e-5)
     n = int(ranking.n.max())
@@ -220,7 +316,7 @@ def test_ranking_orders_positive_effects_and_compact_keeps_the_first(effects):
 
 
 def nodes_per_cell(ranking, site, n) -> np.ndarray:
-    """Nodes of a site among the first n of every task, by role (tasks, n_roles)."""
+    """Nodes of a site among the first n of every task, by role (tasks, n_groups)."""
     return (np.asarray(ranking.rank[site]) < np.minimum(n, np.asarray(ranking.n))[:, None, None]).sum(axis=-1)
 
 
@@ -269,9 +365,9 @@ def test_empty_ranks_of_a_control_are_passed_over(effects, setting, getkey):
 def test_matrix_has_the_own_curve_on_its_diagonal(world):
     """Under mean ablation, where the means are those of the tested task."""
     model, suite, prompts = world
-    effects = node_effects(model, suite, prompts, LAYERS, patch="mean")
+    effects = node_effects(model, suite, prompts, LAYERS, metric=LOGPROB, patch="mean")
     ranking = rank_nodes(effects)
-    setting = prepare(model, suite, prompts, layers=LAYERS, patch="mean", effects=effects)
+    setting = prepare(model, suite, prompts, layers=LAYERS, metric=LOGPROB, patch="mean", effects=effects)
     matrix = task_matrix(setting, ranking, jnp.array([3, 15, 40], jnp.int32))
     own = faithfulness(setting, ranking, [3, 15, 40], "inverse")
     np.testing.assert_allclose(jnp.diagonal(matrix), jnp.diagonal(own), rtol=1e-3, atol=1e-4)
@@ -281,7 +377,7 @@ def test_matrix_has_the_own_curve_on_its_diagonal(world):
 def test_nodes_to_halve_is_a_crossing(world, effects):
     model, suite, prompts = world
     ranking = rank_nodes(effects)
-    setting = prepare(model, suite, prompts, layers=LAYERS, empty="positive", effects=effects)
+    setting = prepare(model, suite, prompts, layers=LAYERS, metric=LOGPROB, empty="positive", effects=effects)
     count, reached = nodes_to_halve(setting, ranking, target=0.5)
     assert reached.all()
     curve = faithfulness(setting, ranking, range(int(count.max()) + 1), "inverse")
@@ -297,7 +393,7 @@ def draw(world, effects) -> Circuit:
     nodes = Circuit.from_effects(effects.task(0), errors=True).nodes
     latents = nodes[nodes.latent >= 0].groupby(["layer", "kind"]).head(2)
     circuit = Circuit(pd.concat([latents, nodes[nodes.latent < 0]]))
-    return circuit.with_edges(edge_effects(model, suite, first_task(prompts), circuit), per_node=100)
+    return circuit.with_edges(edge_effects(model, suite, first_task(prompts), circuit, metric=LOGPROB), per_node=100)
 
 
 @pytest.fixture(scope="module")
@@ -321,14 +417,14 @@ def check_edges(world, drawn, kinds, layers=LAYERS, every=2):
     model, suite, prompts = world
     prompts = first_task(prompts)
     suite = suite_in_layers(model, suite, layers)
-    clean = clean_pass(model, suite, prompts, pair_logprob)
+    clean = clean_pass(model, suite, prompts, LOGPROB)
     edges = drawn.edges.set_index(["source", "target"]).effect
     roles, eps = np.asarray(node_roles(prompts)), np.float32(1e-2)
     f = {site: np.asarray(sae.encode(clean.reads[site])) for site, sae in suite.items()}
     site_of = lambda node: Site(kinds[node.kind][0], node.layer)
 
     def written(node):
-        site, here = site_of(node), (roles == int(Role[node.role]))[..., None]
+        site, here = site_of(node), (roles == int(Role[node.group]))[..., None]
         if node.latent >= 0:
             return here * f[site][..., node.latent, None] * np.asarray(suite[site].W_dec)[node.latent]
         return here * (np.asarray(clean.writes[site]) - np.asarray(suite[site].decode(jnp.asarray(f[site]))))
@@ -357,7 +453,7 @@ def check_edges(world, drawn, kinds, layers=LAYERS, every=2):
                 continue
             site, feed = site_of(target), Site(kinds[target.kind][1], target.layer)
             weight = np.asarray(clean.grads[site]) @ np.asarray(suite[site].W_dec)[target.latent]
-            weight = weight * (f[site][..., target.latent] > 0) * (roles == int(Role[target.role]))
+            weight = weight * (f[site][..., target.latent] > 0) * (roles == int(Role[target.group]))
             up, down = (suite[site].pre(seen_with(model, prompts.tokens, s * step, feed, site)) for s in (1.0, -1.0))
             slope = (np.asarray(up - down)[..., target.latent] / (2 * eps) * weight).sum()
             np.testing.assert_allclose(edges.get((source.Index, target.Index), 0.0), slope, rtol=0.03, atol=2e-4)
@@ -368,7 +464,7 @@ def check_edges(world, drawn, kinds, layers=LAYERS, every=2):
 def test_edges_agree_with_a_change_along_the_residual_stream(world, drawn):
     fed = {
         "residual": ("resid_pre", "resid_pre"),
-        "attn_out": ("attn_out", "resid_pre"),
+        "attention": ("attn_out", "resid_pre"),
         "transcoder": ("mlp_in", "resid_mid"),
     }
     check_edges(world, drawn, fed)
@@ -380,10 +476,10 @@ def test_edges_of_mixed_values_and_of_parallel_blocks(family):
     config, layers = tiny_config(family, n_heads=2, n_kv_heads=2, d_head=6, rotary_dim=4), (0, 1)
     keys = iter(jax.random.split(jax.random.key(5), 9))
     model = jax.tree.map(lambda w: w * 1.5 if w.ndim == 2 else w, Transformer.init(config, key=next(keys)))
-    mlp = ("transcoder", "mlp_normalized") if family == "gemma2" else ("mlp_out", "mlp_out")
+    mlp = ("transcoder", "mlp_normalized") if family == "gemma2" else ("mlp", "mlp_out")
     kinds = {
         "residual": ("resid_pre",) * 2,
-        "attn_out": ("z", "resid_pre"),
+        "attention": ("z", "resid_pre"),
         mlp[0]: (mlp[1], "resid_pre" if config.parallel else "resid_mid"),
     }
     suite = {}
@@ -391,13 +487,13 @@ def test_edges_of_mixed_values_and_of_parallel_blocks(family):
         out = Site("mlp_out", site.layer) if site.name.startswith("mlp") else site
         suite[site] = make_sae(next(keys), site, out, d=config.width(site.name))
     world = model, suite, stack_prompts([make(0)])
-    check_edges(world, draw(world, node_effects(*world, layers)), kinds, layers, every=5)
+    check_edges(world, draw(world, node_effects(*world, layers, metric=LOGPROB)), kinds, layers, every=5)
 
 
 def test_two_saes_of_one_kind_and_layer_are_refused(world):
     model, suite, _ = world
     twin = make_sae(jax.random.key(0), Site("z", 1), Site("z", 1))
-    with pytest.raises(ValueError, match=r"are both the attn_out of layer 1: leave one out"):
+    with pytest.raises(ValueError, match=r"are both the attention of layer 1: leave one out"):
         suite_in_layers(model, suite | {Site("z", 1): twin}, LAYERS)
 
 
@@ -407,9 +503,9 @@ def test_circuit_tables_and_graph(world, effects, drawn):
     circuit = Circuit.from_effects(effects, n=12)
     assert len(circuit.nodes) == 12 and (circuit.nodes.effect.diff().dropna() <= 0).all()
     row = circuit.nodes.iloc[0]
-    site = Site({"residual": "resid_pre", "attn_out": "attn_out", "transcoder": "mlp_in"}[row.kind], int(row.layer))
+    site = Site({"residual": "resid_pre", "attention": "attn_out", "transcoder": "mlp_in"}[row.kind], int(row.layer))
     assert row.effect == max(float(t.max()) for t in effects.latents.values())
-    assert np.isclose(effects.latents[site][Role[row.role], row.latent], row.effect)
+    assert np.isclose(effects.latents[site][Role[row.group], row.latent], row.effect)
     few = drawn.with_edges(drawn.edges, per_node=1)
     assert len(few.edges) == len(drawn.nodes) and drawn.edges.effect.abs().is_monotonic_decreasing
     assert set(drawn.to_networkx().edges) == set(zip(drawn.edges.source, drawn.edges.target, strict=True))
@@ -426,18 +522,18 @@ def test_bad_requests_end_with_one_message(world, effects, setting):
     model, suite, prompts = world
     one = first_task(prompts)
     with pytest.raises(ValueError, match="must be in 0..2"):
-        node_effects(model, suite, one, [7])
+        node_effects(model, suite, one, [7], metric=LOGPROB)
     with pytest.raises(ValueError, match=r"no SAE in layers \[0\]"):
-        node_effects(model, suite, one, [0, 1])
+        node_effects(model, suite, one, [0, 1], metric=LOGPROB)
     with pytest.raises(ValueError, match="n_shots >= 1"):
-        node_effects(model, suite, dataclasses.replace(one, n_shots=0), LAYERS)
+        node_effects(model, suite, dataclasses.replace(one, n_shots=0), LAYERS, metric=LOGPROB)
     with pytest.raises(ValueError, match="stack_prompts"):
-        prepare(model, suite, one, layers=LAYERS)
+        prepare(model, suite, one, layers=LAYERS, metric=LOGPROB)
     with pytest.raises(ValueError, match="pass effects"):
-        prepare(model, suite, prompts, layers=LAYERS, patch="mean")
+        prepare(model, suite, prompts, layers=LAYERS, metric=LOGPROB, patch="mean")
     with pytest.raises(ValueError, match="another model"):
         wide = {Site("resid_pre", 1): make_sae(jax.random.key(0), Site("resid_pre", 1), Site("resid_pre", 1), d=8)}
-        node_effects(model, wide, one, [1])
+        node_effects(model, wide, one, [1], metric=LOGPROB)
     ranking = rank_nodes(effects)
     upper = dataclasses.replace(setting, suite={site: sae for site, sae in setting.suite.items() if site.layer == 2})
     with pytest.raises(ValueError, match="same layers"):

@@ -1,11 +1,14 @@
 """Features against plain NumPy sums, a corpus scored by hand, and a detector that drives an executor by construction."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from icl_lib.circuits import Groups
 from icl_lib.features import (
     LengthSweep,
     activation_mass,
@@ -17,11 +20,11 @@ from icl_lib.features import (
     length_sweep,
     loss_decrease,
     mean_strength,
+    percentile_of,
     random_latents,
     serves_one,
     stands_out,
     top_examples,
-    window_text,
 )
 from icl_lib.models import Site, Transformer, run_with_cache, tiny_config
 from icl_lib.saes import SAE
@@ -96,11 +99,6 @@ def test_top_examples_are_those_of_the_whole_corpus(model, getkey):
         np.testing.assert_allclose(found.activation[i], f[order][..., i], rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(found.tokens[i], corpus[order])
     assert (np.diff(found.peak, axis=1) <= 0).all()
-
-
-def test_windows_are_shown_with_their_peak():
-    words, values = ["hot", "and", "<b>", "\n"], np.array([0.0, 1.0, 4.0, 0.0])
-    assert window_text(words, values) == "hot and [<b>] \\n"
 
 
 def test_token_windows_begin_with_bos_and_cover_the_text():
@@ -302,8 +300,64 @@ def test_random_latents_are_active_and_new(getkey):
     assert sorted(random_latents(active, 3, [4], key=getkey())) == [1, 6, 9]
     assert len(random_latents(active, 2, [4], key=getkey())) == 2
     assert sorted(random_latents(active, 50, [4], key=getkey())) == [1, 6, 9]  # no more than there are
-    with pytest.raises(ValueError, match="no active latent is left"):
-        random_latents(active, 4, [1, 4, 6, 9], key=getkey())
+    assert random_latents(active, 4, [1, 4, 6, 9], key=getkey()).shape == (0,)
+
+
+@pytest.mark.filterwarnings("error")
+def test_without_latents_nothing_is_known_and_nothing_fails(model, getkey):
+    sae, here, none = make_sae(getkey(), 1), cut(model, stack_prompts([make(0), make(1)]), 1), np.zeros(0, int)
+    assert latent_decrease(model, sae, here, none, 3.0).shape == (2, 0)
+    found = length_sweep(model, sae, here, none, none, (0.5, 1.0))
+    assert np.isnan(found.best).all() and np.isnan(found.control).all() and np.isnan(found.margin).all()
+    assert found.clearest == pytest.approx(found.norm)
+    alone = length_sweep(model, sae, here, np.array([1]), none, (0.5, 1.0))
+    assert not np.isnan(alone.margin).any() and alone.clearest in alone.lengths
+    assert not stands_out(np.array([0.9, np.nan]), np.zeros((2, 0))).any()
+    assert np.isnan(percentile_of(np.zeros((2, 0)), 95)).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_executor_that_no_task_wakes_has_no_strength():
+    effect = np.array([[[0.5, np.nan]], [[0.2, np.nan]]], np.float32)
+    for found in (display_strength(effect), display_strength(effect, np.ones_like(effect)), mean_strength(effect)):
+        assert np.isnan(found[0, 1]) and found[0, 0] > 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_latents_that_never_fire_have_no_mean_mass(model, getkey):
+    sae = make_sae(getkey(), 1)
+    found = activation_mass(
+        model, eqx.tree_at(lambda s: s.threshold, sae, sae.threshold + 1e6), stack_prompts([make(0), make(1)]), [3, 5]
+    )
+    assert np.isnan(found.mass).all() and np.isnan(found.mean).all() and not found.total.any()
+
+
+def test_mass_by_other_groups(model, getkey):
+    sae, prompts = make_sae(getkey(), 1), stack_prompts([make(i) for i in range(2)])
+    found = activation_mass(model, sae, prompts, [4, 7], Groups.by_position(prompts))
+    assert found.mass.shape == (2, 1 + prompts.tokens.shape[-1])
+    np.testing.assert_allclose(found.mass.sum(axis=1), 1, rtol=1e-5)
+
+
+def test_active_latents_of_the_tokens_that_count(model, getkey):
+    sae, prompts = make_sae(getkey(), 1), stack_prompts([make(0), make(1)])
+    f = [np.asarray(sae.encode(run_with_cache(model, rows, [sae.site_in])[1][sae.site_in])) for rows in prompts.tokens]
+    expected = (np.stack(f) > 0)[np.asarray(prompts.real)].any(axis=0)
+    assert active_latents(model, sae, prompts.tokens, prompts.real).tolist() == expected.tolist()
+    assert not active_latents(model, sae, prompts.tokens, np.zeros(prompts.tokens.shape, bool)).any()
+
+
+def test_prompts_longer_than_the_context_are_refused(model, getkey):
+    sae, high, prompts = make_sae(getkey(), 1), make_sae(getkey(), 2), stack_prompts([make(0)])
+    short = dataclasses.replace(model, config=dataclasses.replace(model.config, n_ctx=5))
+    for run in (
+        lambda: activation_mass(short, sae, prompts, [0]),
+        lambda: detector_executor(short, sae, high, prompts, [0], [0]),
+        lambda: top_examples(short, sae, np.asarray(prompts.tokens[0]), [0], k=1),
+        lambda: active_latents(short, sae, prompts.tokens),
+    ):
+        with pytest.raises(ValueError, match="5"):
+            run()
 
 
 def test_bad_requests_end_with_one_message(model, getkey):

@@ -257,13 +257,17 @@ def test_the_flops_of_saes_are_those_of_what_notebooks_compute(what):
         {sae.site_in: sae for layer in (1, 2) for sae in some_saes(layer, costs.latents())},
     )
     b, s = prompts.tokens.shape
-    roles = circuits.effects.node_roles(prompts)
+    roles = circuits.Groups.by_role(prompts)
 
     def ablation(model, suite, resid):
         gate = {site: jnp.ones((len(Role), sae.d_sae), bool) for site, sae in suite.items()}
-        return pair_logprob(model.run_from(1, resid, tap=circuits.ablation.splice(suite, roles, gate, None)), prompts)
+        return pair_logprob(
+            model.run_from(1, resid, tap=circuits.ablation.splice(suite, roles.index, gate, None)), prompts
+        )
 
-    effects = lambda model, suite, resid: circuits.effects._task_effects(model, suite, prompts, pair_logprob, "zero")
+    effects = lambda model, suite, resid: circuits.effects._task_effects(
+        model, suite, prompts, roles, circuits.OnLogits(pair_logprob), "zero"
+    )
     model = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract(config))
     run = {"node effects": effects, "ablation": ablation}[what]
     found = jax.jit(run).lower(model, suite, jnp.zeros((b, s, config.d_model))).compile().cost_analysis()["flops"]

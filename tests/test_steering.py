@@ -15,17 +15,16 @@ from icl_lib.vectors import (
     inserted_nll,
     inserted_nll_by_layer,
     latent_directions,
-    latent_nll,
     negative_steering,
     relative_change,
     steer,
+    task_vector,
 )
 from tests.planted import (
     AT,
     D_VOCAB,
     N_TASKS,
     planted_model,
-    planted_prompts,
     planted_sae,
     planted_stack,
     planted_task,
@@ -129,6 +128,12 @@ def test_gradient_sees_only_the_vector(model, getkey):
     assert np.isclose(slope, numeric, rtol=2e-2, atol=1e-3)
 
 
+def latent_nll(model, sae, frozen, latents, scale):
+    """NLL (task, latent, b) with one latent alone steering."""
+    directions = latent_directions(sae, latents, scale)
+    return inserted_nll(model, frozen, jnp.broadcast_to(directions, (*frozen.tasks, *directions.shape)))
+
+
 def test_executors_and_detectors_pick_their_task(planted):
     executors = latent_nll(planted, planted_sae(1), cut(planted, planted_stack(6, 0), 1), jnp.array(AT.exe), 1.0).mean(
         -1
@@ -211,6 +216,23 @@ def test_bad_input_is_named(model, planted):
     with pytest.raises(ValueError, match="before the cut at layer 1"):
         inserted_nll_by_layer(model, frozen, jnp.zeros((2, 16)))
     with pytest.raises(ValueError, match="SAE writes vectors of width 64, the model has d_model = 16"):
-        latent_nll(model, planted_sae(1), frozen, jnp.array([0]), 1.0)
-    with pytest.raises(ValueError, match=r"latents must be one or more numbers in 0\.\.63"):
-        latent_nll(planted, planted_sae(1), cut(planted, planted_prompts(0, 2, 0), 1), jnp.array([64]), 1.0)
+        negative_steering(model, planted_sae(1), prompts, 1, jnp.array([0]), 1.0)
+    with pytest.raises(ValueError, match=r"latents \[64\] do not exist.*0\.\.63"):
+        latent_directions(planted_sae(1), jnp.array([64]), 1.0)
+
+
+def test_a_loss_of_zero_has_no_relative_change():
+    assert np.isnan(relative_change(jnp.ones((2, 3)), jnp.zeros((2, 3)))).all()
+
+
+def test_no_vectors_have_no_loss(model):
+    frozen = cut(model, planted_stack(2, 1), 1)
+    assert inserted_nll(model, frozen, jnp.zeros((N_TASKS, 0, 16))).shape == (N_TASKS, 0, 2)
+
+
+def test_prompts_longer_than_the_context_are_refused(model):
+    short = dataclasses.replace(model, config=dataclasses.replace(model.config, n_ctx=5))
+    with pytest.raises(ValueError, match="5"):
+        cut(short, long_answers(2, 2), 1)
+    with pytest.raises(ValueError, match="5"):
+        task_vector(short, long_answers(2, 2))

@@ -1,18 +1,17 @@
 """A circuit: a table of nodes, a table of edges, and the graph that they make."""
 
 import dataclasses
-import io
 import json
 
 import networkx as nx
 import numpy as np
 import pandas as pd
 
-from icl_lib.circuits.effects import KINDS, Effects
+from icl_lib.circuits.effects import Effects
 from icl_lib.files.processes import to_host
-from icl_lib.tasks import Role
+from icl_lib.models import Site
 
-NODE_COLUMNS = ["layer", "kind", "latent", "role", "effect"]
+NODE_COLUMNS = ["layer", "kind", "latent", "group", "effect"]
 EDGE_COLUMNS = ["source", "target", "effect"]
 ERROR = -1  # the latent number of an error node
 
@@ -21,32 +20,23 @@ def node_names(nodes: pd.DataFrame) -> list[str]:
     """Readable ids, e.g. "residual.3.512.ARROW", "transcoder.2.error.INPUT"."""
     number = ["error" if latent == ERROR else str(latent) for latent in nodes.latent]
     return [
-        f"{kind}.{layer}.{i}.{role}"
-        for kind, layer, i, role in zip(nodes.kind, nodes.layer, number, nodes.role, strict=True)
+        f"{kind}.{layer}.{i}.{group}"
+        for kind, layer, i, group in zip(nodes.kind, nodes.layer, number, nodes.group, strict=True)
     ]
 
 
-def _rows(table: np.ndarray, layer: int, kind: str, error: bool) -> pd.DataFrame:
-    """The non-zero entries of one site's effects (n_roles, d_sae) as rows."""
-    role, latent = np.nonzero(table)
-    names = np.array([r.name for r in Role], object)
-    return pd.DataFrame(
-        {
-            "layer": layer,
-            "kind": kind,
-            "latent": ERROR if error else latent,
-            "role": names[role],
-            "effect": table[role, latent],
-        },
-        columns=NODE_COLUMNS,
-    )
+def _rows(table: np.ndarray, site: Site, names: tuple[str, ...], error: bool) -> pd.DataFrame:
+    """The non-zero entries of one site's effects (n_groups, d_sae) as rows."""
+    group, latent = np.nonzero(table)
+    columns = (site.layer, site.kind, ERROR if error else latent, np.array(names, object)[group], table[group, latent])
+    return pd.DataFrame(dict(zip(NODE_COLUMNS, columns, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Circuit:
     """Nodes and edges with their effects on the metric (positive helps), strongest first.
 
-    `nodes` has the columns layer, kind (residual, attn_out, transcoder, mlp_out), latent (-1 for an error node), role and effect,
+    `nodes` has the columns layer, kind (as `Site.kind`), latent (-1 for an error node), group (of tokens) and effect,
     and readable names as its index; `edges` has source, target (such names) and effect.
     """
 
@@ -60,15 +50,16 @@ class Circuit:
 
     @classmethod
     def from_effects(cls, effects: Effects, n: int | None = None, errors: bool = False) -> "Circuit":
-        """The n nodes of one task with the largest positive effects, or all with any effect; `errors` lists error nodes too.
+        """The n nodes of one task with the largest positive effects, or all with any effect; `errors` lists error nodes
+        too.
 
         Raises `ValueError` for effects of stacked tasks.
         """
         if effects.metric.ndim:
             raise ValueError("a circuit belongs to one task: take effects.task(i) from effects of stacked tasks")
-        parts = [_rows(to_host(t), s.layer, KINDS[s.name], False) for s, t in effects.latents.items()]
+        parts = [_rows(to_host(t), site, effects.names, False) for site, t in effects.latents.items()]
         if errors:
-            parts += [_rows(to_host(t)[:, None], s.layer, KINDS[s.name], True) for s, t in effects.errors.items()]
+            parts += [_rows(to_host(t)[:, None], site, effects.names, True) for site, t in effects.errors.items()]
         nodes = pd.concat(parts).sort_values("effect", ascending=False, kind="stable")
         circuit = cls(nodes.set_axis(node_names(nodes)))
         return circuit if n is None else circuit.top(n)
@@ -106,8 +97,6 @@ class Circuit:
         data = json.loads(text)
         if set(data) != {"nodes", "edges"}:
             raise ValueError(f"a circuit's JSON has the keys nodes and edges, got {sorted(data)}")
-        read = lambda rows, columns: (
-            pd.read_json(io.StringIO(json.dumps(rows))) if rows else pd.DataFrame(columns=columns)
-        )
+        read = lambda rows, columns: pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
         nodes = read(data["nodes"], NODE_COLUMNS)
         return cls(nodes.set_axis(node_names(nodes)), read(data["edges"], EDGE_COLUMNS))

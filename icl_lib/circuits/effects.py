@@ -1,40 +1,60 @@
-r"""Node effects: how much each SAE latent, at each role of a prompt, adds to a metric.
+r"""Node effects: how much each SAE latent, at each group of tokens, adds to a metric.
 
-A node is (site, role, latent). Its indirect effect under zero ablation, to first order at the clean run, is
+A node is (site, group, latent). Its indirect effect under zero ablation, to first order at the clean run, is
 
-$$\widehat{IE}_{r,i} = \frac{1}{B} \sum_b \sum_{t \in r} f_i(x_{b,t})\; W_{dec,i} \cdot \nabla_{y_{b,t}} m ,$$
+$$\widehat{IE}_{g,i} = \frac{1}{B} \sum_b \sum_{t \in g} f_i(x_{b,t})\; W_{dec,i} \cdot \nabla_{y_{b,t}} m ,$$
 
 with x what the SAE reads and y what it writes (for a transcoder x = mlp_in and y = mlp_out). STYLE defines IE as
 m(patched) - m(clean); here the sign is turned, so that **positive means that the node helps** and that ablating it
-would lower m by this much. The error node of a site and role is the same sum with y - decode(f) for f_i W_dec,i.
+would lower m by this much. The error node of a site and group is the same sum with y - decode(f) for f_i W_dec,i.
 All gradients come from one backward pass through zero perturbations at the outputs of all SAEs.
 
 Source: ICL-SFC, Sec. 4.1; SFC (Marks et al. 2025), Sec. 3.1.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from icl_lib.circuits.groups import Groups
 from icl_lib.models import Site, Transformer, compose, perturb, record
+from icl_lib.models.batches import map_tasks
+from icl_lib.models.sites import check_sites
 from icl_lib.saes import SAE
-from icl_lib.tasks import Prompts, Role
-from icl_lib.tasks.metrics import pair_logprob
 
-Metric = Callable[[Array, Prompts], Array]  # (logits, prompts) -> (b,), larger is better
+# (logits, cache, batch) -> (b,), larger is better; the cache has the activations at the sites in `metric.sites`, if any
+Metric = Callable[[Array, dict[Site, Array], Any], Array]
 Suite = dict[Site, SAE]  # keyed by site_in
 Patch = Literal["zero", "mean"]
 
-N_ROLES = len(Role)
-# What an SAE that reads a site is called in a circuit; sites in the order of computation.
-KINDS = {
-    "resid_pre": "residual", "z": "attn_out", "attn_out": "attn_out", "mlp_normalized": "transcoder", "mlp_in": "transcoder",
-    "mlp_out": "mlp_out",
-}  # fmt: skip
+# Sites that the SAEs of a circuit may read, in the order in which the model computes what these write.
+SITES = ("resid_pre", "z", "attn_out", "mlp_normalized", "mlp_in", "mlp_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class OnLogits:
+    """A metric of the logits alone: `OnLogits(pair_logprob)` calls `pair_logprob(logits, batch)`."""
+
+    function: Callable[[Array, Any], Array]
+
+    def __call__(self, logits: Array, cache: dict[Site, Array], batch: Any) -> Array:
+        """The function's value for every prompt."""
+        return self.function(logits, batch)
+
+
+def sites_of(model: Transformer, metric: Metric) -> tuple[Site, ...]:
+    """Sites whose activations a metric asks for. Raises `ValueError` on a layer that the model does not have."""
+    return check_sites(model.config, getattr(metric, "sites", ()))
+
+
+def write_order(site: Site) -> int:
+    """When an SAE writes, counted along the residual stream: residual, attention, MLP of layer 0, 1, ..."""
+    return len(SITES) * site.layer + SITES.index(site.name)
 
 
 def suite_in_layers(model: Transformer, suite: Suite, layers: Iterable[int]) -> Suite:
@@ -51,45 +71,28 @@ def suite_in_layers(model: Transformer, suite: Suite, layers: Iterable[int]) -> 
     missing = [layer for layer in layers if layer not in have]
     if missing:
         raise ValueError(
-            f"the suite has no SAE in layers {missing}, only in {have}: train or load these, or leave them out of layers"
+            f"the suite has no SAE in layers {missing}, only in {have}: train or load these, or leave them out of "
+            "layers"
         )
-    order = list(KINDS)
-    unknown = [str(site) for site in suite if site.name not in KINDS]
-    if unknown:
+    if unknown := [str(site) for site in suite if site.name not in SITES]:
         raise ValueError(
-            f"circuits use SAEs at {', '.join(order)}, but the suite has {', '.join(unknown)}: leave these out of it"
+            f"circuits use SAEs at {', '.join(SITES)}, but the suite has {', '.join(unknown)}: leave these out of it"
         )
-    sites = sorted((s for s in suite if s.layer in layers), key=lambda s: (s.layer, order.index(s.name)))
+    sites = sorted((s for s in suite if s.layer in layers), key=write_order)
     kinds: dict[tuple, Site] = {}
     for site in sites:
         if suite[site].d_in != model.config.width(site.name):
             raise ValueError(
-                f"the SAE at {site} reads d_in = {suite[site].d_in}, but the model has {model.config.width(site.name)} there: "
+                f"the SAE at {site} reads d_in = {suite[site].d_in}, but the model has "
+                f"{model.config.width(site.name)} there: "
                 "was it trained on another model?"
             )
-        if (twin := kinds.setdefault((site.layer, KINDS[site.name]), site)) != site:
+        if (twin := kinds.setdefault((site.layer, site.kind), site)) != site:
             raise ValueError(
-                f"the SAEs at {twin} and {site} are both the {KINDS[site.name]} of layer {site.layer}: leave one out of the suite"
+                f"the SAEs at {twin} and {site} are both the {site.kind} of layer {site.layer}: leave one out of "
+                "the suite"
             )
     return {site: suite[site].fold() for site in sites}
-
-
-def node_roles(prompts: Prompts) -> Int[Array, "*tasks b s"]:
-    """The role under which each token is part of nodes, `Role.OTHER` where it is part of none.
-
-    Of a word or an arrow only the last token counts; BOS, padding and the answer of the query never do.
-    Source: ICL-SFC, Sec. 4.1.1, and the authors' code, which takes the last token of a word.
-    """
-    roles = jnp.zeros_like(prompts.roles)
-    for role in Role:
-        scheme = "last" if role in (Role.INPUT, Role.ARROW, Role.OUTPUT) else "all"
-        roles = jnp.where(prompts.mask(role, scheme) & ~prompts.answer, jnp.asarray(int(role), roles.dtype), roles)
-    return roles
-
-
-def role_indicator(roles: Int[Array, "*batch s"]) -> Float[Array, "*batch s n_roles"]:
-    """One column per role, 1 at its tokens; the column of `Role.OTHER` is zero, because it has no nodes."""
-    return jax.nn.one_hot(roles, N_ROLES, dtype=jnp.float32).at[..., Role.OTHER].set(0.0)
 
 
 class CleanPass(eqx.Module):
@@ -102,17 +105,18 @@ class CleanPass(eqx.Module):
 
 
 @eqx.filter_jit
-def clean_pass(model: Transformer, suite: Suite, prompts: Prompts, metric: Metric) -> CleanPass:
-    """One forward and one backward pass; `prompts` of one task."""
+def clean_pass(model: Transformer, suite: Suite, batch, metric: Metric) -> CleanPass:
+    """One forward and one backward pass; `batch` of one task."""
     outs = [sae.site_out for sae in suite.values()]
 
     def forward(deltas):
         cache: dict[Site, Array] = {}
         # The perturbation comes first, so that a site reads what the rest of the model reads.
-        logits = model(prompts.tokens, tap=compose(perturb(deltas), record([*suite, *outs], cache)))
-        return jnp.mean(metric(logits, prompts)), cache
+        sites = {*suite, *outs, *sites_of(model, metric)}
+        logits = model(batch.tokens, tap=compose(perturb(deltas), record(sites, cache)))
+        return jnp.mean(metric(logits, cache, batch)), cache
 
-    zeros = {sae.site_out: jnp.zeros((*prompts.tokens.shape, sae.W_dec.shape[1])) for sae in suite.values()}
+    zeros = {sae.site_out: jnp.zeros((*batch.tokens.shape, sae.W_dec.shape[1])) for sae in suite.values()}
     (value, cache), grads = jax.value_and_grad(forward, has_aux=True)(zeros)
     pick = lambda values, attribute: {site: values[attribute(site)].astype(jnp.float32) for site in suite}
     reads = pick(cache, lambda site: site)
@@ -127,17 +131,18 @@ def latents_and_error(sae: SAE, x: Float[Array, "b s d_in"], y: Float[Array, "b 
 
 
 class Effects(eqx.Module):
-    """Effects of all nodes, in units of the metric; rows of the tables are roles, by the value of `Role`.
+    """Effects of all nodes, in units of the metric; rows of the tables are groups, in the order of `names`.
 
-    Sums over the positions of the role, averaged over prompts; positive means that the node helps. `means` is the mean
-    activation over the positions of the role (also what mean ablation puts in). Error nodes have one number a role.
-    With stacked prompts every array has a leading task axis.
+    Sums over the tokens of the group, averaged over prompts; positive means that the node helps. `means` is the mean
+    activation over the tokens of the group (also what mean ablation puts in; 0 for a group without tokens). Error nodes
+    have one number a group. With stacked prompts every array has a leading task axis.
     """
 
-    latents: dict[Site, Float[Array, "*tasks n_roles _"]]
-    errors: dict[Site, Float[Array, "*tasks n_roles"]]
-    means: dict[Site, Float[Array, "*tasks n_roles _"]]
+    latents: dict[Site, Float[Array, "*tasks n_groups _"]]
+    errors: dict[Site, Float[Array, "*tasks n_groups"]]
+    means: dict[Site, Float[Array, "*tasks n_groups _"]]
     metric: Float[Array, "*tasks"]
+    names: tuple[str, ...] = eqx.field(static=True)
 
     def task(self, index: int) -> "Effects":
         """The effects of one task of a stack."""
@@ -147,7 +152,7 @@ class Effects(eqx.Module):
 def _site_effects(
     sae: SAE, x: Array, y: Array, grad: Array, indicator: Array, patch: Patch
 ) -> tuple[Array, Array, Array]:
-    """Effects (n_roles, d_sae), error effects (n_roles,) and mean activations (n_roles, d_sae) of one SAE."""
+    """Effects (n_groups, d_sae), error effects (n_groups,) and mean activations (n_groups, d_sae) of one SAE."""
     f, err = latents_and_error(sae, x, y)
     total = lambda values: jnp.einsum("bsf,bsr->rf", values, indicator)
     count = jnp.maximum(jnp.sum(indicator, axis=(0, 1)), 1.0)[:, None]
@@ -160,44 +165,42 @@ def _site_effects(
     return effect, effect_err, mean
 
 
-def _task_effects(model: Transformer, suite: Suite, prompts: Prompts, metric: Metric, patch: Patch) -> Effects:
+def _task_effects(model: Transformer, suite: Suite, batch, groups: Groups, metric: Metric, patch: Patch) -> Effects:
     """Effects on one task."""
-    clean = clean_pass(model, suite, prompts, metric)
-    indicator = role_indicator(node_roles(prompts))
+    clean = clean_pass(model, suite, batch, metric)
+    indicator = groups.indicator()
     parts = {
         s: _site_effects(suite[s], clean.reads[s], clean.writes[s], clean.grads[s], indicator, patch) for s in suite
     }
     latents, errors, means = ({site: part[i] for site, part in parts.items()} for i in range(3))
-    return Effects(latents, errors, means, clean.metric)
+    return Effects(latents, errors, means, clean.metric, groups.names)
 
 
 @eqx.filter_jit
-def _effects(model, suite, prompts, metric, patch):
-    one = lambda each: _task_effects(model, suite, each, metric, patch)
-    if prompts.tokens.ndim == 2:
-        return one(prompts)
-    return map_tasks(one, prompts)
-
-
-def map_tasks(function, *stacked):
-    """`function` on each task of stacked trees, one after another, inside one compiled program."""
-    return jax.lax.map(lambda each: function(*each), stacked)
+def _effects(model, suite, batch, groups, metric, patch):
+    one = lambda batch, groups: _task_effects(model, suite, batch, groups, metric, patch)
+    return map_tasks(one, batch, groups, lead=batch.tokens.shape[:-2])
 
 
 def node_effects(
     model: Transformer,
     suite: Suite,
-    prompts: Prompts,
+    batch: Any,
     layers: Iterable[int],
-    metric: Metric = pair_logprob,
+    *,
+    metric: Metric,
+    groups: Groups | None = None,
     patch: Patch = "zero",
 ) -> Effects:
     r"""Effects of the latents and error nodes of every SAE in `layers`, for one task or a stack of tasks.
 
-    `patch` names what a node would be replaced by: "zero" gives $\nabla m \cdot f$, "mean" $\nabla m \cdot (f - \bar f)$ with
-    $\bar f$ the mean over the positions of the role in these prompts. Raises `ValueError` on a layer out of range, a layer
-    without SAEs, an unknown patch, or prompts too short for the metric.
+    `batch` is a pytree with `tokens`, such as prompts; `groups` (default: by role) says which tokens share a node.
+    `patch` names what a node would be replaced by: "zero" gives $\nabla m \cdot f$, "mean"
+    $\nabla m \cdot (f - \bar f)$ with $\bar f$ the mean over the tokens of the group in this batch. Raises `ValueError`
+    on a layer out of range, a layer without SAEs, an unknown patch, a batch longer than the model's context, or prompts
+    too short for the metric.
     """
     if patch not in ("zero", "mean"):
         raise ValueError(f"patch must be 'zero' or 'mean', got {patch!r}")
-    return _effects(model, suite_in_layers(model, suite, layers), prompts, metric, patch)
+    groups = Groups.by_role(batch) if groups is None else groups
+    return _effects(model, suite_in_layers(model, suite, layers), batch, groups, metric, patch)

@@ -21,12 +21,12 @@ ALL = 2**31 - 1  # upper end of a range of ranks that takes every node
 class Ranking(eqx.Module):
     """Nodes of every task in order: rank 0 is the most helpful, `UNRANKED` one that does not help.
 
-    Column j of a site's table belongs to latent `latent[site][task, j]`; rows are roles. All ranks are below `n`, which
-    is the number of ranked nodes unless ranks are left empty (`random_ranking`). `whole` says that the columns are all
-    latents in their own order.
+    Column j of a site's table belongs to latent `latent[site][task, j]`; rows are groups. All ranks are below `n`,
+    which is the number of ranked nodes unless ranks are left empty (`random_ranking`). `whole` says that the columns
+    are all latents in their own order.
     """
 
-    rank: dict[Site, Int[Array, "tasks n_roles _"]]
+    rank: dict[Site, Int[Array, "tasks n_groups _"]]
     latent: dict[Site, Int[Array, "tasks _"]]
     n: Int[Array, " tasks"]
     whole: bool = eqx.field(static=True, default=True)
@@ -80,13 +80,14 @@ def compact(ranking: Ranking, n: int) -> Ranking:
 def random_ranking(
     ranking: Ranking, effects: Effects, n: Int[Array | np.ndarray, " tasks"], *, key: PRNGKeyArray
 ) -> Ranking:
-    """A control for the first n[task] nodes of `ranking`: a random node in place of each, of the same site and role.
+    """A control for the first n[task] nodes of `ranking`: a random node in place of each, of the same site and group.
 
-    Nodes are drawn without repetition among the active ones outside of these n; active means that the latent fires at the
-    role in the prompts of `effects`. A drawn node has the rank of the node that it stands for, so the first k of the
-    control have as many nodes at every site and role as the first k of the circuit, for every k <= n. Where a role has
-    too few active nodes, the circuit's last ones there have no stand-in and their ranks stay empty; `Ranking.count` says
-    how many nodes there are. For k far below n, draw anew with n = k: this draw leaves out the other n - k nodes as well.
+    Nodes are drawn without repetition among the active ones outside of these n; active means that the latent fires in
+    the group in the prompts of `effects`. A drawn node has the rank of the node that it stands for, so the first k of
+    the control have as many nodes at every site and group as the first k of the circuit, for every k <= n. Where a
+    group has too few active nodes, the circuit's last ones there have no stand-in and their ranks stay empty;
+    `Ranking.count` says how many nodes there are. For k far below n, draw anew with n = k: this draw leaves out the
+    other n - k nodes as well.
     """
     limit = jnp.minimum(jnp.asarray(n, jnp.int32), ranking.n)
     rank = {}
@@ -99,7 +100,7 @@ def random_ranking(
         )  # in the order of the draw
         taken = np.sort(
             np.where(circuit, np.asarray(table), UNRANKED), axis=-1
-        )  # ranks of this site and role, then none
+        )  # ranks of this site and group, then none
         rank[site] = jnp.asarray(np.where(free, np.take_along_axis(taken, place, axis=-1), UNRANKED).astype(np.int32))
     return Ranking(rank, ranking.latent, limit)
 

@@ -1,4 +1,4 @@
-"""Maximally activating examples: the windows of a text in which a latent fires most, and how to show them.
+"""Maximally activating examples: the windows of a text in which a latent fires most, all latents in one pass.
 
 Source: ICL-SFC, Fig. 4.
 """
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from icl_lib.features.roles import check_latents
 from icl_lib.models import Site, Transformer, record
 from icl_lib.saes import SAE
+from icl_lib.vectors.insert import check_latents
 
 
 class Examples(eqx.Module):
@@ -74,14 +74,16 @@ def top_examples(
 ) -> Examples:
     """The k windows that activate each latent most; all latents in one compiled pass over the corpus.
 
-    Tokens where `valid` is false count as inactive; by default those are BOS and padding, where activations mean little.
-    Raises `ValueError` if a latent does not exist or the corpus has fewer than k windows.
+    Tokens where `valid` is false count as inactive; by default those are BOS and padding by their ids; give
+    `prompts.real` for prompts. Raises `ValueError` if a latent does not exist, the corpus has fewer than k windows, or
+    these are longer than the model's context.
     """
     latents, tokens = np.asarray(latents, np.int32), np.asarray(tokens, np.int32)
     check_latents(sae, latents)
     if len(tokens) < k:
         raise ValueError(
-            f"the corpus has {len(tokens)} windows, fewer than the {k} examples asked for: give more text or a smaller k"
+            f"the corpus has {len(tokens)} windows, fewer than the {k} examples asked for: give more text or a "
+            "smaller k"
         )
     if valid is None:
         valid = (tokens != model.config.bos_id) & (tokens != model.config.pad_id)
@@ -93,11 +95,3 @@ def top_examples(
     number, activation = _scan(model, sae, jnp.asarray(latents), jnp.asarray(batches), jnp.asarray(mask), k)
     number = np.asarray(number)
     return Examples(latents, number, tokens[number], np.asarray(activation))
-
-
-def window_text(words: Sequence[str], activation: Float[np.ndarray, " s"], radius: int = 8) -> str:
-    """The words around the peak as one line, the peak in brackets: `the opposite of hot is [cold] .`"""
-    peak = int(np.argmax(activation))
-    start, end = max(0, peak - radius), min(len(words), peak + radius + 1)
-    shown = [f"[{words[i].strip()}]" if i == peak else words[i].strip(" ") for i in range(start, end)]
-    return " ".join(shown).replace("\n", "\\n")

@@ -2,11 +2,13 @@ r"""Detector to executor: does taking a detector out of the output tokens silenc
 
 At layer l_d the residual is changed at the chosen positions, by one of
 
-- steer:  $x' = x - s\,\bar a_d\,W_{dec,d} / |W_{dec,d}|$, with $\bar a_d$ the mean activation of d over all tokens of the prompts
+- steer:  $x' = x - s\,\bar a_d\,W_{dec,d} / |W_{dec,d}|$, with $\bar a_d$ the mean activation of d over
+  all tokens of the prompts
 - ablate: $x' = x - f_d(x)\,W_{dec,d}$, the latent's own contribution taken out, no more
 
-and the blocks up to the executors' layer run on it with their attention patterns frozen at the clean ones: values and MLPs
-respond, queries and keys do not. The effect on executor e is the mean over arrows (the last token of each) at which it was active of
+and the blocks up to the executors' layer run on it with their attention patterns frozen at the clean ones: values and
+MLPs respond, queries and keys do not. The effect on executor e is the mean over arrows (the last token of each) at
+which it was active of
 
 $$p = 1 - \mathrm{clip}(f_e(x') / f_e(x), 0, 1) .$$
 
@@ -25,32 +27,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from icl_lib.features.roles import check_latents
 from icl_lib.models import Site, Transformer, compose, record, replace
+from icl_lib.models.batches import check_stacked, map_tasks
 from icl_lib.saes import SAE
 from icl_lib.tasks import Prompts, Role
+from icl_lib.vectors.insert import check_latents
 
 
 class Links(eqx.Module):
     """Effects of detectors on executors, 0 (none) to 1 (silenced), task by task.
 
-    `effect` has one slice per strength (one in all for ablation); it is NaN where the executor is active at no arrow of the
-    task and 0 where the detector is never active. `peak` is max p over the arrows, 0 in both cases. `detector_mean` and
-    `executor_mean` are the clean mean activations over all tokens and over arrows.
+    `effect` has one slice per strength (one in all for ablation); it is NaN where the executor is active at no arrow of
+    the task and 0 where the detector is never active. `peak` is max p over the arrows, 0 in both cases. `detector_mean`
+    and `executor_mean` are the clean mean activations over all tokens and over arrows.
     """
 
     effect: Float[np.ndarray, "n_strengths tasks n_detectors n_executors"]
     peak: Float[np.ndarray, "n_strengths tasks n_detectors n_executors"]
     detector_mean: Float[np.ndarray, "tasks n_detectors"]
     executor_mean: Float[np.ndarray, "tasks n_executors"]
-
-
-def _some_latents(sae: SAE, latents: Int[Array, " n"]) -> SAE:
-    """The folded SAE with the named latents only."""
-    parts = lambda s: (s.W_enc, s.b_enc, s.threshold, s.W_dec)
-    return eqx.tree_at(
-        parts, sae, (sae.W_enc[:, latents], sae.b_enc[latents], sae.threshold[latents], sae.W_dec[latents])
-    )
 
 
 def _drop(
@@ -68,8 +63,7 @@ def _links(model, detectors: SAE, executors: SAE, tokens, roles, arrows, where, 
     first, last = detectors.site_in, executors.site_in
     patterns = [Site("pattern", layer) for layer in range(first.layer, last.layer)]
 
-    def task(args):
-        tokens, roles, arrows, where = args
+    def task(tokens, roles, arrows, where):
         cache: dict[Site, Array] = {}
         model(tokens, tap=record([first, last, *patterns], cache))
         x, frozen = cache[first], {site: cache[site] for site in patterns}
@@ -100,7 +94,7 @@ def _links(model, detectors: SAE, executors: SAE, tokens, roles, arrows, where, 
         effect, peak = (x.reshape(*grid[0].shape, -1) for x in jax.lax.map(one, tuple(axis.ravel() for axis in grid)))
         return effect, peak, mean_d, mean_e
 
-    return jax.lax.map(task, (tokens, roles, arrows, where))
+    return map_tasks(task, tokens, roles, arrows, where, lead=tokens.shape[:1])
 
 
 def detector_executor(
@@ -117,9 +111,10 @@ def detector_executor(
 ) -> Links:
     """The effect of every detector on every executor in every task of stacked prompts, in one compiled program.
 
-    Both SAEs are residual ones, the executors' later than the detectors'. `positions` are all tokens of outputs, or all tokens;
-    `strengths` are multiples of the detector's mean activation (the paper has 50) and are not used by "ablate". Raises
-    `ValueError` on other sites, an order that cannot act, unknown latents, or prompts that are not stacked.
+    Both SAEs are residual ones, the executors' later than the detectors'. `positions` are all tokens of outputs, or all
+    tokens; `strengths` are multiples of the detector's mean activation (the paper has 50) and are not used by "ablate".
+    Raises `ValueError` on other sites, an order that cannot act, unknown latents, or prompts that are not stacked or
+    too long.
     """
     first, last = sae_detector.site_in, sae_executor.site_in
     for what, site in (("detectors", first), ("executors", last)):
@@ -128,12 +123,10 @@ def detector_executor(
         model.config.check_layer(site.layer, f"layer of the {what}")
     if first.layer >= last.layer:
         raise ValueError(
-            f"detectors act on later layers, so their layer must be below that of the executors, got {first.layer} and {last.layer}"
+            f"detectors act on later layers, so their layer must be below that of the executors, got {first.layer} "
+            f"and {last.layer}"
         )
-    if prompts.tokens.ndim != 3:
-        raise ValueError(
-            f"detector_executor takes stacked prompts (task, batch, seq), got tokens of shape {prompts.tokens.shape}: use stack_prompts"
-        )
+    check_stacked(prompts, "detector_executor")
     if mode not in ("steer", "ablate") or positions not in ("outputs", "all"):
         raise ValueError(
             f"mode must be 'steer' or 'ablate' and positions 'outputs' or 'all', got {mode!r} and {positions!r}"
@@ -144,9 +137,7 @@ def detector_executor(
     scales = jnp.asarray([1.0] if mode == "ablate" else list(strengths), jnp.float32)
     roles = jnp.asarray(prompts.roles)
     where = roles == Role.OUTPUT if positions == "outputs" else jnp.ones(roles.shape, bool)
-    d, e = (
-        _some_latents(sae.fold(), jnp.asarray(i)) for sae, i in ((sae_detector, detectors), (sae_executor, executors))
-    )
+    d, e = sae_detector.fold().take(jnp.asarray(detectors)), sae_executor.fold().take(jnp.asarray(executors))
     arrows = jnp.asarray(prompts.mask(Role.ARROW, "last"))  # where the output is predicted from
     effect, peak, mean_d, mean_e = _links(
         model, d, e, jnp.asarray(prompts.tokens), roles, arrows, where, scales, mode == "ablate"
@@ -162,17 +153,20 @@ def display_strength(
     """The paper's Fig. 8: each task divided by its maximum, then the mean over the tasks with a value above 0 (else 0).
 
     With `peak` the pairs that lose less than 0.1 at every arrow count as none, which is the paper's filter; without it
-    nothing is left out.
+    nothing is left out. NaN where the executor is active in no task.
     """
-    effect = np.nan_to_num(effect) if peak is None else np.where(peak < 0.1, 0.0, np.nan_to_num(effect))
-    top = effect.max(axis=(1, 2), keepdims=True)
-    scaled = effect / np.where(top > 0, top, 1)
-    return (scaled.sum(axis=0) / np.maximum((scaled > 0).sum(axis=0), 1)).astype(np.float32)
+    shown = np.nan_to_num(effect) if peak is None else np.where(peak < 0.1, 0.0, np.nan_to_num(effect))
+    top = shown.max(axis=(1, 2), keepdims=True, initial=0)
+    scaled = shown / np.where(top > 0, top, 1)
+    mean = (scaled.sum(axis=0) / np.maximum((scaled > 0).sum(axis=0), 1)).astype(np.float32)
+    return np.where(np.isnan(effect).all(axis=0), np.float32(np.nan), mean)
 
 
 def mean_strength(
     effect: Float[np.ndarray, "tasks n_detectors n_executors"],
 ) -> Float[np.ndarray, "n_detectors n_executors"]:
-    """The plain mean over all tasks in which the executor is active at some arrow (else 0), not divided by anything."""
-    defined = ~np.isnan(effect)
-    return (np.nan_to_num(effect).sum(axis=0) / np.maximum(defined.sum(axis=0), 1)).astype(np.float32)
+    """The plain mean over all tasks in which the executor is active at some arrow (NaN without any), not divided
+    further.
+    """
+    n = (~np.isnan(effect)).sum(axis=0)
+    return np.where(n > 0, np.nan_to_num(effect).sum(axis=0) / np.maximum(n, 1), np.nan).astype(np.float32)

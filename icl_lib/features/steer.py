@@ -1,7 +1,7 @@
 r"""Which latent alone acts on which task: steering with one latent, the length to steer with, controls, and sharing.
 
-The effect of a latent on a task is the relative loss decrease $(L_0 - L_f) / L_0$ when $s\,W_{dec}[f] / |W_{dec}[f]|$ is
-added at the cut token: 1 removes the whole loss, 0 does nothing, negative harms.
+The effect of a latent on a task is the relative loss decrease $(L_0 - L_f) / L_0$ when $s\,W_{dec}[f] / |W_{dec}[f]|$
+is added at the cut token: 1 removes the whole loss, 0 does nothing, negative harms.
 
 Source: ICL-SFC, Secs. 3.2 and 4.2, Figs. 5 and 7; the choice of the length and the controls are ours.
 """
@@ -24,7 +24,8 @@ def loss_decrease(
 ) -> Float[np.ndarray, "tasks n"]:
     """Relative loss decrease with each direction added at the cut token of a stack of tasks.
 
-    `directions` are the same for all tasks, or each task has its own. Raises `ValueError` if they do not fit the model.
+    `directions` are the same for all tasks, or each task has its own; there may be none. NaN for a task that has no
+    loss to lose. Raises `ValueError` if they do not fit the model.
     """
     every = jnp.broadcast_to(directions, (*cut.tasks, *directions.shape[-2:]))
     return -np.asarray(relative_change(inserted_nll(model, cut, every), base_nll(model, cut)))
@@ -41,10 +42,17 @@ def latent_decrease(
     return loss_decrease(model, cut, latent_directions(sae, jnp.asarray(latents, jnp.int32), scale))
 
 
-def active_latents(model: Transformer, sae: SAE, tokens: Int[Array, "tasks batch seq"]) -> Bool[np.ndarray, " d_sae"]:
-    """Latents that fire on any token, BOS and padding included, of any task."""
+def active_latents(
+    model: Transformer,
+    sae: SAE,
+    tokens: Int[Array, "tasks batch seq"],
+    real: Bool[Array, "tasks batch seq"] | None = None,
+) -> Bool[np.ndarray, " d_sae"]:
+    """Latents that fire on a token of any task: on any at all, or on those of a mask such as `prompts.real`."""
+    real = jnp.ones(tokens.shape, bool) if real is None else jnp.asarray(real)
     resid = lambda rows: run_with_cache(model, rows, [sae.site_in])[1][sae.site_in]
-    return np.any([(sae.encode(resid(rows)) > 0).any(axis=(0, 1)) for rows in tokens], axis=0)
+    fires = lambda rows, mask: ((sae.encode(resid(rows)) > 0) & mask[..., None]).any(axis=(0, 1))
+    return np.any([fires(rows, mask) for rows, mask in zip(tokens, real, strict=True)], axis=0)
 
 
 def random_latents(
@@ -54,23 +62,27 @@ def random_latents(
     *,
     key: PRNGKeyArray,
 ) -> Int[np.ndarray, " n"]:
-    """A control: n different latents drawn from the active ones without those in `exclude`, or all of these if there are fewer.
+    """A control: n different latents drawn from the active ones without those in `exclude`.
 
-    Raises `ValueError` if none is left.
+    There are fewer than n where fewer are left, and none where none is: figures and percentiles then say so.
     """
     pool = np.setdiff1d(np.flatnonzero(active), np.asarray(exclude, int))
     if not len(pool):
-        raise ValueError(
-            f"no active latent is left for the control once {len(exclude)} are excluded: count more as active"
-        )
+        return np.zeros(0, np.int32)
     return np.asarray(jax.random.choice(key, jnp.asarray(pool, jnp.int32), (min(n, len(pool)),), replace=False))
+
+
+def percentile_of(control: Float[np.ndarray, "tasks m"], percentile: float) -> Float[np.ndarray, " tasks"]:
+    """The percentile of each task's control; NaN for an empty control, of which nothing is known."""
+    return np.percentile(control, percentile, axis=1) if control.shape[1] else np.full(len(control), np.nan)
 
 
 class LengthSweep(eqx.Module):
     """Effects against the length of the added direction.
 
-    `norm` is the mean norm of the residual stream at the cut token, the unit of the multiples that were tried; `best` the
-    decrease by the best latent of each task, `control` the 95th percentile of that by the control latents.
+    `norm` is the mean norm of the residual stream at the cut token, the unit of the multiples that were tried; `best`
+    the decrease by the best latent of each task, `control` the 95th percentile of that by the control latents; both are
+    NaN where there were no latents to try.
     """
 
     norm: float
@@ -80,16 +92,23 @@ class LengthSweep(eqx.Module):
 
     @property
     def margin(self) -> Float[np.ndarray, " k"]:
-        """How far the best latent stands above the control, mean over tasks; harm counts as no effect."""
-        return (np.maximum(self.best, 0) - np.maximum(self.control, 0)).mean(axis=0)
+        """How far the best latent stands above the control, mean over the tasks with an effect; harm and no control
+        count 0.
+        """
+        known = ~np.isnan(self.best).any(axis=1)
+        above = np.maximum(self.best, 0) - np.maximum(np.nan_to_num(self.control), 0)
+        return above[known].mean(axis=0) if known.any() else np.full(len(self.lengths), np.nan)
 
     @property
     def clearest(self) -> float:
         """The shortest length whose margin is within 2 % of the largest: the optimum, or the near end of a plateau.
 
         There is a plateau where the added vector outgrows the residual stream, since norms then remove its length.
+        Where no margin is known, it is the length nearest to the norm of the residual stream.
         """
-        top = self.margin.max()
+        if np.isnan(self.margin).all():
+            return float(self.lengths[np.argmin(np.abs(self.lengths - self.norm))])
+        top = np.nanmax(self.margin)
         return float(self.lengths[np.argmax(self.margin >= top - 0.02 * abs(top))])
 
 
@@ -101,17 +120,15 @@ def length_sweep(
     control: Int[np.ndarray, " m"],
     multiples: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.5),
 ) -> LengthSweep:
-    """Steer with every latent at lengths of `multiples` times the residual stream's norm. Raises as `latent_decrease` does."""
+    """Steer with every latent at lengths of `multiples` times the residual stream's norm. Raises as `latent_decrease`
+    does.
+    """
     norm = float(jnp.linalg.norm(cut.resid[..., 0, :].astype(jnp.float32), axis=-1).mean())
     lengths = norm * np.array(multiples)
-    effects = [
-        (latent_decrease(model, sae, cut, latents, s), latent_decrease(model, sae, cut, control, s))
-        for s in lengths.tolist()
-    ]
-    best = np.stack([found.max(axis=1) for found, _ in effects], axis=1)
-    return LengthSweep(
-        norm, lengths, best, np.stack([np.percentile(drawn, 95, axis=1) for _, drawn in effects], axis=1)
-    )
+    tried = lambda latents: [latent_decrease(model, sae, cut, latents, s) for s in lengths.tolist()]
+    best = [found.max(axis=1) if found.size else np.full(len(found), np.nan) for found in tried(latents)]
+    drawn = [percentile_of(found, 95) for found in tried(control)]
+    return LengthSweep(norm, lengths, np.stack(best, axis=1), np.stack(drawn, axis=1))
 
 
 def best_lengths(
@@ -119,8 +136,8 @@ def best_lengths(
 ) -> Float[np.ndarray, " n"]:
     """For each latent the one of `lengths` at which it takes most from the loss of the task that it serves best.
 
-    Choose on prompts other than those reported, and give a control the same choice: the best of many lengths flatters any latent.
-    Source: ICL-SFC, App. F.2 (15 lengths from 32 to 316 on Gemma-2).
+    Choose on prompts other than those reported, and give a control the same choice: the best of many lengths flatters
+    any latent. Source: ICL-SFC, App. F.2 (15 lengths from 32 to 316 on Gemma-2).
     """
     best = np.stack([latent_decrease(model, sae, cut, latents, s).max(axis=0) for s in lengths])
     return np.asarray(lengths, np.float32)[best.argmax(axis=0)]
@@ -129,8 +146,11 @@ def best_lengths(
 def stands_out(
     own: Float[np.ndarray, " tasks"], control: Float[np.ndarray, "tasks m"], *, bar: float = 0.2, percentile: float = 95
 ) -> Bool[np.ndarray, " tasks"]:
-    """Whether a task's latent decreases the loss by `bar` or more, and by more than that percentile of the control."""
-    return (own >= bar) & (own > np.percentile(control, percentile, axis=1))
+    """Whether a task's latent decreases the loss by `bar` or more, and by more than that percentile of the control.
+
+    Never where there is no control, or no effect is known.
+    """
+    return (own >= bar) & (own > percentile_of(control, percentile))
 
 
 def serves_one(latents: Int[np.ndarray, " tasks"], labels: Sequence[str]) -> Bool[np.ndarray, " tasks"]:

@@ -25,7 +25,9 @@ from icl_lib.figures.style import (
     colours_for,
     faint,
     heatmap,
-    kind_name,
+    in_order,
+    mean,
+    missing,
     need_columns,
     plain_log,
     role_name,
@@ -49,7 +51,8 @@ def faithfulness_curve(
     """Faithfulness (task, n_nodes) against the number of nodes kept (`mode="keep"`) or ablated (`mode="ablate"`).
 
     Faint lines are tasks, bold is their mean with its standard error; `control` (task, n_nodes) is the same with random
-    active nodes, drawn dashed. The y axis runs from -0.25 to 1.25: tasks whose own gap m(M) - m(empty) is small leave it.
+    active nodes, drawn dashed. The y axis runs from -0.25 to 1.25: tasks whose own gap m(M) - m(empty) is small leave
+    it.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
@@ -58,10 +61,12 @@ def faithfulness_curve(
     words, colour = MODES[mode]
     ax = axes_for(ax, width=4.8, height=3.4)
     faint(ax, n_nodes, values, colour)
-    band(ax, n_nodes, values, label=f"top nodes, mean of {len(values)} tasks ± s.e.", colour=colour)
+    silent = int((~np.isfinite(values)).all(axis=1).sum())
+    label = f"top nodes, mean of {len(values) - silent} tasks ± s.e.{missing(silent, 'task')}"
+    band(ax, n_nodes, values, label=label, colour=colour)
     if control is not None:
         control = checked("control", control, task=None, n_nodes=len(n_nodes))
-        ax.plot(n_nodes, np.nanmean(control, axis=0), "--", color="black", linewidth=1.3, label="random active nodes")
+        ax.plot(n_nodes, mean(control, axis=0), "--", color="black", linewidth=1.3, label="random active nodes")
     if level is not None:
         ax.axhline(level, color="black", linestyle=":", linewidth=1)
     ax.set(xlabel=words, ylabel="faithfulness", ylim=(-0.25, 1.25))
@@ -79,7 +84,9 @@ def faithfulness_panels(
     keep_control: Values | None = None,
     ablate_control: Values | None = None,
 ) -> Figure:
-    """Both faithfulness curves side by side: left keeping, right ablating the top nodes; shapes as `faithfulness_curve`."""
+    """Both faithfulness curves side by side: left keeping, right ablating the top nodes; shapes as
+    `faithfulness_curve`.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
     faithfulness_curve(n_nodes, keep, mode="keep", control=keep_control, ax=left)
     faithfulness_curve(n_nodes, ablate, mode="ablate", control=ablate_control, ax=right)
@@ -113,7 +120,7 @@ def ablation_matrix(
     ax.set(xlabel="task tested", ylabel="task whose nodes are ablated")
     if n > 1:
         off = change[~np.eye(n, dtype=bool)]
-        ax.set_title(f"mean own task {np.nanmean(np.diag(change)):.2f}, other tasks {np.nanmean(off):.2f}")
+        ax.set_title(f"mean own task {mean(np.diag(change)):.2f}, other tasks {mean(off):.2f}")
     return ax
 
 
@@ -128,28 +135,22 @@ def ie_scatter(
     """App. E: effect of ablating each node alone, estimated by the gradient (x) and measured (y), both (node,).
 
     `unit` is that of the metric m, such as "logits" for a logit or "nats" for a log-probability.
-    `groups` (kind, role or layer of each node) colours the dots. Axes are linear within 1 % of the largest effect and
-    logarithmic outside; the title gives Pearson's r of the plain values.
+    `groups` (kind, group or layer of each node) colours the dots. Axes are linear within 1 % of the largest effect and
+    logarithmic outside; the title gives Pearson's r of the plain values where both vary, and how many have none.
     """
     x = checked("estimated", estimated, node=None)
     y = checked("exact", exact, node=len(x))
-    names = [role_name(kind_name(group)) for group in groups] if groups is not None else ["nodes"] * len(x)
+    names = np.array([role_name(group) for group in groups] if groups is not None else ["nodes"] * len(x))
     if len(names) != len(x):
         raise ValueError(f"groups must name the group of each of the {len(x)} nodes, got {len(names)}")
+    known = np.isfinite(x) & np.isfinite(y)
+    lost = int((~known).sum())
+    x, y, names = x[known], y[known], names[known]
     ax = axes_for(ax, width=4.6, height=4.2)
-    most = max(np.abs(x).max(), np.abs(y).max(), 1e-12)
-    for name, colour in colours_for(names, KIND_COLOURS | ROLE_COLOURS).items():
-        rows = np.array([other == name for other in names])
-        ax.plot(
-            x[rows],
-            y[rows],
-            ".",
-            color=colour,
-            alpha=0.5,
-            markersize=4,
-            label=f"{name} ({rows.sum()})",
-            rasterized=True,
-        )
+    most = max(np.abs([*x, *y]).max(initial=0), 1e-12)
+    for name, colour in colours_for(names.tolist(), KIND_COLOURS | ROLE_COLOURS).items():
+        rows, style = names == name, {"alpha": 0.5, "markersize": 4, "rasterized": True}
+        ax.plot(x[rows], y[rows], ".", color=colour, label=f"{name} ({rows.sum()})", **style)
     ax.plot([-most, most], [-most, most], color="black", linewidth=0.8, linestyle="--")
     decades = [float(f"1e{k}") for k in range(-12, 6) if 0.012 * most < 10.0**k <= most]
     ticks = [*(-d for d in reversed(decades)), 0.0, *decades]
@@ -157,26 +158,28 @@ def ie_scatter(
     ax.set_yscale("symlog", linthresh=0.01 * most)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
-    limits = (-1.6 * most if min(x.min(), y.min()) < -0.01 * most else -0.02 * most, 1.6 * most)
+    limits = (-1.6 * most if min([*x, *y], default=0) < -0.01 * most else -0.02 * most, 1.6 * most)
     ax.set(xlim=limits, ylim=limits, xlabel=f"estimated effect ({unit})", ylabel=f"measured effect ({unit})")
     varied = len(x) > 1 and x.std() > 0 and y.std() > 0
-    ax.set_title(f"{len(x)} nodes, r = {np.corrcoef(x, y)[0, 1]:.2f}" if varied else f"{len(x)} nodes")
+    r = f", r = {np.corrcoef(x, y)[0, 1]:.2f}" if varied else ""
+    ax.set_title(f"{len(x)} nodes{r}{missing(lost, 'node')}")
     if groups is not None:
         ax.legend(loc="upper left", markerscale=2)
     return ax
 
 
 def node_counts(nodes: pd.DataFrame) -> Figure:
-    """Number of nodes per layer and per role, stacked by SAE kind. `nodes` has the columns `layer`, `kind`, `role`."""
-    need_columns("nodes", nodes, ("layer", "kind", "role"))
+    """Number of nodes per layer and per group of tokens, stacked by SAE kind, as the columns `layer`, `kind`, `group`
+    say.
+    """
+    need_columns("nodes", nodes, ("layer", "kind", "group"))
     if not len(nodes):
         raise ValueError("nodes is empty: lower the threshold of the circuit")
-    kinds, roles = nodes["kind"].map(kind_name), nodes["role"].map(role_name)
+    kinds, groups = nodes["kind"], nodes["group"].map(role_name)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9), sharey=False, layout="constrained")
-    order = [role for role in ROLE_COLOURS if role in set(roles)] + sorted(set(roles) - set(ROLE_COLOURS))
     by_layer = pd.crosstab(nodes["layer"].astype(int), kinds)
-    by_role = pd.crosstab(roles, kinds).reindex(order)
-    for ax, counts, label in ((left, by_layer, "layer"), (right, by_role, "token role")):
+    by_group = pd.crosstab(groups, kinds).reindex(in_order(groups, ROLE_COLOURS))
+    for ax, counts, label in ((left, by_layer, "layer"), (right, by_group, "group of tokens")):
         bottom = np.zeros(len(counts))
         for kind, colour in colours_for(sorted(counts.columns), KIND_COLOURS).items():
             ax.bar(counts.index, counts[kind], 0.7, bottom=bottom, color=colour, label=kind)
@@ -190,8 +193,9 @@ def node_counts(nodes: pd.DataFrame) -> Figure:
     return figure
 
 
-def nodes_to_halve(counts: Values, tasks: Sequence[str], *, bar: Number | None = None, ax: Axes | None = None) -> Axes:
-    """Nodes ablated until a task's own faithfulness is below 0.5, `counts` (task,), sorted; NaN: it never was.
+def halving_bars(counts: Values, tasks: Sequence[str], *, bar: Number | None = None, ax: Axes | None = None) -> Axes:
+    """How many nodes are ablated until a task's own faithfulness is below 0.5, `counts` (task,), sorted; NaN: it never
+    is.
 
     The dashed line is the median over tasks, `bar` a level asked for.
     """

@@ -24,6 +24,8 @@ from icl_lib.figures.style import (
     faint,
     heatmap,
     ink,
+    mean,
+    missing,
     plain_log,
     role_name,
 )
@@ -32,13 +34,18 @@ from icl_lib.figures.style import (
 def displayed(effects: Values, threshold: Number = 0.2) -> np.ndarray:
     """Effects (task, latent) as the paper's main heatmaps show them; for display only.
 
-    Harmful effects count as 0, each row is divided by its maximum, what is then below `threshold` becomes 0, and the
-    result lies in [0, 1]. A row without any positive effect stays 0. Source: ICL-SFC Fig 5.
+    Harmful and missing effects count as 0, each row is divided by its maximum, what is then below `threshold` becomes
+    0, and the result lies in [0, 1]. A row without any positive effect stays 0. Source: ICL-SFC Fig 5.
     """
-    effects = np.clip(checked("effects", effects, task=None, latent=None), 0, None)
+    effects = np.nan_to_num(np.clip(checked("effects", effects, task=None, latent=None), 0, None))
     top = effects.max(axis=1, keepdims=True)
     shown = np.divide(effects, top, out=np.zeros_like(effects), where=top > 0)
     return np.where(shown < threshold, 0.0, np.clip(shown, 0.0, 1.0))
+
+
+def _known(effects: np.ndarray) -> np.ndarray:
+    """Effects for sorting: a missing one is below all others."""
+    return np.where(np.isnan(effects), -np.inf, effects)
 
 
 def diagonal_order(effects: Values, n_latents: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -47,7 +54,7 @@ def diagonal_order(effects: Values, n_latents: int | None = None) -> tuple[np.nd
     Columns by falling maximum (ties in their old order), the first `n_latents` of them kept; then rows by the position
     of their largest kept column. Returns (rows, columns) to index with `effects[rows][:, columns]`.
     """
-    effects = checked("effects", effects, task=None, latent=None)
+    effects = _known(checked("effects", effects, task=None, latent=None))
     columns = np.argsort(-effects.max(axis=0), kind="stable")[:n_latents]
     return np.argsort(effects[:, columns].argmax(axis=1), kind="stable"), columns
 
@@ -72,10 +79,10 @@ def task_latent_heatmap(
     `what` names the columns, for example "executor of layer 3".
     """
     effects = checked("effects", effects, task=len(tasks), latent=len(latents))
-    strongest = np.argsort(-effects.max(axis=0), kind="stable")[:n_latents]
+    strongest = np.argsort(-_known(effects).max(axis=0), kind="stable")[:n_latents]
     rows, columns = diagonal_order(displayed(effects)[:, strongest])
     columns = strongest[columns]
-    shown = displayed(effects) if normalised else np.clip(effects, 0, None)
+    shown = np.where(np.isnan(effects), np.nan, displayed(effects)) if normalised else np.clip(effects, 0, None)
     ax = axes_for(ax, width=9.0, height=1.3 + 0.17 * len(tasks))
     label = "loss decrease / best of its row" if normalised else "relative loss decrease"
     names = [str(latents[j]) for j in columns]
@@ -105,20 +112,27 @@ def role_mass(
 ) -> Axes:
     """Where latents fire: one stacked bar per latent, `mass` (latent, role) with rows that sum to 1.
 
-    The lowest bars are the mean over latents and, where given, the `published` mass (role,).
+    A latent that never fires has a row of NaN: its bar is hatched, and it is left out of the mean. The lowest bars are
+    the mean over latents and, where given, the `published` mass (role,).
     """
     roles = [role_name(role) for role in roles]
     mass = checked("mass", mass, latent=len(names), role=len(roles))
-    if not np.allclose(mass.sum(axis=1), 1, atol=1e-3):
+    fires = ~np.isnan(mass).all(axis=1)
+    if not np.allclose(mass[fires].sum(axis=1), 1, atol=1e-3):
         raise ValueError(f"mass must sum to 1 over the roles of each latent, got sums {mass.sum(axis=1).round(3)}")
-    order = np.argsort(-mass[:, mass.mean(axis=0).argmax()], kind="stable")
-    bars, labels = [*mass[order], mass.mean(axis=0)], [*(str(names[i]) for i in order), f"mean of {len(names)}"]
+    overall = mean(mass, axis=0)
+    order = np.argsort(-mass[:, np.nan_to_num(overall).argmax()], kind="stable")
+    bars, labels = [*mass[order], overall], [*(str(names[i]) for i in order), f"mean of {fires.sum()}"]
     if published is not None:
         bars.append(checked("published", published, role=len(roles)))
         labels.append("published mean")
     bars = np.array(bars)
     y = np.arange(len(bars)) + 0.6 * (np.arange(len(bars)) >= len(names))
     ax = axes_for(ax, width=7.5, height=1.0 + 0.19 * len(bars))
+    silent = np.isnan(bars).all(axis=1)
+    if silent.any():
+        ax.barh(y[silent], 1.0, 0.78, color="#e6e6e6", edgecolor="#9a9a9a", hatch="///", label="never fires")
+    bars = np.nan_to_num(bars)
     left, colours = np.zeros(len(bars)), colours_for(roles, ROLE_COLOURS)
     for role, column in zip(roles, bars.T, strict=True):
         if not column.any():
@@ -143,11 +157,15 @@ def role_mass_table(
 ) -> pd.DataFrame:
     """Tables 1 and 2: mean and standard deviation over latents of the mass per role in %, beside the published %.
 
-    `mass` (latent, role) as fractions; `published` maps role names to per cent, roles without an entry get NaN.
+    `mass` (latent, role) as fractions, rows of NaN for latents that never fire, which are left out; `published` maps
+    role names to per cent, roles without an entry get NaN.
     """
     roles = [role_name(role) for role in roles]
     mass = 100 * checked("mass", mass, latent=None, role=len(roles))
-    columns = {"mean %": mass.mean(axis=0), "s.d. %": mass.std(axis=0, ddof=int(len(mass) > 1))}
+    mass = mass[~np.isnan(mass).any(axis=1)]
+    nothing = np.full(len(roles), np.nan)
+    columns = {"mean %": mass.mean(axis=0) if len(mass) else nothing}
+    columns["s.d. %"] = mass.std(axis=0, ddof=int(len(mass) > 1)) if len(mass) else nothing
     if published is not None:
         columns["published %"] = [published.get(role, np.nan) for role in roles]
     return pd.DataFrame(columns, index=pd.Index(roles, name="token type"))
@@ -163,9 +181,9 @@ def link_heatmap(
 ) -> Axes:
     """Fig 8: how much of an executor's activation goes when a detector is ablated, `strength` (detector, executor).
 
-    The loss of activation of each task is taken to be divided by the largest of its matrix before the mean over tasks, as in
-    the paper, so that values compare pairs and are no shares.
-    `same_task` (detector, executor) outlines the pairs of one task; the title then compares their mean with the rest.
+    The loss of activation of each task is taken to be divided by the largest of its matrix before the mean over tasks,
+    as in the paper, so that values compare pairs and are no shares. `same_task` (detector, executor) outlines the pairs
+    of one task; the title then compares their mean with the rest.
     """
     strength = checked("strength", strength, detector=len(detectors), executor=len(executors))
     ax = axes_for(ax, width=8.0, height=2.0 + 0.17 * len(detectors))
@@ -178,7 +196,7 @@ def link_heatmap(
         for y, x in np.argwhere(same).tolist():
             ax.add_patch(outline(x, y))
         if same.any() and (~same).any():
-            pair, rest = np.nanmean(strength[same]), np.nanmean(strength[~same])
+            pair, rest = mean(strength[same]), mean(strength[~same])
             ax.set_title(f"same task (outlined) {pair:.2f}, other pairs {rest:.2f}")
     return ax
 
@@ -200,12 +218,16 @@ def latent_control(
     """The control of single-latent steering: the best latent of each task, `best` (task,), against random ones.
 
     `random` (task, draw) are the effects of latents drawn at random; the grey bar runs from their 5th to their given
-    percentile, the tick is the median. A full dot lies above the percentile and reaches `bar`, an open one does not. The axis
-    begins at -2: harm beyond it is cut off.
+    percentile, the tick is the median. A full dot lies above the percentile and reaches `bar`, an open one does not.
+    The axis begins at -2: harm beyond it is cut off. A task without an effect has no dot; without draws there is no
+    bar, and no latent stands above it.
     """
     best = checked("best", best, task=len(tasks))
-    random = checked("random", random, task=len(tasks), draw=None)
-    low, middle, high = np.percentile(random, [5, 50, percentile], axis=1)
+    random = np.asarray(random, dtype=np.float64)
+    if random.shape[1:] != (0,):
+        random = checked("random", random, task=len(tasks), draw=None)
+    drawn = np.percentile(random, [5, 50, percentile], axis=1) if random.size else np.full((3, len(tasks)), np.nan)
+    low, middle, high = drawn
     order, y = np.argsort(best), np.arange(len(tasks))
     above = (best[order] > high[order]) & (best[order] >= bar)
     ax = axes_for(ax, height=1.0 + 0.165 * len(tasks))
@@ -221,10 +243,11 @@ def latent_control(
     ax.set_yticks(y, [tasks[i] for i in order], fontsize=7 if len(tasks) > 12 else 8)
     ax.set_ylim(-0.7, len(tasks) - 0.3)
     what = f"random latents and {bar:g}" if bar else "random latents"
+    lost = missing(int(np.isnan(best).sum()), "task") + ("" if random.size else "; no random latents left")
     cut_off = ax.get_xlim()[0] < -2
     ax.set_xlim(left=-2.0 if cut_off else None)
     label = "relative loss decrease (harm beyond -2 is cut off)" if cut_off else "relative loss decrease"
-    ax.set(xlabel=label, title=f"above the {what} on {above.sum()} of {len(tasks)} tasks")
+    ax.set(xlabel=label, title=f"above the {what} on {above.sum()} of {len(tasks)} tasks{lost}")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return ax
 
@@ -242,7 +265,7 @@ def scale_sweep(
         values = checked(f"decrease[{name!r}]", decrease[name], task=None, scale=len(scales))
         faint(ax, scales, values, colour)
         band(ax, scales, values, label=f"{name}, mean of {len(values)} tasks ± s.e.", colour=colour)
-    if chosen is not None:
+    if chosen is not None and np.isfinite(chosen):
         ax.axvline(chosen, color="black", linestyle=":", linewidth=1, label=f"used: {chosen:g}")
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set(xlabel="scale (norm of the added direction)", ylabel="relative loss decrease")

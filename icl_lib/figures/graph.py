@@ -1,7 +1,8 @@
-"""The drawing of a circuit: layers from bottom to top, token roles from left to right, one box per node.
+"""The drawing of a circuit: layers from bottom to top, groups of tokens from left to right, one box per node.
 
 Every box has a slot of its own on a grid, so labels cannot overlap: within a layer the kinds are stacked in the order
-in which the model computes them (residual, attention, transcoder), and a crowded cell takes more rows.
+of their colours (residual, attention, transcoder, mlp, which is that of computation; others follow as they come in the
+table), and a crowded cell takes more rows.
 """
 
 from typing import NamedTuple
@@ -15,80 +16,75 @@ from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from icl_lib.figures.style import ROLE_COLOURS, ink, kind_name, need_columns, role_name
+from icl_lib.figures.style import KIND_COLOURS, ROLE_COLOURS, colours_for, in_order, ink, need_columns, role_name
 
-KINDS = ("residual", "attention", "transcoder", "mlp")
 SLOTS = 12  # boxes side by side in 9 inches
 BOX, ROW = (0.84, 0.62), 0.30  # box in units of a slot; inches per row
 
 
 class Layout(NamedTuple):
-    """Places of a circuit: `x`, `y` (node,) in slots and rows, spans of the roles in x, of (layer, kind) rows in y."""
+    """Places of a circuit: `x`, `y` (node,) in slots and rows, spans of the groups in x, of (layer, kind) rows in y."""
 
     x: np.ndarray
     y: np.ndarray
-    roles: dict[str, tuple[int, int]]
+    groups: dict[str, tuple[int, int]]
     rows: dict[tuple[int, str], tuple[int, int]]
 
 
 def share_slots(need: dict[str, int], slots: int) -> dict[str, int]:
-    """Divide `slots` columns among the roles: one each, then always to the role whose fullest cell has most rows."""
+    """Divide `slots` columns among the groups: one each, then always to the group whose fullest cell has most rows."""
     width = dict.fromkeys(need, 1)
     for _ in range(slots - len(need)):
-        tallest = max(need, key=lambda role: need[role] / width[role])
+        tallest = max(need, key=lambda group: need[group] / width[group])
         if width[tallest] >= need[tallest]:
             break
         width[tallest] += 1
     return width
 
 
-def place(nodes: pd.DataFrame) -> Layout:
-    """Give every node its slot. `nodes` has `layer`, `kind`, `role`; rows are counted from the bottom."""
+def place_nodes(nodes: pd.DataFrame) -> Layout:
+    """Give every node its slot. `nodes` has `layer`, `kind`, `group`; rows are counted from the bottom."""
     table = pd.DataFrame(
         {
             "layer": nodes["layer"].astype(int).to_numpy(),
-            "kind": nodes["kind"].map(kind_name).to_numpy(),
-            "role": nodes["role"].map(role_name).to_numpy(),
+            "kind": nodes["kind"].to_numpy(),
+            "group": nodes["group"].map(role_name).to_numpy(),
         }
     )
-    known = [role for role in ROLE_COLOURS if role in set(table["role"])]
-    roles = known + sorted(set(table["role"]) - set(known))
-    sizes = table.groupby(["layer", "kind", "role"]).size()
-    need = {role: int(sizes.xs(role, level="role").max()) for role in roles}
-    width = share_slots(need, max(SLOTS, len(roles)))
-    starts = dict(zip(roles, np.cumsum([0, *width.values()]), strict=False))
+    groups, kinds = in_order(table["group"], ROLE_COLOURS), in_order(table["kind"], KIND_COLOURS)
+    sizes = table.groupby(["layer", "kind", "group"]).size()
+    need = {group: int(sizes.xs(group, level="group").max()) for group in groups}
+    width = share_slots(need, max(SLOTS, len(groups)))
+    starts = dict(zip(groups, np.cumsum([0, *width.values()]), strict=False))
     x, y, rows, base = np.zeros(len(table)), np.zeros(len(table)), {}, 0
-    order = sorted(set(zip(table["layer"], table["kind"], strict=True)), key=lambda c: (c[0], KINDS.index(c[1])))
+    order = sorted(set(zip(table["layer"], table["kind"], strict=True)), key=lambda c: (c[0], kinds.index(c[1])))
     for layer, kind in order:
         here = table[(table["layer"] == layer) & (table["kind"] == kind)]
         high = 1
-        for role, cell in here.groupby("role"):
-            i, w = np.arange(len(cell)), width[role]
+        for group, cell in here.groupby("group"):
+            i, w = np.arange(len(cell)), width[group]
             in_row = np.minimum(len(cell) - i // w * w, w)
-            x[cell.index], y[cell.index] = starts[role] + i % w + (w - in_row) / 2, base + i // w
+            x[cell.index], y[cell.index] = starts[group] + i % w + (w - in_row) / 2, base + i // w
             high = max(high, int(i[-1]) // w + 1)
         rows[layer, kind] = (base, base + high)
         base += high
-    return Layout(x, y, {role: (int(starts[role]), int(starts[role] + width[role])) for role in roles}, rows)
+    return Layout(x, y, {group: (int(starts[group]), int(starts[group] + width[group])) for group in groups}, rows)
 
 
 def circuit_graph(nodes: pd.DataFrame, edges: pd.DataFrame | None = None, *, title: str = "") -> Figure:
-    """Draw the tables of a `Circuit`. Box colour: effect of the node on the metric m; edges: width by size, colour by sign.
+    """Draw the tables of a `Circuit`. Box colour: effect of the node on the metric m; edges: width by size, colour by
+    sign.
 
-    `nodes` has the columns `layer`, `kind` (residual, attn_out, transcoder, or the site read), `latent` (below 0: the
-    error node), `role`, `effect`; `edges` has `source` and `target`, values of the index of `nodes`, and `effect`.
-    Nodes keep the order of the table inside a cell: sort it by effect. Raises `ValueError` for missing columns, unknown
-    kinds, or an edge that ends at no node.
+    `nodes` has the columns `layer`, `kind`, `latent` (below 0: the error node), `group` (of tokens), `effect`; `edges`
+    has `source` and `target`, values of the index of `nodes`, and `effect`. Nodes keep the order of the table inside a
+    cell: sort it by effect. Raises `ValueError` for missing columns, or an edge that ends at no node.
     """
-    need_columns("nodes", nodes, ("layer", "kind", "latent", "role", "effect"))
+    need_columns("nodes", nodes, ("layer", "kind", "latent", "group", "effect"))
     if not len(nodes) or not nodes.index.is_unique:
         raise ValueError(f"nodes needs at least one row and a unique index, got {len(nodes)} rows")
-    strange = sorted(set(nodes["kind"].map(kind_name)) - set(KINDS))
-    if strange:
-        raise ValueError(f"unknown kinds {strange} in nodes; a circuit has {list(KINDS)}")
-    layout = place(nodes)
+    layout = place_nodes(nodes)
     n_rows = max(top for _, top in layout.rows.values())
-    columns = max(stop for _, stop in layout.roles.values())
+    columns = max(stop for _, stop in layout.groups.values())
     figure, ax = plt.subplots(figsize=(9, 1.1 + ROW * n_rows), layout="constrained")
     norm = CenteredNorm(halfrange=max(float(np.abs(nodes["effect"]).max()), 1e-12))
     draw_frame(ax, layout, columns, n_rows)
@@ -103,7 +99,7 @@ def circuit_graph(nodes: pd.DataFrame, edges: pd.DataFrame | None = None, *, tit
 
 
 def draw_frame(ax: Axes, layout: Layout, columns: int, n_rows: int) -> None:
-    """Names of roles above, of layers and kinds on the left, lines between layers and columns of roles."""
+    """Names of groups above, of layers and kinds on the left, lines between layers and columns of groups."""
     ax.set(xlim=(-0.55, columns - 0.45), ylim=(-0.6, n_rows - 0.4))
     ax.set_yticks([(low + high - 1) / 2 for low, high in layout.rows.values()])
     ax.set_yticklabels([f"{layer} {kind}" for layer, kind in layout.rows], fontsize=8)
@@ -112,11 +108,11 @@ def draw_frame(ax: Axes, layout: Layout, columns: int, n_rows: int) -> None:
     ax.grid(False)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
-    for role, (low, high) in layout.roles.items():
-        colour = ROLE_COLOURS.get(role, ROLE_COLOURS["other"])
+    for group, colour in colours_for(list(layout.groups), ROLE_COLOURS).items():
+        low, high = layout.groups[group]
         ax.axvspan(low - 0.5, high - 0.5, color=colour, alpha=0.08, linewidth=0)
         ax.annotate(
-            role, ((low + high - 1) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 4),
+            group, ((low + high - 1) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 4),
             textcoords="offset points", ha="center", fontsize=9, weight="bold", color=colour,
         )  # fmt: skip
     layers = sorted({layer for layer, _ in layout.rows})

@@ -1,55 +1,17 @@
-"""Views that a notebook shows as HTML: shaded token examples and tables with a caption. Everything is escaped."""
+"""Tables with a caption that a notebook shows as HTML. Everything is escaped."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
 
-import numpy as np
 import pandas as pd
 from IPython.display import HTML
-
-from icl_lib.figures.prompts import checked_examples, visible
-from icl_lib.figures.style import Number, Values
-
-SHADE = "230,159,0"  # Okabe-Ito orange, as the r,g,b of a CSS rgba()
-CELL = "padding:1px 8px 1px 0;text-align:left;vertical-align:top"
-
-
-def examples_html(
-    examples: Sequence[Sequence[str]], activations: Sequence[Values], *, title: str = "", maximum: Number | None = None
-) -> str:
-    """Max-activating examples as an HTML table: peak value, then the tokens shaded by activation over `maximum`.
-
-    The peak token is bold and underlined, so that the table also reads where a page strips colours; the value of each
-    active token is its tooltip. Show it with `IPython.display.HTML`.
-    """
-    rows = checked_examples(examples, activations)
-    maximum = maximum or max(max(values.max() for _, values in rows), 1e-12)
-    lines = [
-        f'<tr><td style="{CELL};color:#666">{values.max():.3g}</td>'
-        f'<td style="{CELL};font-family:monospace">{" ".join(spans(tokens, values, maximum))}</td></tr>'
-        for tokens, values in rows
-    ]
-    caption = f'<caption style="text-align:left">{escape(title)}</caption>' if title else ""
-    return f'<table style="border-collapse:collapse">{caption}{"".join(lines)}</table>'
-
-
-def spans(tokens: Sequence[str], values: np.ndarray, maximum: Number) -> list[str]:
-    """One `<span>` per token; only tokens with a positive activation carry a shade and a tooltip."""
-    peak = int(values.argmax())
-    made = []
-    for i, (token, value) in enumerate(zip(tokens, values, strict=True)):
-        text = escape(visible(token))
-        text = f"<b><u>{text}</u></b>" if i == peak else text
-        alpha = float(np.clip(value / maximum, 0, 1))
-        shade = f' style="background:rgba({SHADE},{alpha:.2f})" title="{value:.3g}"' if value > 0 else ""
-        made.append(f"<span{shade}>{text}</span>")
-    return made
 
 
 def style_table(
     table: pd.DataFrame, *, caption: str = "", digits: int | Mapping[str, int] = 2, shade: Sequence[str] = ()
 ) -> HTML:
-    """`table` with a caption, rounded numbers, and the columns in `shade` coloured by size (`cividis`, column by column).
+    """`table` with a caption, rounded numbers, and the columns in `shade` coloured by size (`cividis`, column by
+    column).
 
     `digits` is one number of decimals or one per column (others get 2); whole-number columns stay whole. The CSS id
     comes from the caption and columns, so a notebook run twice gives the same output. Raises `ValueError` for a column

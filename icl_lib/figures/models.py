@@ -18,7 +18,7 @@ from icl_lib.figures.style import (
     checked,
     colours_for,
     faint,
-    kind_name,
+    mean,
     mean_and_error,
     need_columns,
     plain_log,
@@ -40,7 +40,7 @@ def accuracy_vs_shots(
     for group, colour in colours.items():
         rows = accuracy[[name == group for name in groups]]
         faint(ax, shots, rows, colour)
-        ax.plot(shots, rows.mean(axis=0), color=colour, linewidth=1.3, label=f"{group} ({len(rows)})")
+        ax.plot(shots, mean(rows, axis=0), color=colour, linewidth=1.3, label=f"{group} ({len(rows)})")
     band(ax, shots, accuracy, label=f"mean of {len(groups)} tasks ± s.e.", colour="black")
     if chance is not None:
         ax.axhline(chance, color="black", linestyle=":", linewidth=1, label="chance")
@@ -53,7 +53,7 @@ def accuracy_vs_shots(
 def training_curve(
     steps: Values, curves: Mapping[str, Values], *, ax: Axes | None = None, ylabel: str = "loss (nats per token)"
 ) -> Axes:
-    """One line per entry of `curves` (name -> (step,)) against the training step; logarithmic where all are positive."""
+    """One line per entry of `curves` (name -> (step,)) against the step; logarithmic where all are positive."""
     steps = checked("steps", steps, step=None)
     ax = axes_for(ax, height=2.8)
     lines = {name: checked(f"curves[{name!r}]", values, step=len(steps)) for name, values in curves.items()}
@@ -70,14 +70,13 @@ def training_curve(
 def sae_quality(table: pd.DataFrame, *, recovered: str = "ce_recovered", bar: Number | None = None) -> Figure:
     """Left: FVU about the mean against L0, one point per SAE with its layer beside it. Right: CE recovered per layer.
 
-    `table` has one row per SAE and the columns `kind` (or the site read), `layer`, `l0` (latents per token), `fvu`, and
+    `table` has one row per SAE and the columns `kind`, `layer`, `l0` (latents per token), `fvu`, and
     `recovered`, the fraction of the cross-entropy recovered. `bar` draws the level asked for.
     """
     need_columns("table", table, ("kind", "layer", "l0", "fvu", recovered))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    kinds = [kind_name(kind) for kind in table["kind"]]
-    for kind, colour in colours_for(kinds, KIND_COLOURS).items():
-        rows = table[[name == kind for name in kinds]].sort_values("layer")
+    for kind, colour in colours_for(table["kind"].tolist(), KIND_COLOURS).items():
+        rows = table[table["kind"] == kind].sort_values("layer")
         left.plot(rows["l0"], rows["fvu"], "o", color=colour, label=kind)
         for layer, x, y in zip(rows["layer"], rows["l0"], rows["fvu"], strict=True):
             left.annotate(str(int(layer)), (x, y), xytext=(4, 2), textcoords="offset points", fontsize=7, color=colour)
@@ -103,23 +102,19 @@ def width_lines(
     suffix: str = "",
     legend: bool = True,
 ) -> Axes:
-    """One column of a table of SAEs of several widths and sparsities against their L0: one line a width, narrow dark to wide bright.
+    """One column of a table of SAEs of several widths and sparsities against their L0: one line a width, narrow dark to
+    wide bright.
 
-    `table` has one row per SAE and the columns `d_sae` and `l0`; `suffix` is added to the name of each line, which `legend` keeps.
+    `table` has one row per SAE and the columns `d_sae` and `l0`; `suffix` is added to the name of each line, which
+    `legend` keeps.
     """
     need_columns("table", table, ("d_sae", "l0", column))
     ax = axes_for(ax, height=3.2)
     widths = sorted(set(table["d_sae"]))
     for width, colour in zip(widths, plt.get_cmap("cividis")(np.linspace(0, 0.85, len(widths))), strict=True):
         rows = table[table["d_sae"] == width].sort_values("l0")
-        ax.plot(
-            rows["l0"],
-            rows[column],
-            style,
-            color=colour,
-            linewidth=1.3,
-            label=f"{width} latents{suffix}" if legend else None,
-        )
+        label = f"{width} latents{suffix}" if legend else None
+        ax.plot(rows["l0"], rows[column], style, color=colour, linewidth=1.3, label=label)
     plain_log(ax.xaxis)
     ax.set(xlabel="L0 of the SAE (active latents per token)", ylabel=column)
     return ax
@@ -132,8 +127,8 @@ def group_bars(values: Values, groups: Sequence[str], *, ylabel: str, ax: Axes |
     colours = colours_for(groups)
     for i, (group, colour) in enumerate(colours.items()):
         rows = values[[name == group for name in groups]]
-        mean, error = mean_and_error(rows)
-        ax.bar(i, mean, 0.6, color=colour, alpha=0.5, yerr=error, ecolor="black", capsize=3)
+        middle, error = mean_and_error(rows)
+        ax.bar(i, middle, 0.6, color=colour, alpha=0.5, yerr=error, ecolor="black", capsize=3)
         ax.plot([i + 0.38] * len(rows), rows, ".", color=colour, markersize=4)
     ax.set_xticks(range(len(colours)), list(colours))
     ax.set(ylabel=ylabel, title="bars: mean ± s.e., dots: tasks")

@@ -103,7 +103,8 @@ def examples_figure(
 ) -> Figure:
     """Fig 4: max-activating examples of one latent; shading is activation over `maximum` (default: the largest shown).
 
-    One row per example, its peak in bold with the value in front; long rows are cut at the page's width around the peak.
+    One row per example, its peak in bold with the value in front; long rows are cut at the page's width around the
+    peak.
     """
     rows = checked_examples(examples, activations)
     maximum = maximum or max(max(values.max() for _, values in rows), 1e-12)
@@ -133,7 +134,7 @@ def checked_examples(
 
 
 def around(tokens: Sequence[str], peak: int, width: Number, size: Number) -> list[tuple[int, float, float]]:
-    """(index, left, width) in points of the tokens near `peak` that fit on one line: 60 % of the room goes before it."""
+    """(index, left, width) in points of the tokens near `peak` that fit on one line, 60 % of the room before it."""
     wide = [MONO_WIDTH * size * len(visible(token)) + 4 for token in tokens]
     first, room = peak, 0.6 * width - wide[peak]
     while first > 0 and wide[first - 1] + 1 <= room:

@@ -4,7 +4,7 @@ Figures take plain arrays (anything `numpy.asarray` reads), lists of names and D
 stores. A shape that does not fit its names is refused before anything is drawn, with the name of the argument.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import as_file, files
 from typing import Any
 
@@ -17,7 +17,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 Values = Any  # what numpy.asarray(..., dtype=float) reads: numpy and JAX arrays, lists, Series
-Number = float | int
+Number = float | int | np.integer
 
 OKABE_ITO = {
     "blue": "#0072B2",
@@ -46,22 +46,12 @@ KIND_COLOURS = {
     "transcoder": OKABE_ITO["green"],
     "mlp": OKABE_ITO["purple"],
 }
-# What an SAE that reads a site is called in figures.
-KIND_OF_SITE = {
-    "resid_pre": "residual", "resid_mid": "residual", "resid_post": "residual", "z": "attention", "attn_out": "attention",
-    "mlp_normalized": "transcoder", "mlp_in": "transcoder", "mlp_out": "mlp",
-}  # fmt: skip
 
 
 def use_style() -> None:
     """Apply `icl.mplstyle` to everything drawn afterwards. Call it once per notebook."""
     with as_file(files(__package__) / "icl.mplstyle") as path:
         plt.style.use(path)
-
-
-def kind_name(kind: object) -> str:
-    """`residual`, `attention`, `transcoder` or `mlp` from that name or from the site the SAE reads (`resid_pre`, ...)."""
-    return KIND_OF_SITE.get(str(kind), str(kind))
 
 
 def role_name(role: object) -> str:
@@ -91,7 +81,8 @@ def checked(name: str, values: Values, **axes: int | None) -> np.ndarray:
     if not fits:
         wanted = ", ".join(axis if size is None else f"{axis} = {size}" for axis, size in axes.items())
         raise ValueError(
-            f"{name} must have the axes ({wanted}), got shape {array.shape}; transpose it, or give as many names as it has rows and columns"
+            f"{name} must have the axes ({wanted}), got shape {array.shape}; transpose it, or give as many names as "
+            "it has rows and columns"
         )
     return array
 
@@ -113,23 +104,23 @@ def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     NaN entries (a task that has no value there) are left out, n counts the others.
     """
-    n = np.isfinite(values).sum(axis=0)
-    kept = np.where(np.isfinite(values), values, 0.0)
-    mean = kept.sum(axis=0) / np.maximum(n, 1)
-    squares = np.where(np.isfinite(values), (values - mean) ** 2, 0.0).sum(axis=0)
+    n, middle = np.isfinite(values).sum(axis=0), mean(values, axis=0)
+    squares = np.where(np.isfinite(values), (values - middle) ** 2, 0.0).sum(axis=0)
     error = np.sqrt(squares / np.maximum(n - 1, 1) / np.maximum(n, 1))
-    return np.where(n > 0, mean, np.nan), np.where(n > 0, error, np.nan)
+    return middle, np.where(n > 0, error, np.nan)
 
 
 def band(ax: Axes, x: np.ndarray, values: np.ndarray, *, label: str, colour: str, marker: str = "o") -> None:
     """Draw the mean over the first axis of `values` (n, x) with its standard error as a band."""
-    mean, error = mean_and_error(values)
-    ax.plot(x, mean, color=colour, label=label, marker=marker, markersize=3, zorder=3)
-    ax.fill_between(x, mean - error, mean + error, color=colour, alpha=0.18, linewidth=0, antialiased=False)
+    middle, error = mean_and_error(values)
+    ax.plot(x, middle, color=colour, label=label, marker=marker, markersize=3, zorder=3)
+    ax.fill_between(x, middle - error, middle + error, color=colour, alpha=0.18, linewidth=0, antialiased=False)
 
 
 def faint(ax: Axes, x: np.ndarray, values: np.ndarray, colour: str) -> None:
-    """Draw single tasks, `values` (n, x), as thin pale lines behind a mean; one flat colour makes a smaller PNG than alpha."""
+    """Draw single tasks, `values` (n, x), as thin pale lines behind a mean; one flat colour makes a smaller PNG than
+    alpha.
+    """
     ax.plot(x, values.T, color=pale(colour, 0.25), linewidth=0.4, antialiased=False, zorder=1.5)
 
 
@@ -141,6 +132,24 @@ def pale(colour: str, strength: Number) -> tuple[float, float, float]:
 def ink(colour: object) -> str:
     """The colour of text that can be read on `colour`: white on dark, black on light."""
     return "white" if np.dot(to_rgb(colour), (0.299, 0.587, 0.114)) < 0.5 else "black"
+
+
+def mean(values: Values, axis: int | None = None) -> np.ndarray:
+    """The mean of what is not NaN; NaN, and no warning, where nothing else is there."""
+    values = np.asarray(values, dtype=np.float64)
+    n = np.isfinite(values).sum(axis=axis)
+    total = np.where(np.isfinite(values), values, 0.0).sum(axis=axis)
+    return np.where(n > 0, total / np.maximum(n, 1), np.nan)
+
+
+def in_order(names: Iterable[str], known: Mapping[str, str]) -> list[str]:
+    """The distinct names: those of `known` in its order, then the others as they come first."""
+    return [name for name in known if name in set(names)] + [n for n in dict.fromkeys(names) if n not in known]
+
+
+def missing(n: Number, of: str) -> str:
+    """A remark for a title or label on `n` missing values, empty where none is: "; 2 tasks without value"."""
+    return f"; {n} {of}{'s' if n > 1 else ''} without value" if n else ""
 
 
 def plain_log(axis: Axis) -> None:
@@ -167,8 +176,9 @@ def heatmap(
         norm=CenteredNorm() if signed else None,
         aspect="auto",
     )
-    if not signed and values.size and np.nanmin(values) >= 0:
-        image.set_clim(0, max(float(np.nanmax(values)), 1e-12))
+    known = np.asarray(values)[np.isfinite(values)]
+    if not signed and known.size and known.min() >= 0:
+        image.set_clim(0, max(float(known.max()), 1e-12))
     size = 8 if max(len(rows), len(columns)) <= 20 else 7
     ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=size)
     ax.set_yticks(range(len(rows)), rows, fontsize=size)
@@ -176,6 +186,6 @@ def heatmap(
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     bar = ax.figure.colorbar(image, ax=ax, pad=0.015, fraction=0.035, aspect=30)
-    bar.set_label(colour_label)
+    bar.set_label(colour_label if known.size == np.size(values) else f"{colour_label} (grey: no value)")
     bar.outline.set_visible(False)
     return image

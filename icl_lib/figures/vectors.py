@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from icl_lib.figures.style import (
-    FAINT,
     OKABE_ITO,
     Number,
     Values,
@@ -20,9 +19,9 @@ from icl_lib.figures.style import (
     band,
     checked,
     colours_for,
-    faint,
+    mean,
     mean_and_error,
-    plain_log,
+    missing,
 )
 
 METHOD_COLOURS = {
@@ -73,16 +72,15 @@ def l0_bars(l0: Mapping[str, Values], *, published: Mapping[str, Number] | None 
     colours = colours_for(list(l0), METHOD_COLOURS)
     for i, (method, values) in enumerate(l0.items()):
         values = checked(f"l0[{method!r}]", values, task=None)
-        mean, error = mean_and_error(values)
-        ax.bar(i, mean, 0.62, color=colours[method], alpha=0.55, yerr=error, ecolor="black", capsize=3)
+        middle, error = mean_and_error(values)
+        ax.bar(i, middle, 0.62, color=colours[method], alpha=0.55, yerr=error, ecolor="black", capsize=3)
         spread = np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else np.zeros(1)
         ax.plot(i + spread, np.sort(values), ".", color="black", markersize=3, alpha=0.6)
     for i, method in enumerate(l0):
         if published and method in published:
             label = "published" if i == min(list(l0).index(m) for m in published if m in l0) else None
             ax.hlines(published[method], i - 0.4, i + 0.4, color="black", linestyle="--", linewidth=1.2, label=label)
-    means = [np.nanmean(np.asarray(values, dtype=float)) for values in l0.values()]
-    ax.set_xticks(range(len(l0)), [f"{method}\n{mean:.1f}" for method, mean in zip(l0, means, strict=True)])
+    ax.set_xticks(range(len(l0)), [f"{method}\n{mean(values):.1f}" for method, values in l0.items()])
     ax.margins(y=0.15)
     ax.set(ylabel="active latents (L0)", title="mean ± s.e.; dots: tasks")
     ax.grid(axis="x", visible=False)
@@ -97,15 +95,18 @@ def sweep_scatter(
     """App. D.1: one dot per (task, setting) of each method, `points[method] = (l0_fraction, delta)`, both (point,).
 
     x is L0 over the L0 of the SAE encoding; y = (L_task_vector - L_method) / L_zero, above 0 where the sparse vector
-    beats the original. y is clipped at `floor`, points with x > `widest` are left out (the label counts them).
+    beats the original. y is clipped at `floor`, points with x > `widest` and points without value are left out (the
+    label counts them).
     """
     ax = axes_for(ax, height=3.6)
     colours = colours_for(list(points), METHOD_COLOURS)
     for method, (x, y) in points.items():
         x = checked(f"points[{method!r}][0]", x, point=None)
         y = checked(f"points[{method!r}][1]", y, point=len(x))
-        kept = x <= widest
-        dropped = f", {np.sum(~kept)} beyond" if (~kept).any() else ""
+        known = np.isfinite(x) & np.isfinite(y)
+        kept = known & (x <= widest)
+        beyond = np.sum(known & ~kept)
+        dropped = (f", {beyond} beyond" if beyond else "") + missing(np.sum(~known), "point")
         ax.plot(
             x[kept], np.maximum(y[kept], floor), ".", color=colours[method], alpha=0.45, markersize=5,
             label=f"{method} ({kept.sum()}{dropped})", rasterized=True,
@@ -135,20 +136,22 @@ def sweep_panels(l1: Values, decrease: Values, fraction: Values, *, reference: N
     for ax, values, colour in zip(
         panels, (decrease, fraction), (OKABE_ITO["vermillion"], OKABE_ITO["blue"]), strict=True
     ):
-        mean, spread = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
-        ax.plot(l1, mean, "o-", color=colour)
-        ax.fill_between(l1, mean - spread, mean + spread, color=colour, alpha=0.18, linewidth=0, antialiased=False)
+        middle = mean(values, axis=0)
+        spread = np.sqrt(mean((values - middle) ** 2, axis=0))
+        ax.plot(l1, middle, "o-", color=colour)
+        ax.fill_between(l1, middle - spread, middle + spread, color=colour, alpha=0.18, linewidth=0, antialiased=False)
         ax.axhline(0, color="black", linewidth=0.8)
+    lost = int((~np.isfinite(decrease) | ~np.isfinite(fraction)).any(axis=1).sum())
     if reference is not None:
         panels[0].axhline(reference, color="black", linestyle="--", linewidth=1, label="task vector")
         panels[0].legend(loc="best")
-    panels[0].set(ylabel="relative loss decrease", title=f"mean of {len(decrease)} tasks ± s.d.")
+    panels[0].set(ylabel="relative loss decrease", title=f"mean of {len(decrease)} tasks ± s.d.{missing(lost, 'task')}")
     panels[1].set(ylabel="L0 / L0 of encoding", xlabel="sparsity penalty λ", xscale="log")
     return figure
 
 
 def pareto(l0: Values, loss: Values) -> np.ndarray:
-    """Indices of the points that no other point beats (fewer or equal latents and lower or equal loss), by rising L0."""
+    """Indices of the points that no other point beats (no more latents and no higher loss), by rising L0."""
     l0 = checked("l0", l0, point=None)
     loss = checked("loss", loss, point=len(l0))
     kept, best = [], np.inf
@@ -160,7 +163,7 @@ def pareto(l0: Values, loss: Values) -> np.ndarray:
 
 
 def pareto_front(points: Mapping[str, tuple[Values, Values]], *, ylabel: str = CHANGE, ax: Axes | None = None) -> Axes:
-    """Loss against the number of latents, `points[method] = (l0, loss)`, with each method's lower-left front as steps."""
+    """Loss against the number of latents, `points[method] = (l0, loss)`, with each method's front as steps."""
     ax = axes_for(ax, height=3.6)
     colours = colours_for(list(points), METHOD_COLOURS)
     for method, (l0, loss) in points.items():
@@ -176,34 +179,6 @@ def pareto_front(points: Mapping[str, tuple[Values, Values]], *, ylabel: str = C
     return ax
 
 
-def ito_curve(
-    k: Values, change: Values, points: Mapping[str, tuple[Values, Values]], *, ax: Axes | None = None
-) -> Axes:
-    """Relative loss change of ITO against its number of latents, `change` (task, k), and other methods as single points.
-
-    `points[method] = (l0, change)`, both (task,): the mean is drawn with standard errors in both directions. A point
-    below the curve does better with the same number of latents.
-    """
-    k = checked("k", k, k=None)
-    change = checked("change", change, task=None, k=len(k))
-    ax = axes_for(ax, height=3.3)
-    faint(ax, k, change, FAINT)
-    band(ax, k, change, label="ITO (grey: tasks)", colour=METHOD_COLOURS["ITO"])
-    colours = colours_for(list(points), METHOD_COLOURS)
-    for i, (method, (l0, values)) in enumerate(points.items()):
-        l0 = checked(f"points[{method!r}][0]", l0, task=len(change))
-        values = checked(f"points[{method!r}][1]", values, task=len(change))
-        (x, dx), (y, dy) = mean_and_error(l0), mean_and_error(values)
-        ax.errorbar(
-            x, y, dy, dx, fmt=MARKERS[i + 1], color=colours[method], markersize=7, capsize=3, label=method, zorder=5
-        )
-    ax.set(xlabel="active latents (L0, log scale)", ylabel=CHANGE, title=f"mean of {len(change)} tasks ± s.e.")
-    plain_log(ax.xaxis)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return ax
-
-
 def equal_l0(ito: Values, tvc: Values, tasks: Sequence[str], l0: Values, *, ax: Axes | None = None) -> Axes:
     """Per task, the relative loss change of ITO and of TVC at the same number of latents `l0` (all (task,)).
 
@@ -214,13 +189,17 @@ def equal_l0(ito: Values, tvc: Values, tasks: Sequence[str], l0: Values, *, ax: 
     l0 = checked("l0", l0, task=len(tasks))
     ax = axes_for(ax, height=0.9 + 0.165 * len(tasks))
     order, y = np.argsort(tvc)[::-1], np.arange(len(tasks))
+    lost = int((~np.isfinite(tvc) | ~np.isfinite(ito)).sum())
     ax.hlines(y, ito[order], tvc[order], color="#c4c4c4", linewidth=1.5)
     ax.plot(ito[order], y, "o", color=METHOD_COLOURS["ITO"], label="ITO")
     ax.plot(tvc[order], y, "s", color=METHOD_COLOURS["TVC"], label="TVC")
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(y, [f"{tasks[i]} ({l0[i]:.0f})" for i in order], fontsize=7 if len(tasks) > 12 else 8)
     ax.set_ylim(-0.7, len(tasks) - 0.3)
-    ax.set(xlabel=CHANGE, title=f"TVC lower on {np.sum(tvc < ito)} of {len(tasks)} tasks (in brackets: L0)")
+    ax.set(
+        xlabel=CHANGE,
+        title=f"TVC lower on {np.sum(tvc < ito)} of {len(tasks)} tasks (in brackets: L0){missing(lost, 'task')}",
+    )
     ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.legend(loc="best")
     return ax

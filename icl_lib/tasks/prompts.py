@@ -80,6 +80,18 @@ class Prompts(eqx.Module):
         """Tokens that count: neither BOS nor padding, whatever ids these have. The one mask of prompts."""
         return self.roles != int(Role.OTHER)
 
+    def groups(self) -> tuple[Int[Array, "*tasks batch seq"], tuple[str, ...]]:
+        """The role under which each token is part of the nodes of a circuit (0: of none), and the roles' names.
+
+        Of a word or an arrow only the last token counts; BOS, padding and the answer of the query never do.
+        Source: ICL-SFC, Sec. 4.1.1, and the authors' code, which takes the last token of a word.
+        """
+        index = jnp.zeros_like(self.roles)
+        for role in list(Role)[1:]:
+            scheme = "last" if role in (Role.INPUT, Role.ARROW, Role.OUTPUT) else "all"
+            index = jnp.where(self.mask(role, scheme) & ~self.answer, jnp.asarray(int(role), index.dtype), index)
+        return index, ("none", *(role.name for role in list(Role)[1:]))
+
     @property
     def query_arrow(self) -> Int[Array, "*tasks batch"]:
         """Position of the last token of the query's arrow, from which the answer is predicted."""

@@ -20,13 +20,15 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from icl_lib.models import Transformer
+from icl_lib.models.batches import map_tasks
 from icl_lib.saes import SAE
-from icl_lib.vectors.insert import Cut, at_once, check_width, nll_of_one, with_task_axis
+from icl_lib.vectors.insert import Cut, at_once, check_width, nll_of_one
 from icl_lib.vectors.pursuit import gradient_pursuit
 
 MONITORS = ("l0", "loss")
 INITS = ("encoder", "pursuit")
-# Tasks run in turns of about this size: a turn lasts as long as its slowest lane, and larger ones are no faster on a CPU.
+# Tasks run in turns of about this size: a turn lasts as long as its slowest lane, and larger ones are no faster on a
+# CPU.
 _TURN_BYTES = 2**26
 
 
@@ -111,11 +113,10 @@ def _clean_one(model, sae, theta, cut, l1, lr, patience: int, max_steps: int, mo
 
 @eqx.filter_jit
 def _clean(model, sae, theta, cut, l1, lr, patience: int, max_steps: int, monitor: str, chunk: int):
-    def one_task(args):
-        theta, cut = args
+    def one_task(theta, cut):
         return jax.vmap(lambda l1: _clean_one(model, sae, theta, cut, l1, lr, patience, max_steps, monitor))(l1)
 
-    return jax.lax.map(one_task, (theta, cut), batch_size=chunk)
+    return map_tasks(one_task, theta, cut, lead=cut.tasks, batch_size=chunk)
 
 
 def _check(
@@ -136,7 +137,8 @@ def _check(
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
     if l1.ndim > 1 or l1.size == 0 or (l1 < 0).any() or max_steps < 1:
         raise ValueError(
-            f"l1 must be one number or a list of numbers >= 0, and max_steps at least 1; got {l1.tolist()} and {max_steps}"
+            f"l1 must be one number or a list of numbers >= 0, and max_steps at least 1; got {l1.tolist()} and "
+            f"{max_steps}"
         )
 
 
@@ -154,12 +156,13 @@ def clean(
     init: str = "encoder",
     k: int = 7,
 ) -> Cleaned:
-    r"""Clean task vectors: Adam on $\mathrm{NLL}(v_\theta) + \lambda \sum_i f_i$ with $f = \mathrm{act}(\theta)$, $v_\theta = f W_{dec} + b_{dec}$.
+    r"""Clean task vectors: Adam on $\mathrm{NLL}(v_\theta) + \lambda \sum_i f_i$ with $f = \mathrm{act}(\theta)$,
+    $v_\theta = f W_{dec} + b_{dec}$.
 
-    $\theta$ starts at the SAE's pre-activations of `vector`, or with `init="pursuit"` (the paper's choice for detectors)
-    at the `k` weights of gradient pursuit on `vector - b_dec`, raised to just above their thresholds where need be.
-    The NLL is the mean over the prompts of `cut`, in nats. One lane for every task of the cut and every value of `l1`,
-    all in one compiled call; a single number for `l1` gives no l1 axis.
+    $\theta$ starts at the SAE's pre-activations of `vector`, or with `init="pursuit"` (the paper's choice for
+    detectors) at the `k` weights of gradient pursuit on `vector - b_dec`, raised to just above their thresholds where
+    need be. The NLL is the mean over the prompts of `cut`, in nats. One lane for every task of the cut and every value
+    of `l1`, all in one compiled call; a single number for `l1` gives no l1 axis.
 
     With `monitor="l0"` (published) a lane stops once `patience` further steps have not lowered L0, and the **last**
     iterate is returned. With `monitor="loss"` it stops on the penalised loss, and the best iterate is returned.
@@ -169,22 +172,12 @@ def clean(
     """
     penalties = np.asarray(l1, np.float32)
     _check(model, sae, vector, cut, monitor, init, penalties, max_steps)
-    folded, stack = sae.fold(), with_task_axis(cut)
+    folded, stack = sae.fold(), cut if cut.tasks else jax.tree.map(lambda x: x[None], cut)
     theta = _start(folded, vector.reshape(-1, vector.shape[-1]), init, k)
     # the backward pass keeps about twice what the forward pass needs
-    chunk, _ = at_once(model, stack, stack.tasks[0], 2 * penalties.size, _TURN_BYTES)
-    out = _clean(
-        model,
-        folded,
-        theta,
-        stack,
-        jnp.asarray(penalties.reshape(-1)),
-        jnp.float32(lr),
-        patience,
-        max_steps,
-        monitor,
-        chunk,
-    )
+    chunk, _ = at_once(model, *stack.resid.shape[-3:-1], stack.tasks[0], 2 * penalties.size, _TURN_BYTES)
+    l1 = jnp.asarray(penalties.reshape(-1))
+    out = _clean(model, folded, theta, stack, l1, jnp.float32(lr), patience, max_steps, monitor, chunk)
     lanes = cut.tasks + penalties.shape
     return jax.tree.map(lambda x: x.reshape(*lanes, *x.shape[2:]), out)
 

@@ -6,21 +6,20 @@ Source: ICL-SFC, Sec. 2.3 (arrows) and App. G (outputs, for detectors).
 from collections.abc import Iterable
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from icl_lib.models import Site, Transformer
+from icl_lib.models.batches import map_tasks
 from icl_lib.tasks import Prompts, Role
 
 
 @eqx.filter_jit
 def _mean_resid(model, tokens, weight, layers):
-    """(tasks, n_layers, d_model) weighted means of resid_pre; only the sums are kept, never the activations."""
+    """(*task, n_layers, d_model) weighted means of resid_pre; only the sums are kept, never the activations."""
 
-    def one_task(args):
-        tokens, weight = args
+    def one_task(tokens, weight):
         sums = {}
 
         def tap(site, x):
@@ -31,7 +30,7 @@ def _mean_resid(model, tokens, weight, layers):
         model(tokens, tap=tap)
         return jnp.stack([sums[Site("resid_pre", i)] for i in layers]) / weight.sum()
 
-    return jax.lax.map(one_task, (tokens, weight))
+    return map_tasks(one_task, tokens, weight, lead=tokens.shape[:-2])
 
 
 def _mean_at(model: Transformer, tokens, mask: np.ndarray, layers: Iterable[int] | None, what: str) -> Array:
@@ -42,10 +41,7 @@ def _mean_at(model: Transformer, tokens, mask: np.ndarray, layers: Iterable[int]
         raise ValueError(
             f"no {what} found in the prompts of some task, so there is nothing to average; make them with n_shots >= 1"
         )
-    shape = tokens.shape
-    flat = lambda x, dtype: jnp.asarray(x, dtype).reshape(-1, *shape[-2:])
-    means = _mean_resid(model, flat(tokens, jnp.int32), flat(mask, jnp.float32), layers)
-    return means.reshape(*shape[:-2], *means.shape[1:])
+    return _mean_resid(model, jnp.asarray(tokens, jnp.int32), jnp.asarray(mask, jnp.float32), layers)
 
 
 def task_vector(
@@ -54,8 +50,9 @@ def task_vector(
     r"""The task vector of every layer: mean of resid_pre over **all** arrow tokens of all prompts.
 
     $v_l = \mathrm{mean}_{b,\,t:\,tok_t = \mathrm{arrow}}\; x^{pre}_l[b, t]$, first example and query included, the
-    dummy line `X -> Y` not; of a separator of several tokens the last one, where vectors are inserted. One row per entry of `layers` (default: all), in units of the residual stream, float32.
-    `prompts` of one task or of a stack of tasks. Raises `ValueError` on a layer out of range or prompts without arrow.
+    dummy line `X -> Y` not; of a separator of several tokens the last one, where vectors are inserted. One row per
+    entry of `layers` (default: all), in units of the residual stream, float32. `prompts` of one task or of a stack of
+    tasks. Raises `ValueError` on a layer out of range or prompts without arrow or longer than the model's context.
 
     Source: ICL-SFC, Sec. 2.3.
     """
