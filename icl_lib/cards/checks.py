@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from icl_lib.cards.card import CardError, all_declared, check_card
+from icl_lib.cards.card import Card, CardError, check_card
+from icl_lib.files.names import named
 from icl_lib.files.paths import resolve
 from icl_lib.models import ModelConfig, load_config
 from icl_lib.models.families import known_config
@@ -23,13 +24,13 @@ _LEAST_PAIR = 4  # tokens: input, arrow, output, newline
 
 
 def defaults_of(card: Mapping[str, Any]) -> dict[str, Any]:
-    """The card with the notebooks' defaults for what it does not set."""
-    return {name: p.default for name, p in all_declared().items()} | dict(card)
+    """The card with the defaults for what it does not set."""
+    return Card().model_dump() | dict(card)
 
 
 def config_of(model: str) -> ModelConfig | None:
     """The config of a known model or of a local folder; None for any other hub id. Raises `CardError` if the folder has no usable one."""
-    folder = Path(resolve(model))
+    folder = named(model, "model") or Path(resolve(model))
     if not folder.is_dir():
         return known_config(model)
     try:
@@ -39,8 +40,8 @@ def config_of(model: str) -> ModelConfig | None:
 
 
 def full_card(path: str | Path) -> dict[str, Any]:
-    """The checked values of a card, of which model and tasks are known to serve them. Raises `CardError`."""
-    card = check_card(path)
+    """The values of a card, defaults among them, that model and tasks are known to serve. Raises `CardError`."""
+    card = check_card(path).model_dump()
     check_against_model(card, str(path))
     return card
 

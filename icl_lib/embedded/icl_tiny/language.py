@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from icl_lib.tasks import Task, Template, load_tasks
 from icl_lib.tasks.tasks import WORDS, read_table
 
-LANGUAGE = "embedded language"  # how cards name the embedded model's own text
+LANGUAGE = "icl-tiny"  # how cards name this text: as the model
 
 SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>"]
 PAD, EOS, BOS, UNK = range(4)
