@@ -59,7 +59,9 @@ Amount = Annotated[float, Field(ge=0)]
 Length = Annotated[float, Field(ge=-1)]  # of a direction; -1 lets the run choose
 Different = AfterValidator(_different)
 Some = Field(min_length=1)
-OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)  # a text stands for a list of one
+OneOrMore = BeforeValidator(
+    lambda value: [value] if isinstance(value, str) else value
+)  # a text stands for a list of one
 
 
 class Card(pydantic.BaseModel):
@@ -78,14 +80,18 @@ class Card(pydantic.BaseModel):
     sae_variant: Literal["", "paper"] = Field(
         "", description='"paper" reads the ICL-SFC authors\' SAEs as in their experiments; empty: as trained'
     )
-    text: Source = Field("icl-tiny", description="plain text: an embedded model's, a data set's hub id, a file or folder")
+    text: Source = Field(
+        "icl-tiny", description="plain text: an embedded model's, a data set's hub id, a file or folder"
+    )
     tasks: Source = Field("embedded", description="embedded, paper, function_vectors, or a folder of task files")
     prefix: Text = Field("Follow the pattern:\n", description="opens a prompt; chat models may want a turn opened")
     run_dir: Text = Field("runs/tiny", description="where results go, from the repository root")
     seed: Index = Field(0, description="seed of prompts, corpora, training and random draws")
 
     n_shots: Index = Field(12, description="examples in a prompt")
-    list_shots: Index = Field(12, description="at most so many where inputs are lists of words (algo_first and the like)")
+    list_shots: Index = Field(
+        12, description="at most so many where inputs are lists of words (algo_first and the like)"
+    )
     n_prompts: Count = Field(16, description="prompts per task")
     max_shots: Index = Field(12, description="examples in the longest prompts of notebook 00")
 
@@ -109,7 +115,9 @@ class Card(pydantic.BaseModel):
     tvc_patience: Count = Field(50, description="steps without a smaller L0 before it stops")
     tvc_steps: Count = Field(150, description="most steps")
     tvc_prompts: Count = Field(12, description="prompts per task on which a vector is cleaned")
-    detector_l1: Amount = Field(0.003, description="L1 penalty of the cleaning of detectors, nats per unit of activation")
+    detector_l1: Amount = Field(
+        0.003, description="L1 penalty of the cleaning of detectors, nats per unit of activation"
+    )
     detector_lr: Rate = Field(0.3, description="its learning rate")
     detector_patience: Count = Field(50, description="its steps without a smaller L0 before it stops")
     detector_steps: Count = Field(100, description="its most steps")

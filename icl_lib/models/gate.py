@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icl_lib.files.processes import is_writer, to_host
+from icl_lib.files.processes import to_host
+from icl_lib.files.write import write_json
 from icl_lib.models.transformer import Transformer
 from icl_lib.models.weights import GATE as FILE
 
@@ -55,8 +56,7 @@ def record(model: Transformer, tokenizer, folder: str | Path, prompt: str = PROM
         "top_ids": top.tolist(), "top_logits": [round(float(x), 5) for x in logits[top]], "tolerance": float(f"{tolerance:.3g}"),
     }  # fmt: skip
     path = Path(folder) / FILE
-    if is_writer():
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_json(path, content)
     return path
 
 

@@ -23,7 +23,7 @@ class Ledger:
     def __init__(self, store: Store, notebook: str):
         """`notebook` is the file name without its ending; it names the ledger file."""
         self.path = store.run_dir / "ledger" / f"{notebook}.json"
-        self.notebook = notebook
+        self.notebook, self.card = notebook, store.card
         self.entries: dict[str, dict[str, Any]] = {}
 
     def record(

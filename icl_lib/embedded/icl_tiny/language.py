@@ -8,7 +8,6 @@ therefore also be looked at outside of one.
 Everything is drawn from one `random.Random(seed)`: the same seed gives the same corpus on every machine.
 """
 
-import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from icl_lib.files.write import write_json
 from icl_lib.tasks import Task, Template, load_tasks
 from icl_lib.tasks.tasks import WORDS, read_table
 
@@ -187,7 +187,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path):
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _rows(draw: Callable[[], str], tokenizer: Tokenizer, n_rows: int, seq: int) -> Iterator[list[int]]:
