@@ -231,8 +231,8 @@ def _problem(error: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     said = {
         "value_error": str(context.get("error")),
         "too_short": f"the list is empty; give at least one value, the default is {field.default!r}",
-        "greater_than": f"{got} is impossible: it must be above {context.get('gt'):g}" if "gt" in context else "",
-        "greater_than_equal": f"{got} is impossible: it must be {context.get('ge')} or more",
+        "greater_than": f"{got} is impossible: it must be above {context.get('gt', 0):g}",
+        "greater_than_equal": f"{got} is impossible: it must be {context.get('ge', 0):g} or more",
         "finite_number": f"{got} is not a finite number",
         "literal_error": f"{got!r} is none of {', '.join(map(repr, get_args(field.annotation)))}",
     }

@@ -8,6 +8,7 @@ of any other model there is none. The package imports this module, so it imports
 import dataclasses
 import importlib
 from collections.abc import Mapping
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ class Bar:
     of the number of that ledger key.
     """
 
-    at_least: float = float("-inf")
-    at_most: float = float("inf")
+    at_least: float = -inf
+    at_most: float = inf
     times: str = ""
 
     def missed(self, key: str, ledger: Any) -> str:
@@ -78,7 +79,7 @@ ICL_TINY = Entry(
     card="params/tiny.yaml",
     claims={
         "00_a_model_that_learns_in_context": {
-            "tasks": Bar(at_least=23),
+            "tasks": Bar(at_least=23.0),
             "accuracy_5_shots": Bar(at_least=0.95),
             "accuracy_0_shots": Bar(at_most=0.5),
             "any_outputs": Bar(at_least=0.8),
@@ -86,7 +87,7 @@ ICL_TINY = Entry(
         "01_sparse_autoencoders": {
             "suite": Bar(),
             "ce_recovered": Bar(at_least=0.95),
-            "largest_l0": Bar(at_most=40),
+            "largest_l0": Bar(at_most=40.0),
             "dead": Bar(at_most=0.1),
         },
         "02_task_vectors": {
@@ -94,7 +95,7 @@ ICL_TINY = Entry(
             "elbow_share_of_range": Bar(at_least=0.5),
             "SAE reconstruction_best_layer": Bar(),  # worse than the task vector
             "ITO(5)_best_layer": Bar(),  # worse than the task vector
-            "other_task_control": Bar(at_least=0),
+            "other_task_control": Bar(at_least=0.0),
         },
         "03_task_vector_cleaning": {
             "tvc_l0": Bar(at_most=0.3, times="encoded_l0"),
@@ -103,12 +104,12 @@ ICL_TINY = Entry(
         },
         "04_executors_and_detectors": {
             "executors": Bar(at_least=0.78),
-            "executor_mass": Bar(at_least=75),
-            "detector_mass": Bar(at_least=80),
-            "links": Bar(at_least=3),
+            "executor_mass": Bar(at_least=75.0),
+            "detector_mass": Bar(at_least=80.0),
+            "links": Bar(at_least=3.0),
         },
         "05_sparse_feature_circuits": {
-            "nodes_to_halve": Bar(at_most=300),
+            "nodes_to_halve": Bar(at_most=300.0),
             "other_tasks": Bar(at_least=-0.15),
             "random_nodes": Bar(at_least=-0.25, at_most=0.25),
             "random_nodes_drawn": Bar(at_least=0.9),
@@ -161,5 +162,5 @@ def _number(ours: Any) -> float:
         part, _, whole = ours.partition(" of ")
         return float(part) / float(whole)
     if isinstance(ours, list):
-        return float("nan") if ours[1] == 0 else ours[0] / ours[1]
-    return float("nan") if ours is None else float(ours)
+        return nan if ours[1] == 0 else ours[0] / ours[1]
+    return nan if ours is None else float(ours)

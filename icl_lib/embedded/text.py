@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -11,6 +11,7 @@ from icl_lib.embedded.catalogue import CATALOGUE, Entry
 from icl_lib.files.paths import resolve
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Rows of tokens (n, seq), BOS in front of each. The same call gives the same rows."""
 
