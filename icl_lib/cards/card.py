@@ -1,9 +1,9 @@
 """Experiment cards: one flat YAML file per run, held to one model.
 
-`Card` says of every key what it means, what it may be and what it is by default. A notebook declares the keys that it uses in
-the cell tagged `parameters`, with the same names, types, defaults and meanings (tests/test_notebooks.py holds them to it).
-`check_card` reports every unknown key (with the nearest valid name), every wrong type and every impossible value before
-anything is loaded.
+`Card` says of every key what it means, what it may be and what it is by default. A notebook declares the keys that it
+uses in the cell tagged `parameters`, with the same names, types, defaults and meanings (tests/test_notebooks.py holds
+them to it). `check_card` reports every unknown key (with the nearest valid name), every wrong type and every
+impossible value before anything is loaded.
 
     python -m icl_lib.commands.check params/tiny.yaml
 """
@@ -23,7 +23,7 @@ LOCAL = ("assets/", "runs/", "params/", "data/", "./", "../", "/", "~")  # a hub
 
 
 class CardError(ValueError):
-    """A card that cannot be run, or a notebook whose parameters cannot be read; the message lists every problem found."""
+    """A card that cannot be run, or a notebook whose parameters cannot be read; the message lists every problem."""
 
 
 def _not_blank(text: str) -> str:
@@ -39,7 +39,9 @@ def _there(name: str) -> str:
 
 
 def _there_or_made_later(name: str) -> str:
-    """SAEs below runs/ are made by the run itself, and a pattern names many files: both are looked for when they are loaded."""
+    """SAEs below runs/ are made by the run itself, and a pattern names many files: both are looked for when they are
+    loaded.
+    """
     return name if name.startswith("runs/") or "{" in name else _there(name)
 
 
@@ -205,7 +207,9 @@ def check_card(path: str | Path) -> Card:
 
 
 def check_values(values: Mapping[str, Any], source: str) -> Card:
-    """The card with these values; `source` is its file. Raises `CardError` with unknown keys, wrong types, impossible values."""
+    """The card with these values; `source` is its file. Raises `CardError` with unknown keys, wrong types, impossible
+    values.
+    """
     problems = {}
     if "run_dir" not in values:  # without it a card would write over the results of another one
         where = f"runs/{Path(source).stem}"

@@ -1,7 +1,8 @@
-"""What of a card can be held to its model and its tasks before anything is loaded: layers, prompts, the source of the tasks.
+"""What of a card can be held to its model and its tasks before anything is loaded: layers, prompts, the source of the
+tasks.
 
-No network is asked. The sizes of the cards' models are part of the package, those of a folder are read from its `config.json`; of any
-other hub id nothing is known before the download, and its layers are checked when it is loaded.
+No network is asked. The sizes of the cards' models are part of the package, those of a folder are read from its
+`config.json`; of any other hub id nothing is known before the download, and its layers are checked when it is loaded.
 """
 
 import difflib
@@ -29,7 +30,9 @@ def defaults_of(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_of(model: str) -> ModelConfig | None:
-    """The config of a known model or of a local folder; None for any other hub id. Raises `CardError` if the folder has no usable one."""
+    """The config of a known model or of a local folder; None for any other hub id. Raises `CardError` if the folder
+    has no usable one.
+    """
     folder = named(model, "model") or Path(resolve(model))
     if not folder.is_dir():
         return known_config(model)
@@ -47,7 +50,9 @@ def full_card(path: str | Path) -> dict[str, Any]:
 
 
 def check_against_model(card: Mapping[str, Any], source: str) -> None:
-    """Raises `CardError` listing what the model or the tasks of a checked card cannot serve; `source` is the card's file."""
+    """Raises `CardError` listing what the model or the tasks of a checked card cannot serve; `source` is the card's
+    file.
+    """
     card = defaults_of(card)
     config = config_of(card["model"])
     problems = (
@@ -91,8 +96,8 @@ def _prompts(card: Mapping[str, Any], config: ModelConfig) -> list[str]:
     """Prompts that even with words of one token are longer than the model's context."""
     most = config.n_ctx // _LEAST_PAIR - 1
     return [
-        f"`{key}`: {card[key]} examples are at least {_LEAST_PAIR * (card[key] + 1)} tokens, and the context of {card['model']} has "
-        f"{config.n_ctx}: at most {most}"
+        f"`{key}`: {card[key]} examples are at least {_LEAST_PAIR * (card[key] + 1)} tokens, and the context of "
+        f"{card['model']} has {config.n_ctx}: at most {most}"
         for key in SHOT_KEYS
         if card[key] > most
     ]

@@ -8,11 +8,12 @@ from icl_lib.runs import Ledger, Store, devices
 
 
 def open_run(notebook: str, namespace: Mapping[str, Any]) -> tuple[Store, Ledger]:
-    """The store and the ledger of a notebook's run, by the parameters of its cell; figures get their style, JAX its cache.
+    """The store and the ledger of a notebook's run, by the parameters of its cell; figures get their style, JAX its
+    cache.
 
-    `notebook` is its file name without ending, `namespace` its `globals()`, of which the keys of a card are taken: so a value
-    that was changed by hand in the cell is held to the card's rules, and goes into the provenance of what is saved, like any
-    other. Call it before the first computation. Raises `CardError` for values that no card may have.
+    `notebook` is its file name without ending, `namespace` its `globals()`, of which the keys of a card are taken: so
+    a value that was changed by hand in the cell is held to the card's rules, and goes into the provenance of what is
+    saved, like any other. Call it before the first computation. Raises `CardError` for values that no card may have.
     """
     from icl_lib import figures
 

@@ -1,4 +1,4 @@
-"""`python -m icl_lib.commands.check params/tiny.yaml`: hold cards to what they can say, and print what every key means."""
+"""`python -m icl_lib.commands.check params/tiny.yaml`: hold cards to their model, and print what every key means."""
 
 import json
 import sys

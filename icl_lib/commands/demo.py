@@ -1,6 +1,7 @@
 """`python -m icl_lib.commands.demo params/tiny.yaml --cores 2`: run a card from end to end, then its report.
 
-What an earlier run finished is kept, also where that run was killed: its lock on the folder is taken away if nobody holds it.
+What an earlier run finished is kept, also where that run was killed: its lock on the folder is taken away if nobody
+holds it.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""`python -m icl_lib.commands.report params/tiny.yaml`: the report of a card's run, or of a run folder, and its ledger on the terminal."""
+"""`python -m icl_lib.commands.report params/tiny.yaml`: the report of a card's run, or of a run folder, and its ledger
+on the terminal.
+"""
 
 import sys
 from pathlib import Path

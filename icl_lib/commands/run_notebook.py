@@ -1,4 +1,5 @@
-"""`python -m icl_lib.commands.run_notebook NOTEBOOK OUTPUT PARAMETERS LOG`: execute one notebook with the values of a YAML file.
+"""`python -m icl_lib.commands.run_notebook NOTEBOOK OUTPUT PARAMETERS LOG`: execute one notebook with the values of a
+YAML file.
 
 The Snakefile calls it. Programs are started with lists of arguments, so that a path may hold anything that a path can.
 """
@@ -13,7 +14,9 @@ _SHOWN = 20  # last lines of the log that a failure shows
 
 
 def main(argv: list[str]) -> int:
-    """Run papermill; the output appears whole or not at all, and what it printed goes to the log. Gives its exit status."""
+    """Run papermill; the output appears whole or not at all, and what it printed goes to the log. Gives its exit
+    status.
+    """
     notebook, output, parameters, log = map(Path, argv)
     title, start = notebook.stem, time.monotonic()
     part = output.with_name(

@@ -1,8 +1,9 @@
 """The catalogue of embedded models: what each is made of, and what is claimed of it.
 
-One entry names a model's files, the text that it was trained on, its tasks, its SAE suite, its card, and for each notebook the
-ledger keys that are claimed of it with their bars. Whatever a notebook shows of an embedded model alone it asks of the entry;
-of any other model there is none. The package imports this module, so it imports nothing that is slow.
+One entry names a model's files, the text that it was trained on, its tasks, its SAE suite, its card, and for each
+notebook the ledger keys that are claimed of it with their bars. Whatever a notebook shows of an embedded model alone
+it asks of the entry; of any other model there is none. The package imports this module, so it imports nothing that is
+slow.
 """
 
 import dataclasses
@@ -18,10 +19,11 @@ from icl_lib.files.paths import resolve, root
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """What is claimed of one number of a ledger: that its criterion holds and, where there are bounds, that it is within them.
+    """What is claimed of one number of a ledger: that its criterion holds and, where there are bounds, that it is
+    within them.
 
-    Of a pair of numbers the bounds are for their ratio, of a text "24 of 28" for the share. With `times` the bounds are multiples
-    of the number of that ledger key.
+    Of a pair of numbers the bounds are for their ratio, of a text "24 of 28" for the share. With `times` the bounds
+    are multiples of the number of that ledger key.
     """
 
     at_least: float = -inf
@@ -42,7 +44,9 @@ class Bar:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One embedded model. Paths count from the repository root; `name` stands for the model, for its suite and for its text."""
+    """One embedded model. Paths count from the repository root; `name` stands for the model, for its suite and for its
+    text.
+    """
 
     name: str
     folder: str  # of the model's files, with its SAEs in `saes`
@@ -134,8 +138,8 @@ def entry(model: str | Path) -> Entry | None:
 def check_claims(model: str | Path, ledger: Any) -> None:
     """Hold the notebook's ledger to what the catalogue claims of the model.
 
-    Claims are about the entry's own card: other models, and the same model with other parameters, only record their verdicts.
-    Raises `AssertionError` that lists what fails.
+    Claims are about the entry's own card: other models, and the same model with other parameters, only record their
+    verdicts. Raises `AssertionError` that lists what fails.
     """
     found = entry(model)
     if found is None or not _is_own(found, ledger.card):
@@ -157,7 +161,9 @@ def _is_own(found: Entry, parameters: Mapping[str, Any]) -> bool:
 
 
 def _number(ours: Any) -> float:
-    """A ledger's number as one number: a share for "24 of 28", a ratio for a pair, NaN (which is within no bounds) for none."""
+    """A ledger's number as one number: a share for "24 of 28", a ratio for a pair, NaN (which is within no bounds) for
+    none.
+    """
     if isinstance(ours, str):
         part, _, whole = ours.partition(" of ")
         return float(part) / float(whole)

@@ -57,7 +57,9 @@ class LanguageRows:
 
 @dataclasses.dataclass(frozen=True)
 class TextRows:
-    """Rows of a text that is read: the first `kept` are held out, the following ones are for training, whatever the seed."""
+    """Rows of a text that is read: the first `kept` are held out, the following ones are for training, whatever the
+    seed.
+    """
 
     corpus: Any
     kept: int
@@ -86,16 +88,16 @@ class TextRows:
 def open_corpus(text: str, tokenizer: Any, seq: int, *, bos_id: int | None, kept: int = 1000) -> Rows:
     """The text that a card names, as rows of `seq` tokens of the tokenizer.
 
-    `text` is the name of an embedded model, whose language is made as it is read, or a hub id, file or folder, of whose first
-    `kept` rows none is given out for training. Raises `CorpusError` for a text that cannot be read, `ValueError` for the language
-    of another tokenizer.
+    `text` is the name of an embedded model, whose language is made as it is read, or a hub id, file or folder, of
+    whose first `kept` rows none is given out for training. Raises `CorpusError` for a text that cannot be read,
+    `ValueError` for the language of another tokenizer.
     """
     if text in CATALOGUE:
         words = CATALOGUE[text].part("language").Language().vocabulary()
         if len(tokenizer) != len(words):
             raise ValueError(
-                f"the text {text!r} is in the {len(words)} tokens of that model, and this tokenizer has {len(tokenizer)}: "
-                "name a text for this model, a hub id or a file"
+                f"the text {text!r} is in the {len(words)} tokens of that model, and this tokenizer has "
+                f"{len(tokenizer)}: name a text for this model, a hub id or a file"
             )
         return LanguageRows(CATALOGUE[text], tokenizer, seq, bos_id)
     from icl_lib.text.corpus import TextCorpus, open_text

@@ -1,4 +1,6 @@
-"""Whether a card is being run in this checkout: the kernel keeps the lock, so that it goes when its process ends, however it ends."""
+"""Whether a card is being run in this checkout: the kernel keeps the lock, so that it goes when its process ends,
+however it ends.
+"""
 
 import fcntl
 from typing import IO
@@ -13,7 +15,9 @@ def _open() -> IO[bytes]:
 
 
 def say_that_one_runs() -> IO[bytes]:
-    """Hold the lock for as long as the file that this gives is open. Several processes may: rehearsals run beside each other."""
+    """Hold the lock for as long as the file that this gives is open. Several processes may: rehearsals run beside each
+    other.
+    """
     file = _open()
     fcntl.flock(file, fcntl.LOCK_SH)
     return file

@@ -1,4 +1,4 @@
-"""Which notebook needs which: read from their sources, where they say what they save in the store and what they load."""
+"""Which notebook needs which, read from their sources: they say what they save in the store and what they load."""
 
 import re
 
@@ -25,7 +25,7 @@ def makers() -> dict[str, str]:
 
 
 def needs() -> dict[str, list[str]]:
-    """Notebook -> the notebooks whose artefacts it loads. Raises `ValueError` for an artefact that no notebook saves."""
+    """Notebook -> the notebooks whose artefacts it loads. Raises `ValueError` for one that no notebook saves."""
     made_by, found = makers(), {}
     for notebook, names in _calls("load").items():
         if missing := [name for name in names if name not in made_by]:

@@ -5,10 +5,11 @@ An artefact is a data file (safetensors for arrays, Parquet for tables) and a ma
     runs/tiny/store/task_vectors.json              names the data file and its hash; carries meta data and provenance
     runs/tiny/store/task_vectors-3f2a91c0.safetensors
 
-A data file is named after its content and the manifest is replaced last, by one rename. An interrupted write therefore leaves
-the earlier artefact whole, and a reader sees the old one or the new one, never a mixture. A reader checks the hash, so a file
-that was cut short or edited is refused by name. Every artefact carries the parameters of the notebook that made it and fingerprints of
-the files of its model and SAEs, and a reader whose own parameters or files differ is refused, with the command that makes it anew.
+A data file is named after its content and the manifest is replaced last, by one rename. An interrupted write therefore
+leaves the earlier artefact whole, and a reader sees the old one or the new one, never a mixture. A reader checks the
+hash, so a file that was cut short or edited is refused by name. Every artefact carries the parameters of the notebook
+that made it and fingerprints of the files of its model and SAEs, and a reader whose own parameters or files differ is
+refused, with the command that makes it anew.
 
 Of several processes only the first writes; the others wait for it, so that all of them find the artefact afterwards.
 """
@@ -44,10 +45,11 @@ class StoreError(ValueError):
 
 
 class Store:
-    """The artefacts of one run, in `<run_dir>/store`. Each carries provenance: parameters, code, inputs, device, time."""
+    """The artefacts of one run, in `<run_dir>/store`, each with its provenance: parameters, code, inputs, device, time."""
 
     def __init__(self, run_dir: str | Path, card: Mapping[str, Any]):
-        """`run_dir` counts from the repository root; `card` holds the parameters of the notebook, its `model` among them.
+        """`run_dir` counts from the repository root; `card` holds the parameters of the notebook, its `model` among
+        them.
 
         Raises `StoreError` for a card without a model: what was computed with nobody knows what cannot be relied on.
         """
@@ -67,8 +69,9 @@ class Store:
     def load(self, name: str, expect: Mapping[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Arrays and meta data. `expect` names meta values that this reader relies on, such as the names of the tasks.
 
-        Raises `StoreError` if the artefact is missing, cut short or altered, if its meta data differs from `expect`, or if it was
-        made with another value of a parameter that both notebooks have, or with other files of the model or the SAEs.
+        Raises `StoreError` if the artefact is missing, cut short or altered, if its meta data differs from `expect`,
+        or if it was made with another value of a parameter that both notebooks have, or with other files of the model
+        or the SAEs.
         """
         data, manifest = self._read(name, "safetensors", expect)
         return safetensors.numpy.load(data), manifest["meta"]
@@ -115,9 +118,8 @@ class Store:
         manifest = self._manifest(name)
         path = self.folder / manifest["file"]
         if path.suffix != f".{kind}":
-            raise StoreError(
-                f"{name} is a {path.suffix[1:]} file, not {kind}; use {'load_table' if kind == 'safetensors' else 'load'}"
-            )
+            right = "load_table" if kind == "safetensors" else "load"
+            raise StoreError(f"{name} is a {path.suffix[1:]} file, not {kind}; use {right}")
         data = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
             raise StoreError(
@@ -135,7 +137,8 @@ class Store:
             for key, value in want.items():
                 if have.get(key) != value:
                     raise StoreError(
-                        f"{path} was made with {key} = {have.get(key)!r}, but {value!r} is expected here; {self._remedy(name)}"
+                        f"{path} was made with {key} = {have.get(key)!r}, but {value!r} is expected here; "
+                        f"{self._remedy(name)}"
                     )
         for key, now in self.files.items():
             if key in made and manifest["files"].get(key, now) != now:
@@ -168,8 +171,9 @@ class Store:
         maker = makers().get(name, "NAME")
         who = f"notebooks/{maker}.ipynb makes it" if name in makers() else "some notebook makes it"
         return (
-            f"{who}, run that first: `papermill notebooks/{maker}.ipynb {_shown(self.run_dir)}/notebooks/{maker}.ipynb -f CARD "
-            "--cwd notebooks`, or the whole card: `snakemake --configfile CARD --cores 2` (CARD is for example params/tiny.yaml)"
+            f"{who}, run that first: `papermill notebooks/{maker}.ipynb {_shown(self.run_dir)}/notebooks/{maker}.ipynb "
+            "-f CARD --cwd notebooks`, or the whole card: `snakemake --configfile CARD --cores 2` (CARD is for example "
+            "params/tiny.yaml)"
         )
 
     def _provenance(self) -> dict[str, Any]:

@@ -136,7 +136,8 @@ class Language:
         return rng.sample(known, min(n_pairs, len(known)))
 
     def prompt(self, rng: random.Random, n_pairs: int, interleaved: float = 0.5) -> str:
-        """Pairs of one task in the paper's template, or of two tasks that share inputs and are told apart by their arrows.
+        """Pairs of one task in the paper's template, or of two tasks that share inputs and are told apart by their
+        arrows.
 
         A task is drawn in proportion to its number of pairs, so that an input by itself leaves all of its tasks equally
         likely. In an interleaved prompt only the arrow says which task comes: what to do has to be found out at the

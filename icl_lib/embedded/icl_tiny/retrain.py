@@ -1,7 +1,7 @@
 """`python -m icl_lib.commands.retrain`: make the embedded model, its tokenizer and its SAE suite again from nothing.
 
-Writes `<folder>/{config.json, model.safetensors, tokenizer.json, icl_gate.json, ...}`, `<folder>/saes/` and `<folder>/made.json`, which
-holds the command, the settings, the final losses and the SHA-256 of every file.
+Writes `<folder>/{config.json, model.safetensors, tokenizer.json, icl_gate.json, ...}`, `<folder>/saes/` and
+`<folder>/made.json`, which holds the command, the settings, the final losses and the SHA-256 of every file.
 """
 
 import dataclasses
@@ -72,8 +72,8 @@ def make_suite(config: SuiteConfig, folder: Path, progress: Callable = print) ->
         model, suite_corpus(model.config.n_ctx, config.n_rows, config.seed), needed_sites(sites), dtype="float16"
     )
     suite = train_on(
-        acts, sites, d_sae=config.d_sae, sparsity={site: config.sparsity(site) for site in sites}, key=jax.random.key(config.seed),
-        n_steps=config.steps, batch_size=config.batch, learning_rate=config.lr, progress=progress,
+        acts, sites, d_sae=config.d_sae, sparsity={site: config.sparsity(site) for site in sites},
+        key=jax.random.key(config.seed),        n_steps=config.steps, batch_size=config.batch, learning_rate=config.lr, progress=progress,
         metadata={"model_name": "icl-tiny"},
     )  # fmt: skip
     save_suite(suite, folder / "saes", dtype="float16")
