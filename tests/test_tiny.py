@@ -232,5 +232,8 @@ def test_the_text_of_a_card_is_the_models_language_or_a_file(language, tokenizer
     np.testing.assert_array_equal(read.plain(5), whole[:5])
     np.testing.assert_array_equal(read.stretches(9, 0), whole)
     np.testing.assert_array_equal(read.training(4, 1), whole[5:])
+    everything = read.plain(1000)
+    assert 9 < len(everything) < 1000, "a short text gives what it has"
+    np.testing.assert_array_equal(everything[:9], whole)
     with pytest.raises(ValueError, match="'icl-tiny' is in the 1316 tokens of that model, and this tokenizer has 3"):
         embedded.open_corpus("icl-tiny", ["a", "b", "c"], 80, bos_id=BOS)

@@ -1,5 +1,6 @@
 """Plain text by its name in a card: an embedded model's own language, a data set of the hub, or files."""
 
+import contextlib
 import dataclasses
 import random
 from typing import Any, Protocol, runtime_checkable
@@ -22,7 +23,7 @@ class Rows(Protocol):
         """Rows that SAEs may be trained on: none of those held out."""
 
     def plain(self, n: int) -> Int[np.ndarray, "m seq"]:
-        """Of `n` rows held out those that are no prompts."""
+        """Of `n` rows held out, or as many as there are, those that are no prompts."""
 
     def stretches(self, n: int, seed: int) -> Int[np.ndarray, "m short"]:
         """Text to look at for what latents fire on, without prompts: about `n` rows or more."""
@@ -71,7 +72,13 @@ class TextRows:
         return self._after(self.kept, n)
 
     def plain(self, n: int) -> Int[np.ndarray, "m seq"]:
-        return self.held_out(n)
+        from icl_lib.text.corpus import CorpusEnded
+
+        rows = [self.held_out(1)]
+        with contextlib.suppress(CorpusEnded):  # a short text gives what it has
+            while len(rows) < n:
+                rows.append(self.corpus.batch(1))
+        return np.concatenate(rows)
 
     def stretches(self, n: int, seed: int) -> Int[np.ndarray, "m short"]:
         return self.held_out(n)

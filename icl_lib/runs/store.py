@@ -45,7 +45,7 @@ class StoreError(ValueError):
 
 
 class Store:
-    """The artefacts of one run, in `<run_dir>/store`, each with its provenance: parameters, code, inputs, device, time."""
+    """The artefacts of one run, in `<run_dir>/store`, each with its parameters, code, inputs, device and time."""
 
     def __init__(self, run_dir: str | Path, card: Mapping[str, Any]):
         """`run_dir` counts from the repository root; `card` holds the parameters of the notebook, its `model` among

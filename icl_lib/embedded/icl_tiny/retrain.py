@@ -73,7 +73,8 @@ def make_suite(config: SuiteConfig, folder: Path, progress: Callable = print) ->
     )
     suite = train_on(
         acts, sites, d_sae=config.d_sae, sparsity={site: config.sparsity(site) for site in sites},
-        key=jax.random.key(config.seed),        n_steps=config.steps, batch_size=config.batch, learning_rate=config.lr, progress=progress,
+        key=jax.random.key(config.seed),
+        n_steps=config.steps, batch_size=config.batch, learning_rate=config.lr, progress=progress,
         metadata={"model_name": "icl-tiny"},
     )  # fmt: skip
     save_suite(suite, folder / "saes", dtype="float16")
