@@ -11,14 +11,13 @@ unexport MPLBACKEND
 .PHONY: demo test lab retrain bench report rehearse rehearse-all preflight clean
 
 demo: $(VENV)/.installed
-	$(BIN)/snakemake --configfile $(CARD) --cores $(CORES) --rerun-incomplete --keep-going --quiet all; \
-	status=$$?; $(BIN)/python -m icl_lib.commands.report $(CARD) && exit $$status
+	$(BIN)/python -m icl_lib.commands.demo "$(CARD)" --cores $(CORES)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(NBVAL) tests notebooks
 
 lab: $(VENV)/.installed
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/python -m jupyterlab notebooks
 
 retrain: $(VENV)/.installed
 	$(BIN)/python -m icl_lib.commands.retrain
@@ -29,25 +28,25 @@ bench: $(VENV)/.installed-bench
 
 # the card on small stand-ins, offline (torch writes some SAE formats): `make rehearse CARD=gemma-2-9b`
 rehearse: $(VENV)/.installed-test
-	$(BIN)/python -m icl_lib.commands.rehearse $(CARD)
+	$(BIN)/python -m icl_lib.commands.rehearse "$(CARD)"
 
 rehearse-all: $(VENV)/.installed-test
 	$(BIN)/python -m icl_lib.commands.rehearse --all
 
 # what the card needs: `make preflight CARD=params/gemma-2-9b.yaml DEVICES=8xv5e`
 preflight: $(VENV)/.installed
-	$(BIN)/python -m icl_lib.commands.preflight $(CARD) --devices $(or $(DEVICES),cpu)
+	$(BIN)/python -m icl_lib.commands.preflight "$(CARD)" --devices $(or $(DEVICES),cpu)
 
 report: $(VENV)/.installed
-	$(BIN)/python -m icl_lib.commands.report $(CARD)
+	$(BIN)/python -m icl_lib.commands.report "$(CARD)"
 
 clean:
 	rm -rf runs .snakemake
 
 # A stamp a set of packages, so that only a change of what is needed installs again.
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
-	$(PYTHON) -m venv $(VENV)
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	"$(PYTHON)" -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .

@@ -11,19 +11,18 @@ import sys
 
 import yaml
 
+from icl_lib.cards.card import CardError, check_values, for_notebook, notebook_files, read_card
 from icl_lib.cards.checks import check_against_model
-from icl_lib.cards.card import CardError, all_declared, check_values, for_notebook, notebook_files, read_card
-from icl_lib.files.paths import resolve, root, run_folder
 from icl_lib.files.hashes import code_version
+from icl_lib.files.lock import say_that_one_runs
+from icl_lib.files.paths import resolve, root, run_folder
 from icl_lib.files.write import write_bytes
+from icl_lib.runs.needs import needs
 
 workdir: str(root())
 
-# What a notebook reads from the run's store, by the notebook that makes it. All others run by themselves.
-NEEDS = {
-    "03_task_vector_cleaning": ["01_sparse_autoencoders", "02_task_vectors"],
-    "04_executors_and_detectors": ["01_sparse_autoencoders", "03_task_vector_cleaning"],
-}
+RUNNING = say_that_one_runs()  # until this process ends: `make demo` takes away a lock that nobody holds
+NEEDS = needs()  # what a notebook reads from the run's store, by the notebook that makes it; all others run by themselves
 
 os.environ.pop("MPLBACKEND", None)  # `Agg` would drop the inline figures without a word
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU's memory; JAX's own default leaves a quarter unused
@@ -34,9 +33,9 @@ try:
     for path in workflow.configfiles:
         read_card(path)  # snakemake keeps the last of two equal keys; ours refuses them
     source = ", ".join(map(str, workflow.configfiles))
-    CARD = check_values(config, all_declared(), source)
+    CARD = check_values(config, source).model_dump()
     check_against_model(CARD, source)
-    CARD |= {"tasks": resolve(CARD["tasks"])} if "tasks" in CARD else {}  # a folder is looked for from the root, notebooks run elsewhere
+    CARD["tasks"] = resolve(CARD["tasks"])  # a folder is looked for from the root, notebooks run elsewhere
 except CardError as err:
     sys.exit(f"{err}")
 
@@ -72,14 +71,8 @@ for name, notebook in NOTEBOOKS.items():
         log:
             RUN / "logs" / f"{name}.log",
         params:
-            title=name,
-            part=RUN / "notebooks" / f".{name}.part.ipynb",
             python=sys.executable,
             library=code_version()["library"],
         priority: 10 if any(name in needed for needed in NEEDS.values()) else 0  # start the longest chain first
         shell:
-            # papermill writes as it goes; the rename makes the result appear whole or not at all
-            "echo '{params.title}: running'; start=$(date +%s);"
-            " {params.python:q} -m papermill {input.notebook:q} {params.part:q} -f {input.params:q} --cwd notebooks --no-progress-bar"
-            " > {log:q} 2>&1 && mv {params.part:q} {output:q} && echo \"{params.title}: done in $(($(date +%s) - start)) s\""
-            " || (tail -n 20 {log:q}; echo '{params.title}: FAILED; as far as it came: {params.part}'; exit 1)"
+            "{params.python:q} -m icl_lib.commands.run_notebook {input.notebook:q} {output:q} {input.params:q} {log:q}"

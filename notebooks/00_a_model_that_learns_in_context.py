@@ -22,7 +22,6 @@ first example accuracy jumps. What the examples tell is the kind of output that 
 # %%
 import random
 from collections import defaultdict
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -31,11 +30,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from icl_lib import figures
+from icl_lib import embedded, figures
+from icl_lib.cards.notebook import open_run
 from icl_lib.figures.style import heatmap
 from icl_lib.models import fetch, gate, generate, load_model, load_tokenizer
-from icl_lib.runs import Ledger, Store, compute_dtype, devices
-from icl_lib.files.paths import resolve
+from icl_lib.runs import compute_dtype
 from icl_lib.tasks import (
     Role,
     Task,
@@ -48,19 +47,16 @@ from icl_lib.tasks import (
     token_logprobs,
 )
 from icl_lib.behaviours import accuracy_table, published_accuracy
-from icl_lib.embedded.icl_tiny.language import Language
-from icl_lib.embedded.icl_tiny.pretrain import loss_fn
-from icl_lib.embedded.icl_tiny.retrain import held_out_corpus
 
 # %% tags=["parameters"]
 card: str = "tiny"  # name of the experiment card
-model: str = "assets/icl-tiny"  # folder or hub id of the model
+model: str = "icl-tiny"  # name of an embedded model, hub id or folder of the model
 tasks: str = "embedded"  # embedded, paper, function_vectors, or a folder of task files
-prefix: str = "Follow the pattern:\n"  # what stands before the pairs of a prompt; chat models may want a turn opened
+prefix: str = "Follow the pattern:\n"  # opens a prompt; chat models may want a turn opened
 run_dir: str = "runs/tiny"  # where results go, from the repository root
-seed: int = 0  # seed of every prompt sampler
+seed: int = 0  # seed of prompts, corpora, training and random draws
 n_prompts: int = 16  # prompts per task
-max_shots: int = 12  # examples in the longest prompts
+max_shots: int = 12  # examples in the longest prompts of notebook 00
 
 # %% [markdown]
 """
@@ -68,12 +64,9 @@ Model, tokenizer and tasks, and the run's store and ledger.
 """
 
 # %%
-figures.use_style()
-devices.setup(run_dir)
-store = Store(run_dir, params={"card": card, "model": model, "tasks": tasks, "seed": seed})
-ledger = Ledger(store, "00_a_model_that_learns_in_context")
-lm = load_model(resolve(model), dtype=compute_dtype(), mesh="auto")
-tokenizer = load_tokenizer(resolve(model))
+store, ledger = open_run("00_a_model_that_learns_in_context", globals())
+lm = load_model(model, dtype=compute_dtype(), mesh="auto")
+tokenizer = load_tokenizer(model)
 suite, template = load_tasks(tasks), Template(prefix=prefix)
 names, groups = list(suite), [task.group for task in suite.values()]
 print(
@@ -146,8 +139,9 @@ what to do, which is where larger models decide too (notebook 02).
 """
 
 # %%
-if card == "tiny":
-    language, rng = Language(), random.Random(seed)
+entry = embedded.entry(model)  # None for a model that does not come with the repository, and nothing is shown
+if entry is not None:
+    language, rng = entry.part("language").Language(), random.Random(seed)
     mixed = next(p for p in iter(lambda: language.prompt(rng, 4), None) if "=>" in p and "->" in p)
     print("text:  ", language.text(rng, 3).replace("\n", "\\n"))
     print("prompt:", language.prompt(rng, 3, interleaved=0.0).replace("\n", "\\n"))
@@ -159,17 +153,17 @@ A sentence, a prompt of one task, and one of two tasks. The loss of training:
 """
 
 # %%
-record = Path(resolve(model)) / "losses.csv"
-if record.is_file():
-    losses = np.loadtxt(record, skiprows=1)
+if entry is not None:
+    losses = np.loadtxt(entry.losses, skiprows=1)
     steps = np.arange(1, len(losses) + 1)
     smooth = pd.Series(losses).rolling(20, min_periods=1).mean()
     figures.training_curve(steps, {"each step": losses, "mean of 20 steps": smooth})
     plt.show()
 
 # %%
-if card == "tiny":
-    held_out = float(eqx.filter_jit(loss_fn)(lm, jnp.asarray(held_out_corpus(lm, 128))))
+if entry is not None:
+    fresh = embedded.open_corpus(entry.name, tokenizer, lm.config.n_ctx, bos_id=lm.config.bos_id).held_out(128)
+    held_out = float(eqx.filter_jit(entry.part("pretrain").loss_fn)(lm, jnp.asarray(fresh)))
     print(
         f"loss on fresh rows: {held_out:.2f} nats per token; a uniform guess would be {np.log(lm.config.d_vocab):.1f}"
     )
@@ -192,7 +186,7 @@ the next cell stops.
 """
 
 # %%
-difference = gate.check(lm, tokenizer, fetch(resolve(model)))
+difference = gate.check(lm, tokenizer, fetch(model))
 print(
     "no logits are recorded for this model" if difference is None else f"the recorded logits, within {difference:.2g}"
 )
@@ -504,4 +498,4 @@ ledger.write()
 
 # %% tags=["nbval-check-output"]
 print(ledger.table()[["key", "holds"]].to_string(index=False))
-assert ledger.table()["holds"].all() or card != "tiny", "a claim of this notebook does not hold; see the ledger"
+embedded.check_claims(model, ledger)

@@ -20,7 +20,6 @@ activations by a few active latents per token, at every layer, and the model har
 """
 
 # %%
-import random
 
 import equinox as eqx
 import jax
@@ -28,40 +27,31 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from icl_lib import figures
-from icl_lib.text.tokens import token_windows
+from icl_lib import embedded, figures
 from icl_lib.features.examples import top_examples
+from icl_lib.cards.notebook import open_run
 from icl_lib.figures.style import plain_log
 from icl_lib.models import Site, load_model, load_tokenizer, mesh_of
-from icl_lib.runs import Ledger, Store, compute_dtype, devices
-from icl_lib.files.paths import resolve
-from icl_lib.text import TextCorpus, open_text
+from icl_lib.runs import compute_dtype
 from icl_lib.saes import harvest, load_suite, quality_table, save_sae
-from icl_lib.text.corpus import rewind
 from icl_lib.saes.quality import frequency, fvu
 from icl_lib.training.recipes import SHORT_RUN, make_recipe
 from icl_lib.saes.survey import pareto_front
 from icl_lib.training import Member, Plan
 from icl_lib.training.state import stop_if_bad
 from icl_lib.training.steps import finish, init_state, run_steps
-from icl_lib.embedded.icl_tiny.language import Language
-from icl_lib.embedded.icl_tiny.retrain import held_out_corpus, suite_corpus
 
 # %% tags=["parameters"]
 card: str = "tiny"  # name of the experiment card
-model: str = "assets/icl-tiny"  # folder or hub id of the model
-saes: list[str] = ["assets/icl-tiny/saes"]  # folder of the SAE suite, or folders and hub paths with {layer} in them
+model: str = "icl-tiny"  # name of an embedded model, hub id or folder of the model
+saes: list[str] = ["icl-tiny"]  # name or folder of the SAE suite, or folders and hub paths with {layer} in them
 sae_layers: list[int] = [0, 1, 2, 3, 4, 5]  # layers whose SAEs are loaded, counted as their files do
-sae_variant: str = ""  # "paper" reads the ICL-SFC authors' own SAEs in the form of their experiments; empty: as trained
-text: str = "embedded language"  # text on which SAEs are judged: the embedded model's own, a data set's hub id, or a file or folder of text
+sae_variant: str = ""  # "paper" reads the ICL-SFC authors' SAEs as in their experiments; empty: as trained
+text: str = "icl-tiny"  # plain text: an embedded model's, a data set's hub id, a file or folder
 run_dir: str = "runs/tiny"  # where results go, from the repository root
-seed: int = 0  # seed of corpora, training and choices
-layer_executor: int = 4  # layer whose residual SAE is looked at closely
-sweep_widths: list[int] = [
-    256,
-    512,
-    1024,
-]  # widths of the SAEs trained in notebook 01, which 03 and 04 try as well; [] trains none
+seed: int = 0  # seed of prompts, corpora, training and random draws
+layer_executor: int = 4  # layer (resid_pre) whose latents are looked for at the arrow
+sweep_widths: list[int] = [256, 512, 1024]  # widths of SAEs trained in 01, tried in 03 and 04; [] trains none
 sweep_sparsity: list[float] = [0.02, 0.05, 0.12, 0.3]  # their sparsity penalties, each at every width
 sweep_steps: int = 600  # their training steps
 quality_rows: int = 48  # rows of fresh text on which the model runs with each SAE in place
@@ -73,13 +63,10 @@ Model, suite and the run's store. A suite that does not fit the model is refused
 """
 
 # %%
-figures.use_style()
-devices.setup(run_dir)
-store = Store(run_dir, params={"card": card, "model": model, "saes": saes, "seed": seed})
-ledger = Ledger(store, "01_sparse_autoencoders")
-lm = load_model(resolve(model), dtype=compute_dtype(), mesh="auto")
-tokenizer = load_tokenizer(resolve(model))
-suite = load_suite(resolve(saes), lm.config, sae_layers, variant=sae_variant or None, mesh=mesh_of(lm))
+store, ledger = open_run("01_sparse_autoencoders", globals())
+lm = load_model(model, dtype=compute_dtype(), mesh="auto")
+tokenizer = load_tokenizer(model)
+suite = load_suite(saes, lm.config, sae_layers, variant=sae_variant or None, mesh=mesh_of(lm))
 
 # %% [markdown]
 """
@@ -89,19 +76,13 @@ model than `icl-tiny` the card names a text, of which rows of 128 tokens are tak
 
 
 # %%
-corpus = None  # the embedded model's own language
-if text != "embedded language":
-    corpus = TextCorpus(open_text(resolve(text)), tokenizer, 128, bos_id=lm.config.bos_id, name=text)
+context, kept = min(128, lm.config.n_ctx), max(quality_rows, rate_rows)
+corpus = embedded.open_corpus(text, tokenizer, context, bos_id=lm.config.bos_id, kept=kept)
 
 
 def rows(n, seed=None):
     """Token rows on which SAEs are judged, or, with a seed, others to train on."""
-    if corpus is None:
-        return held_out_corpus(lm, n) if seed is None else suite_corpus(lm, n, seed)
-    rewind(corpus)
-    if seed is not None:
-        corpus.batch(max(quality_rows, rate_rows))
-    return corpus.batch(n)
+    return corpus.held_out(n) if seed is None else corpus.training(n, seed)
 
 
 # %% [markdown]
@@ -323,7 +304,7 @@ if members:
     sweep["folder"] = [f"saes_sweep/{m.d_sae}_{m.sparsity:g}" for m in members]
     for folder, one in zip(sweep["folder"], trained.values(), strict=True):
         save_sae(one, store.run_dir / folder)
-    store.save_table("sae_sweep", sweep, meta={"model": model, "site": str(site)})
+    store.save_table("sae_sweep", sweep, meta={"site": str(site)})
     shown = [
         "d_sae",
         "sparsity",
@@ -490,11 +471,7 @@ the text (the median latent, one in five, one in fifty), and not by how well the
 """
 
 # %%
-if corpus is None:
-    language, rng = Language(), random.Random(seed)
-    windows = token_windows([language.text(rng, 4000)], tokenizer, 32, lm.config.bos_id)
-else:
-    windows = rows(rate_rows)
+windows = corpus.stretches(rate_rows, seed)
 f = suite[site].encode(jnp.asarray(harvest(lm, windows, [site])[site]))
 strength, rate = np.asarray(f.mean(axis=0)), np.asarray(frequency(f))
 ranked = np.argsort(-strength)
@@ -583,4 +560,4 @@ ledger.write()
 
 # %% tags=["nbval-check-output"]
 print(ledger.table()[["key", "holds"]].to_string(index=False))
-assert ledger.table()["holds"].all() or card != "tiny", "a claim of this notebook does not hold; see the ledger"
+embedded.check_claims(model, ledger)

@@ -39,11 +39,11 @@ def gradient(model, tokens):
 
 arrays["gradient"] = gradient(lm, shard_batch(tokens, mesh))
 
-store = Store(shared)
+store = Store(shared, {"model": "random"})
 store.save("first", arrays)
 assert store.load("first")[0]["logits"].shape == logits.shape  # there for both, as soon as save returns
 store.save("second", {"mean": np.float32(mean)}, meta={"data": int(data)})
-local = Store(own)  # a folder of this process alone shows what it wrote
+local = Store(own, {"model": "random"})  # a folder of this process alone shows what it wrote
 local.save("kept", arrays)
 ledger = Ledger(local, "00")
 ledger.record("mean", item="-", published=None, ours=mean, criterion="-", holds=True)

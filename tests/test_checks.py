@@ -30,17 +30,14 @@ def card(tmp_path):
 
 
 BAD = [
-    (
-        {"layer_detector": 9},
-        ["`layer_detector` names layer 9, but assets/icl-tiny has the layers 0 to 5", "must be below"],
-    ),
+    ({"layer_detector": 9}, ["`layer_detector` names layer 9, but icl-tiny has the layers 0 to 5", "must be below"]),
     ({"layer_executor": 6}, ["`layer_executor` names layer 6"]),
     ({"sae_layers": [0, 17]}, ["`sae_layers` names layer 17"]),
     ({"circuit_layers": [2, 6, 7]}, ["`circuit_layers` names layer 6", "names layer 7"]),
     ({"layer_detector": 4}, ["`layer_detector` (4) must be below `layer_executor` (4)"]),
     (
         {"max_shots": 20},
-        ["`max_shots`: 20 examples are at least 84 tokens, and the context of assets/icl-tiny has 80: at most 19"],
+        ["`max_shots`: 20 examples are at least 84 tokens, and the context of icl-tiny has 80: at most 19"],
     ),
     (
         {"tasks": "embeded"},

@@ -19,7 +19,7 @@ NOTEBOOKS = sorted((root() / "notebooks").glob("0*.ipynb"))
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(tmp_path / "run")
+    return Store(tmp_path / "run", {"model": "some/model"})
 
 
 def _record(ledger, key="l0", **changes):

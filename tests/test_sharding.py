@@ -89,7 +89,7 @@ def test_two_processes_give_the_numbers_of_one_and_one_file(data, tmp_path, getk
     assert [run.returncode for run in runs] == [0, 0], said
     assert [out.splitlines()[-1].split() for out, _ in said] == [["writer", "0", "2"], ["reader", "1", "2"]]
 
-    arrays, _ = Store(tmp_path / "run").load("first")
+    arrays, _ = Store(tmp_path / "run", {"model": "random"}).load("first")
     cache = {}
     logits = model(TOKENS, tap=record([Site("resid_post", 1)], cache))
     np.testing.assert_allclose(arrays["logits"], logits, rtol=1e-4, atol=1e-5)
@@ -99,10 +99,10 @@ def test_two_processes_give_the_numbers_of_one_and_one_file(data, tmp_path, getk
     )
     np.testing.assert_allclose(arrays["gradient"], grad, rtol=1e-4, atol=1e-6)
     assert jnp.abs(grad).max() > 1e-3
-    mean, meta = Store(tmp_path / "run").load("second")
+    mean, meta = Store(tmp_path / "run", {"model": "random"}).load("second")
     np.testing.assert_allclose(mean["mean"], jnp.mean(logits), rtol=1e-3, atol=1e-6)
     assert meta == {"data": data}
-    assert Store(tmp_path / "own0").names() == ["kept"]
+    assert Store(tmp_path / "own0", {"model": "random"}).names() == ["kept"]
     assert json.loads((tmp_path / "own0" / "ledger" / "00.json").read_text())[0]["key"] == "mean"
     assert gate.check(model, lambda prompt: {"input_ids": [1, 2, 3]}, tmp_path / "own0" / "model") < 1e-4
     for ours, theirs in zip(*map(jax.tree.leaves, (load_model(tmp_path / "own0" / "model"), model)), strict=True):

@@ -7,14 +7,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from icl_lib.files import write
 from icl_lib.files.paths import resolve, root
 from icl_lib.runs import Store, StoreError
+from icl_lib.runs import needs as needs_module
 from icl_lib.runs import store as store_module
 
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(tmp_path / "run", params={"seed": 3})
+    return Store(tmp_path / "run", {"model": "owner/model", "seed": 3})
 
 
 def _data_file(store, name):
@@ -62,7 +64,11 @@ def test_provenance_tells_parameters_code_inputs_and_device(store):
     store.load("first")
     store.save("second", {"x": np.zeros(2, np.float32)})
     made = store.provenance("second")
-    assert made["params"] == {"seed": 3} and made["device"]["platform"] == "cpu" and len(made["code"]["library"]) == 12
+    assert (
+        made["params"] == {"model": "owner/model", "seed": 3}
+        and made["device"]["platform"] == "cpu"
+        and len(made["code"]["library"]) == 12
+    )
     assert made["inputs"] == {"first": json.loads((store.folder / "first.json").read_text())["sha256"]}
 
 
@@ -105,24 +111,24 @@ def test_an_interrupted_write_leaves_the_earlier_artefact(store, monkeypatch):
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store_module.os, "replace", crash)
+    monkeypatch.setattr(write.os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         store.save("v", {"x": np.zeros(9, np.float32)})
     monkeypatch.undo()
     np.testing.assert_array_equal(store.load("v")[0]["x"], np.ones(2))
-    assert not list(store.folder.glob(".*.part"))
+    assert not list(store.folder.glob(".*"))
 
 
 def test_a_crash_between_the_two_files_leaves_the_earlier_artefact(store, monkeypatch):
     store.save("v", {"x": np.ones(2, np.float32)})
-    write = store_module.write_atomic
+    whole = store_module.write_bytes
 
     def data_only(path, data):
         if path.suffix == ".json":
             raise KeyboardInterrupt
-        write(path, data)
+        whole(path, data)
 
-    monkeypatch.setattr(store_module, "write_atomic", data_only)
+    monkeypatch.setattr(store_module, "write_bytes", data_only)
     with pytest.raises(KeyboardInterrupt):
         store.save("v", {"x": np.zeros(9, np.float32)})
     np.testing.assert_array_equal(store.load("v")[0]["x"], np.ones(2))
@@ -139,7 +145,8 @@ def test_what_is_missing_names_the_notebook_that_makes_it(store, tmp_path, monke
     (tmp_path / "notebooks" / "02_maker.py").write_text(
         'store.save(\n    "task_vectors", {"v": v})\nstore.save_table("curve", t)\n'
     )
-    monkeypatch.setattr(store_module, "root", lambda: tmp_path)
+    for module in (store_module, needs_module):
+        monkeypatch.setattr(module, "root", lambda: tmp_path)
     for name in ("task_vectors", "curve"):
         with pytest.raises(
             StoreError,
@@ -148,11 +155,42 @@ def test_what_is_missing_names_the_notebook_that_makes_it(store, tmp_path, monke
             store.load(name)
 
 
-def test_an_artefact_of_another_model_is_refused(store):
-    store.save("v", {"x": np.ones(2, np.float32)}, meta={"model": "a"})
-    assert store.load("v", expect={"model": "a"})[1] == {"model": "a"}
-    with pytest.raises(StoreError, match="model = 'a', but 'b' is expected"):
-        store.load("v", expect={"model": "b"})
+@pytest.mark.parametrize(
+    ("key", "made", "here"),
+    [
+        ("model", "a/a", "b/b"),
+        ("saes", ["a/s"], ["a/t"]),
+        ("sae_layers", [0, 1], [0]),
+        ("sae_variant", "", "paper"),
+        ("tasks", "embedded", "paper"),
+        ("prefix", "Follow", "<turn>Follow"),
+        ("seed", 0, 1),
+        ("layer_executor", 4, 3),
+    ],
+)
+def test_what_another_model_suite_or_card_made_is_refused(tmp_path, key, made, here):
+    card = {"card": "one", "model": "a/a", "run_dir": "runs/one", "n_shots": 12}
+    Store(tmp_path / "run", card | {key: made}).save("v", {"x": np.ones(2, np.float32)})
+    reader = {"card": "two", "model": "a/a", "run_dir": "runs/two", "max_shots": 3}
+    assert Store(tmp_path / "run", reader | {key: made}).load("v"), (
+        "names of runs and what only one declares may differ"
+    )
+    with pytest.raises(StoreError) as err:
+        Store(tmp_path / "run", reader | {key: here}).load("v")
+    assert f"was made with {key} = {made!r}, but {here!r} is expected here" in str(err.value)
+    assert "papermill notebooks/" in str(err.value)
+
+
+def test_what_a_reader_expects_of_the_meta_data_is_held(store):
+    store.save("v", {"x": np.ones(2, np.float32)}, meta={"tasks": ["a"]})
+    assert store.load("v", expect={"tasks": ["a"]})[1] == {"tasks": ["a"]}
+    with pytest.raises(StoreError, match="tasks = \\['a'\\], but \\['b'\\] is expected"):
+        store.load("v", expect={"tasks": ["b"]})
+
+
+def test_a_store_without_a_model_is_refused(tmp_path):
+    with pytest.raises(StoreError, match="at least `model`"):
+        Store(tmp_path / "run", {"seed": 3})
 
 
 def test_a_table_is_not_read_as_arrays(store):
@@ -177,19 +215,35 @@ def test_what_cannot_be_kept_is_refused_before_anything_is_written(store):
 
 def test_paths_count_from_the_repository_root(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert Store("runs/x").folder == root() / "runs" / "x" / "store"
+    assert Store("runs/x", {"model": "m"}).folder == root() / "runs" / "x" / "store"
     assert resolve("icl_lib") == str(root() / "icl_lib")
     assert resolve("google/gemma-2b") == "google/gemma-2b"
 
 
-def test_what_was_computed_from_other_files_at_the_same_place_is_refused(store, tmp_path):
-    folder = tmp_path / "model"
+@pytest.mark.parametrize("key", ["model", "saes"])
+def test_what_was_computed_from_other_files_at_the_same_place_is_refused(tmp_path, key):
+    folder = tmp_path / "files"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(bytes(200_000))
-    meta = {"model": str(folder), "saes": ["owner/suite"]}
-    store.save("vectors", {"x": np.ones(2, np.float32)}, meta=meta)
-    assert store.load("vectors", expect=meta)[1] == meta
+    card = {"model": "owner/model", "saes": ["owner/suite"]} | {key: str(folder) if key == "model" else [str(folder)]}
+    Store(tmp_path / "run", card).save("vectors", {"x": np.ones(2, np.float32)})
+    assert Store(tmp_path / "run", card).load("vectors")
     (folder / "model.safetensors").write_bytes(bytes(199_999) + b"1")
     with pytest.raises(StoreError, match="held other files.*papermill"):
-        store.load("vectors", expect=meta)
-    assert store.load("vectors")[1] == meta, "who does not rely on the model may read on"
+        Store(tmp_path / "run", card).load("vectors")
+    if key == "saes":
+        assert Store(tmp_path / "run", {"model": "owner/model"}).load("vectors"), "who reads no SAEs may read on"
+
+
+def test_needs_are_read_from_the_notebooks(tmp_path, monkeypatch):
+    assert needs_module.needs()["03_task_vector_cleaning"] == ["01_sparse_autoencoders", "02_task_vectors"]
+    assert needs_module.needs()["04_executors_and_detectors"] == ["01_sparse_autoencoders", "03_task_vector_cleaning"]
+    assert not any(needs_module.needs()[name] for name in needs_module.needs() if name[:2] in ("00", "01", "02", "05"))
+    monkeypatch.setattr(needs_module, "root", lambda: tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "00_a.py").write_text('store.save("v", {})\nstore.load("w")\n')
+    with pytest.raises(ValueError, match="00_a loads w, which no notebook saves"):
+        needs_module.needs()
+    (tmp_path / "notebooks" / "01_b.py").write_text('store.save_table("v", {})\n')
+    with pytest.raises(ValueError, match="00_a and 01_b both save 'v'"):
+        needs_module.needs()

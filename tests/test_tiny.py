@@ -3,12 +3,14 @@
 import hashlib
 import json
 import random
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from icl_lib import embedded
 from icl_lib.embedded.icl_tiny.language import BOS, OTHER_SEPARATOR, PAD, UNK, Language, build_tokenizer, corpus
 from icl_lib.embedded.icl_tiny.pretrain import PretrainConfig, branch_noise, loss_fn, pretrain, residual_noise
 from icl_lib.embedded.icl_tiny.retrain import SuiteConfig, hashes, retrain
@@ -16,6 +18,7 @@ from icl_lib.files.paths import root
 from icl_lib.models import Site, load_config, load_model, load_tokenizer, tensor_shapes
 from icl_lib.saes.formats import load_suite
 from icl_lib.tasks import Role, make_prompts
+from icl_lib.text.tokens import token_windows
 
 ASSETS = root() / "assets" / "icl-tiny"
 SMALL = PretrainConfig(
@@ -155,3 +158,82 @@ def test_assets_are_small_and_complete():
     assert 1.5e6 <= parameters <= 3e6
     suite = load_suite(ASSETS / "saes", config)
     assert len(suite) == 3 * config.n_layers and {sae.d_sae for sae in suite.values()} == {1024}
+
+
+def _ledger(notebook, entries, **changes):
+    """A ledger as `check_claims` reads it, by the parameters of the embedded model's card with changes."""
+    recorded = {key: {"ours": ours, "holds": holds, "criterion": "-"} for key, (ours, holds) in entries.items()}
+    return types.SimpleNamespace(notebook=notebook, entries=recorded, card={"model": "icl-tiny", "seed": 0} | changes)
+
+
+def test_what_is_claimed_of_the_embedded_model_is_held_to_its_bars():
+    entries = {
+        "executors": ("24 of 28", True),
+        "executor_mass": (95.2, True),
+        "detector_mass": (99.9, True),
+        "links": ([0.43, 0.12], True),
+        "raw_outputs_fail": (-1.0, False),  # recorded, and not claimed
+    }
+    name = "04_executors_and_detectors"
+    embedded.check_claims("icl-tiny", _ledger(name, entries))
+    embedded.check_claims(ASSETS, _ledger(name, entries, model=str(ASSETS)))
+    for key, ours in {
+        "executors": "21 of 28",
+        "executor_mass": 74.0,
+        "links": [0.3, 0.12],
+        "detector_mass": None,
+    }.items():
+        with pytest.raises(AssertionError, match=f"do not hold of icl-tiny: {key} is"):
+            embedded.check_claims("icl-tiny", _ledger(name, entries | {key: (ours, True)}))
+    with pytest.raises(AssertionError, match="executors: -, ours is 0.857"):
+        embedded.check_claims("icl-tiny", _ledger(name, entries | {"executors": ("24 of 28", False)}))
+    with pytest.raises(AssertionError, match="links is not recorded"):
+        embedded.check_claims("icl-tiny", _ledger(name, {key: entries[key] for key in list(entries)[:3]}))
+    few = _ledger("03_task_vector_cleaning", {
+        "tvc_l0": (1.9, True), "encoded_l0": (8.3, True), "tvc_nll": (0.4, True), "beats_ito_at_equal_l0": (0.9, True)
+    })  # fmt: skip
+    embedded.check_claims("icl-tiny", few)
+    few.entries["tvc_l0"]["ours"] = 2.6
+    with pytest.raises(AssertionError, match="tvc_l0 is 2.6, claimed is -inf to 2.49"):
+        embedded.check_claims("icl-tiny", few)
+
+
+def test_other_models_and_other_cards_only_record_verdicts():
+    bad = {"executors": ("0 of 28", False)}
+    embedded.check_claims("google/gemma-2b", _ledger("04_executors_and_detectors", bad, model="google/gemma-2b"))
+    embedded.check_claims("icl-tiny", _ledger("04_executors_and_detectors", bad, layer_executor=1))
+    embedded.check_claims("icl-tiny", _ledger("09_another", bad))
+    assert embedded.entry("google/gemma-2b") is None and embedded.entry("assets/icl-tiny").name == "icl-tiny"
+
+
+def test_every_claim_is_of_a_notebook_that_records_the_key():
+    for one in embedded.CATALOGUE.values():
+        assert (one.model / "config.json").is_file() and one.losses.is_file() and (root() / one.card).is_file()
+        for notebook, claims in one.claims.items():
+            source = (root() / "notebooks" / f"{notebook}.py").read_text()
+            assert not [key for key in claims if key.removesuffix("_best_layer") not in source], notebook
+
+
+def test_the_text_of_a_card_is_the_models_language_or_a_file(language, tokenizer, tmp_path):
+    loaded = load_tokenizer("icl-tiny")
+    rows = embedded.open_corpus("icl-tiny", loaded, 80, bos_id=BOS)
+    held_out = corpus(language, tokenizer, n_rows=30, seq=80, seed=1_000_003)
+    np.testing.assert_array_equal(rows.held_out(30), held_out)
+    np.testing.assert_array_equal(rows.training(7, 1), corpus(language, tokenizer, n_rows=7, seq=80, seed=1))
+    follow = tokenizer.encode("Follow", add_special_tokens=False).ids[0]
+    np.testing.assert_array_equal(rows.plain(30), held_out[held_out[:, 1] != follow])
+    windows = token_windows([Language().text(random.Random(3), 40)], loaded, 32, BOS)
+    np.testing.assert_array_equal(rows.stretches(4, 3), windows)
+    (tmp_path / "text.txt").write_text(
+        "\n\n".join(f"the capital of Greece is Athens . {'we saw the old house ' * i}" for i in range(60))
+    )
+    read = embedded.open_corpus(str(tmp_path / "text.txt"), loaded, 16, bos_id=BOS, kept=5)
+    whole = read.held_out(9)
+    np.testing.assert_array_equal(read.plain(5), whole[:5])
+    np.testing.assert_array_equal(read.stretches(9, 0), whole)
+    np.testing.assert_array_equal(read.training(4, 1), whole[5:])
+    everything = read.plain(1000)
+    assert 9 < len(everything) < 1000, "a short text gives what it has"
+    np.testing.assert_array_equal(everything[:9], whole)
+    with pytest.raises(ValueError, match="'icl-tiny' is in the 1316 tokens of that model, and this tokenizer has 3"):
+        embedded.open_corpus("icl-tiny", ["a", "b", "c"], 80, bos_id=BOS)

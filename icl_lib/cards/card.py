@@ -1,67 +1,151 @@
-"""Experiment cards: one flat YAML file per run, held to what the notebooks declare.
+"""Experiment cards: one flat YAML file per run, held to one model.
 
-A notebook declares the keys it uses in the cell tagged `parameters`, one `name: type = default  # meaning` a line. A card may
-set any declared key. `check_card` reports every key no notebook declares (with the nearest valid name), every wrong type
-and every impossible value before anything is loaded.
+`Card` says of every key what it means, what it may be and what it is by default. A notebook declares the keys that it
+uses in the cell tagged `parameters`, with the same names, types, defaults and meanings (tests/test_notebooks.py holds
+them to it). `check_card` reports every unknown key (with the nearest valid name), every wrong type and every
+impossible value before anything is loaded.
 
     python -m icl_lib.commands.check params/tiny.yaml
 """
 
-import ast
 import difflib
-import json
-import math
-import tokenize
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pydantic
 import yaml
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from icl_lib.files.paths import resolve, root
 
-REQUIRED = ("run_dir",)  # without it a card would write over the results of another one
-_SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
-_MAY_BE_ZERO = (
-    "layer",
-    "seed",
-    "shots",
-)  # a layer index, a seed or a number of shots counts from 0; sizes count from 1
-_CHOICES = {"sae_variant": ("", "paper")}
-_MAY_BE_EMPTY = ("sweep_", "latent_scales")  # no values, no sweep; any other list needs a value
 LOCAL = ("assets/", "runs/", "params/", "data/", "./", "../", "/", "~")  # a hub id never starts like this
 
 
 class CardError(ValueError):
-    """A card, or a notebook's parameters cell, that cannot be run; the message lists every problem found."""
+    """A card that cannot be run, or a notebook whose parameters cannot be read; the message lists every problem."""
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One line of a parameters cell, and the notebooks that declare it."""
-
-    name: str
-    annotation: str
-    default: Any
-    help: str
-    notebooks: tuple[str, ...]
-
-    @property
-    def type(self) -> Any:
-        """The Python type behind the annotation."""
-        return _type(ast.parse(self.annotation, mode="eval").body)
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty")
+    return text
 
 
-def _type(node: ast.expr) -> Any:
-    """A type from an annotation's syntax tree; nothing of the notebook is executed. papermill cannot read `str | None`."""
-    match node:
-        case ast.Name(id=name) if name in _SCALARS:
-            return _SCALARS[name]
-        case ast.Subscript(value=ast.Name(id="list"), slice=inner):
-            return list[_type(inner)]
-    raise CardError(f"annotation `{ast.unparse(node)}` is not one of {', '.join(_SCALARS)} or list[...]")
+def _there(name: str) -> str:
+    if name.startswith(LOCAL) and not Path(resolve(name)).exists():
+        raise ValueError(f"{name} does not exist (looked for {resolve(name)}); give a folder or a hub id")
+    return name
+
+
+def _there_or_made_later(name: str) -> str:
+    """SAEs below runs/ are made by the run itself, and a pattern names many files: both are looked for when they are
+    loaded.
+    """
+    return name if name.startswith("runs/") or "{" in name else _there(name)
+
+
+def _different(values: list) -> list:
+    if any(values.count(value) > 1 for value in values):
+        raise ValueError(f"{values!r} holds a value twice")
+    return values
+
+
+Text = Annotated[str, AfterValidator(_not_blank)]
+Source = Annotated[Text, AfterValidator(_there)]  # a name, a hub id, or a file or folder that is there
+SAEName = Annotated[Text, AfterValidator(_there_or_made_later)]
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]  # layers, seeds and shots count from 0
+Rate = Annotated[float, Field(gt=0)]
+Amount = Annotated[float, Field(ge=0)]
+Length = Annotated[float, Field(ge=-1)]  # of a direction; -1 lets the run choose
+Different = AfterValidator(_different)
+Some = Field(min_length=1)
+OneOrMore = BeforeValidator(
+    lambda value: [value] if isinstance(value, str) else value
+)  # a text stands for a list of one
+
+
+class Card(pydantic.BaseModel):
+    """The keys of a card with their meanings, bounds and defaults; the defaults are the embedded model's own card."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    card: Text = Field("tiny", description="name of the experiment card")
+    model: Source = Field("icl-tiny", description="name of an embedded model, hub id or folder of the model")
+    saes: Annotated[list[SAEName], OneOrMore, Some, Different] = Field(
+        ["icl-tiny"], description="name or folder of the SAE suite, or folders and hub paths with {layer} in them"
+    )
+    sae_layers: Annotated[list[Index], Some, Different] = Field(
+        [0, 1, 2, 3, 4, 5], description="layers whose SAEs are loaded, counted as their files do"
+    )
+    sae_variant: Literal["", "paper"] = Field(
+        "", description='"paper" reads the ICL-SFC authors\' SAEs as in their experiments; empty: as trained'
+    )
+    text: Source = Field(
+        "icl-tiny", description="plain text: an embedded model's, a data set's hub id, a file or folder"
+    )
+    tasks: Source = Field("embedded", description="embedded, paper, function_vectors, or a folder of task files")
+    prefix: Text = Field("Follow the pattern:\n", description="opens a prompt; chat models may want a turn opened")
+    run_dir: Text = Field("runs/tiny", description="where results go, from the repository root")
+    seed: Index = Field(0, description="seed of prompts, corpora, training and random draws")
+
+    n_shots: Index = Field(12, description="examples in a prompt")
+    list_shots: Index = Field(
+        12, description="at most so many where inputs are lists of words (algo_first and the like)"
+    )
+    n_prompts: Count = Field(16, description="prompts per task")
+    max_shots: Index = Field(12, description="examples in the longest prompts of notebook 00")
+
+    sweep_widths: Annotated[list[Count], Different] = Field(
+        [256, 512, 1024], description="widths of SAEs trained in 01, tried in 03 and 04; [] trains none"
+    )
+    sweep_sparsity: Annotated[list[Amount], Different] = Field(
+        [0.02, 0.05, 0.12, 0.3], description="their sparsity penalties, each at every width"
+    )
+    sweep_steps: Count = Field(600, description="their training steps")
+    quality_rows: Count = Field(48, description="rows of fresh text on which the model runs with each SAE in place")
+    rate_rows: Count = Field(400, description="rows on which firing rates are counted")
+
+    layer_executor: Index = Field(4, description="layer (resid_pre) whose latents are looked for at the arrow")
+    layer_detector: Index = Field(3, description="layer (resid_pre) whose latents are looked for at the outputs")
+
+    tvc_l1: Annotated[list[Amount], Some, Different] = Field(
+        [0.0003, 0.001, 0.003, 0.01, 0.03], description="L1 penalties swept, nats per unit of activation"
+    )
+    tvc_lr: Rate = Field(10.0, description="learning rate of Adam, in units of activation per step")
+    tvc_patience: Count = Field(50, description="steps without a smaller L0 before it stops")
+    tvc_steps: Count = Field(150, description="most steps")
+    tvc_prompts: Count = Field(12, description="prompts per task on which a vector is cleaned")
+    detector_l1: Amount = Field(
+        0.003, description="L1 penalty of the cleaning of detectors, nats per unit of activation"
+    )
+    detector_lr: Rate = Field(0.3, description="its learning rate")
+    detector_patience: Count = Field(50, description="its steps without a smaller L0 before it stops")
+    detector_steps: Count = Field(100, description="its most steps")
+
+    scale_executor: Length = Field(-1.0, description="length of an executor's direction; -1: the best of a sweep")
+    scale_detector: Length = Field(-1.0, description="the same for detectors")
+    latent_scales: Annotated[list[Amount], Different] = Field(
+        [], description="lengths of which each latent takes its best (paper, Gemma-2); []: one for all"
+    )
+
+    effect_prompts: Count = Field(24, description="prompts per task from which nodes are found")
+    circuit_prompts: Count = Field(8, description="prompts per task on which circuits are tested")
+    circuit_shots: Index = Field(8, description="examples in the prompts of circuits")
+    circuit_list_shots: Index = Field(8, description="at most so many of them where inputs are lists of words")
+    circuit_layers: Annotated[list[Index], Some, Different] = Field(
+        [2, 3, 4, 5], description="layers whose latents may be ablated"
+    )
+
+
+def type_name(annotation: Any) -> str:
+    """A field's type as a parameters cell writes it, without its bounds: `list[float]`."""
+    if get_origin(annotation) is Annotated:
+        return type_name(get_args(annotation)[0])
+    if get_origin(annotation) is list:
+        return f"list[{type_name(get_args(annotation)[0])}]"
+    return type(get_args(annotation)[0]).__name__ if get_origin(annotation) is Literal else annotation.__name__
 
 
 def notebook_files(folder: Path | None = None) -> list[Path]:
@@ -69,66 +153,24 @@ def notebook_files(folder: Path | None = None) -> list[Path]:
     return sorted((folder or root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
-def declared(notebook: Path) -> dict[str, Parameter]:
-    """The parameters one notebook declares.
+def parameters(notebook: Path) -> dict[str, dict[str, str]]:
+    """What a notebook's parameters cell declares, as papermill reads it: name -> type, default and meaning as text.
 
-    Raises `CardError` for a notebook that is not readable, and for a line that papermill would not understand.
+    Raises `CardError` for a file that is not a notebook.
     """
+    import papermill  # slow to import, and only needed here
+
     try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError) as err:
+        return dict(papermill.inspect_notebook(str(notebook)))
+    except Exception as err:  # of JSON, of nbformat, or papermill's own: they have no common class
         raise CardError(
             f"{notebook} is not a readable notebook ({err}); make it again: jupytext --update --to ipynb its .py"
         ) from err
-    tagged = [c for c in cells if c["cell_type"] == "code" and "parameters" in c.get("metadata", {}).get("tags", [])]
-    if len(tagged) > 1:
-        raise CardError(f"{notebook} has {len(tagged)} cells tagged `parameters`; papermill uses one")
-    source = "".join(tagged[0]["source"]) if tagged else ""
-    return {p.name: p for p in _parse(source, notebook)}
 
 
-def _parse(source: str, notebook: Path) -> Iterable[Parameter]:
-    """Parameters from the source of a cell."""
-    comments = _comments(source)
-    try:
-        for node in ast.parse(source).body:
-            if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value):
-                raise ValueError(f"line {node.lineno} is not an annotated assignment")
-            _type(node.annotation)
-            value = ast.literal_eval(node.value)
-            help_ = comments.get(node.lineno, "")
-            yield Parameter(node.target.id, ast.unparse(node.annotation), value, help_, (notebook.stem,))
-    except (ValueError, SyntaxError) as err:
-        raise CardError(
-            f"{notebook}: parameters cell: {err}; write `name: type = literal  # meaning`, one a line"
-        ) from err
-
-
-def _comments(source: str) -> dict[int, str]:
-    """Line number -> text of the comment on it."""
-    lines = iter(source.splitlines(keepends=True))
-    try:
-        tokens = list(tokenize.generate_tokens(lambda: next(lines, "")))
-    except (tokenize.TokenError, SyntaxError):
-        return {}  # ast reports the same fault with its line
-    return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-
-
-def all_declared(notebooks: Iterable[Path] | None = None) -> dict[str, Parameter]:
-    """The parameters of all notebooks together. Raises `CardError` when two of them give one key different types."""
-    merged: dict[str, Parameter] = {}
-    for notebook in notebook_files() if notebooks is None else notebooks:
-        for p in declared(notebook).values():
-            first = merged.get(p.name, p)
-            if first.annotation != p.annotation:
-                raise CardError(
-                    f"`{p.name}` is {first.annotation} in {first.notebooks[0]} and {p.annotation} in {notebook.stem}; agree on one"
-                )
-            names = tuple(dict.fromkeys(first.notebooks + p.notebooks))
-            merged[p.name] = Parameter(first.name, first.annotation, first.default, first.help or p.help, names)
-    if not merged:
-        raise CardError("no notebook with a parameters cell was found in notebooks/")
-    return merged
+def for_notebook(card: Mapping[str, Any], notebook: Path) -> dict[str, Any]:
+    """The part of a card that one notebook declares; papermill warns about every other key."""
+    return {key: card[key] for key in parameters(notebook) if key in card}
 
 
 class _Loader(yaml.SafeLoader):
@@ -146,9 +188,8 @@ def read_card(path: str | Path) -> dict[str, Any]:
     """The keys and values of a card file, unchecked. Raises `CardError` if it is not one flat mapping."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise CardError(
-            f"no card at {path}; cards in this repository: {', '.join(sorted(p.name for p in (root() / 'params').glob('*.yaml')))}"
-        )
+        cards = ", ".join(sorted(p.name for p in (root() / "params").glob("*.yaml")))
+        raise CardError(f"no card at {path}; cards in this repository: {cards}")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except CardError as err:
@@ -160,111 +201,56 @@ def read_card(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def check_card(path: str | Path, notebooks: Iterable[Path] | None = None) -> dict[str, Any]:
-    """The checked values of a card. Raises `CardError` listing everything wrong with it."""
-    values = read_card(path)
-    return check_values(values, all_declared(notebooks), str(path))
+def check_card(path: str | Path) -> Card:
+    """The card of a file. Raises `CardError` listing everything wrong with it."""
+    return check_values(read_card(path), str(path))
 
 
-def check_values(values: Mapping[str, Any], known: Mapping[str, Parameter], source: str) -> dict[str, Any]:
-    """`values` in their declared types. Raises `CardError` listing unknown keys, wrong types and impossible values."""
-    problems = [
-        f"`{k}` is missing: every card says where its results go, for example runs/{Path(source).stem}"
-        for k in REQUIRED
-        if k not in values
-    ]
-    checked = {}
-    for key, value in values.items():
-        if key not in known:
-            problems.append(_unknown(key, known))
-            continue
-        try:
-            checked[key] = _validated(known[key], value)
-        except ValueError as err:
-            problems.append(f"`{key}`: {err}")
-    if problems:
-        raise CardError(f"{source}:\n" + "\n".join(f"  - {p}" for p in problems))
-    return checked
-
-
-def _unknown(key: str, known: Mapping[str, Parameter]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(sorted(known))}"
-    return f"no notebook declares `{key}`; {hint}"
-
-
-def _validated(p: Parameter, value: Any) -> Any:
-    """`value` in the type of `p`, or a `ValueError` in plain words. One text may stand for a list of one."""
-    if p.type == list[str] and isinstance(value, str):
-        value = [value]
+def check_values(values: Mapping[str, Any], source: str) -> Card:
+    """The card with these values; `source` is its file. Raises `CardError` with unknown keys, wrong types, impossible
+    values.
+    """
+    problems = {}
+    if "run_dir" not in values:  # without it a card would write over the results of another one
+        where = f"runs/{Path(source).stem}"
+        problems["run_dir"] = f"`run_dir` is missing: every card says where its results go, for example {where}"
     try:
-        value = pydantic.TypeAdapter(p.type).validate_python(value, strict=True)
-    except pydantic.ValidationError:
-        raise ValueError(
-            f"expected {p.annotation} ({p.help or 'see its notebook'}), got {value!r}{_yaml_hint(value)}"
-        ) from None
-    if isinstance(value, list):
-        if not value and not p.name.startswith(_MAY_BE_EMPTY):
-            raise ValueError(f"the list is empty; give at least one value, the default is {p.default!r}")
-        if any(value.count(v) > 1 for v in value):
-            raise ValueError(f"{value!r} holds a value twice")
-    for v in value if isinstance(value, list) else [value]:
-        _possible(p, v)
-    return value
+        card = Card.model_validate(dict(values))
+    except pydantic.ValidationError as err:
+        for error in err.errors():
+            problems.setdefault(error["loc"][0], _problem(error, values))
+    if problems:
+        raise CardError(f"{source}:\n" + "\n".join(f"  - {p}" for p in problems.values()))
+    return card
+
+
+def _problem(error: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in our words: what was expected, what came, what to do."""
+    key, got, context = error["loc"][0], error["input"], error.get("ctx", {})
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, Card.model_fields, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(sorted(Card.model_fields))}"
+        return f"no notebook declares `{key}`; {hint}"
+    field = Card.model_fields[key]
+    said = {
+        "value_error": str(context.get("error")),
+        "too_short": f"the list is empty; give at least one value, the default is {field.default!r}",
+        "greater_than": f"{got} is impossible: it must be above {context.get('gt', 0):g}",
+        "greater_than_equal": f"{got} is impossible: it must be {context.get('ge', 0):g} or more",
+        "finite_number": f"{got} is not a finite number",
+        "literal_error": f"{got!r} is none of {', '.join(map(repr, get_args(field.annotation)))}",
+    }
+    expected = f"expected {type_name(field.annotation)} ({field.description}), got {values[key]!r}{_yaml_hint(got)}"
+    return f"`{key}`: {said.get(error['type'], expected)}"
 
 
 def _yaml_hint(value: Any) -> str:
     """Why a number in the file may have arrived as text: YAML 1.1 wants a point before, and a sign after, the `e`."""
-    for v in value if isinstance(value, list) else [value]:
-        if isinstance(v, str) and _is_number(v):
-            mantissa, _, exponent = v.lower().partition("e")
-            sign = "" if exponent[:1] in ("", "+", "-") else "+"
-            better = f"{mantissa if '.' in mantissa else mantissa + '.0'}e{sign}{exponent}" if exponent else mantissa
-            return f"; YAML reads {v} as text, write {better} without quotes"
-    return ""
-
-
-def _is_number(text: str) -> bool:
     try:
-        float(text)
+        float(value if isinstance(value, str) else "no number")
     except ValueError:
-        return False
-    return True
-
-
-def _possible(p: Parameter, v: Any) -> None:
-    """Raise `ValueError` for a value no run can have: negative sizes, infinite rates, files that are not there."""
-    if isinstance(v, str):
-        if not v.strip() and p.default != "":
-            raise ValueError("is empty")
-        if v not in _CHOICES.get(p.name, (v,)):
-            raise ValueError(f"{v!r} is none of {', '.join(map(repr, _CHOICES[p.name]))}")
-        # SAEs below runs/ are made by the run itself, and a pattern names many files: both are looked for when they are loaded
-        later = p.name == "saes" and (v.startswith("runs/") or "{" in v)
-        if (
-            p.name in ("model", "saes", "tasks", "text")
-            and v.startswith(LOCAL)
-            and not later
-            and not Path(resolve(v)).exists()
-        ):
-            raise ValueError(f"{v} does not exist (looked for {resolve(v)}); give a folder or a hub id")
-    elif isinstance(v, float) and not math.isfinite(v):
-        raise ValueError(f"{v} is not a finite number")
-    elif isinstance(v, (int, float)) and not isinstance(v, bool):
-        lowest = _lowest(p)
-        if v < lowest or (p.name.endswith("lr") and v == 0):
-            raise ValueError(
-                f"{v} is impossible: it must be {'above 0' if p.name.endswith('lr') else f'{lowest} or more'}"
-            )
-
-
-def _lowest(p: Parameter) -> int | float:
-    """The smallest number `p` may take. A default at or below the usual bound (0, or -1 for "choose") lowers it."""
-    usual = 1 if "int" in p.annotation and not any(word in p.name for word in _MAY_BE_ZERO) else 0
-    defaults = p.default if isinstance(p.default, list) else [p.default]
-    return min([usual, *(d for d in defaults if isinstance(d, (int, float)))])
-
-
-def for_notebook(card: Mapping[str, Any], notebook: Path) -> dict[str, Any]:
-    """The part of a card that one notebook declares; papermill warns about every other key."""
-    return {k: v for k, v in card.items() if k in declared(notebook)}
+        return ""
+    mantissa, _, exponent = value.lower().partition("e")
+    sign = "" if exponent[:1] in ("", "+", "-") else "+"
+    better = f"{mantissa if '.' in mantissa else mantissa + '.0'}e{sign}{exponent}" if exponent else mantissa
+    return f"; YAML reads {value} as text, write {better} without quotes"

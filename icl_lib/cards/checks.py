@@ -1,7 +1,8 @@
-"""What of a card can be held to its model and its tasks before anything is loaded: layers, prompts, the source of the tasks.
+"""What of a card can be held to its model and its tasks before anything is loaded: layers, prompts, the source of the
+tasks.
 
-No network is asked. The sizes of the cards' models are part of the package, those of a folder are read from its `config.json`; of any
-other hub id nothing is known before the download, and its layers are checked when it is loaded.
+No network is asked. The sizes of the cards' models are part of the package, those of a folder are read from its
+`config.json`; of any other hub id nothing is known before the download, and its layers are checked when it is loaded.
 """
 
 import difflib
@@ -9,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from icl_lib.cards.card import CardError, all_declared, check_card
+from icl_lib.cards.card import Card, CardError, check_card
+from icl_lib.files.names import named
 from icl_lib.files.paths import resolve
 from icl_lib.models import ModelConfig, load_config
 from icl_lib.models.families import known_config
@@ -23,13 +25,15 @@ _LEAST_PAIR = 4  # tokens: input, arrow, output, newline
 
 
 def defaults_of(card: Mapping[str, Any]) -> dict[str, Any]:
-    """The card with the notebooks' defaults for what it does not set."""
-    return {name: p.default for name, p in all_declared().items()} | dict(card)
+    """The card with the defaults for what it does not set."""
+    return Card().model_dump() | dict(card)
 
 
 def config_of(model: str) -> ModelConfig | None:
-    """The config of a known model or of a local folder; None for any other hub id. Raises `CardError` if the folder has no usable one."""
-    folder = Path(resolve(model))
+    """The config of a known model or of a local folder; None for any other hub id. Raises `CardError` if the folder
+    has no usable one.
+    """
+    folder = named(model, "model") or Path(resolve(model))
     if not folder.is_dir():
         return known_config(model)
     try:
@@ -39,14 +43,16 @@ def config_of(model: str) -> ModelConfig | None:
 
 
 def full_card(path: str | Path) -> dict[str, Any]:
-    """The checked values of a card, of which model and tasks are known to serve them. Raises `CardError`."""
-    card = check_card(path)
+    """The values of a card, defaults among them, that model and tasks are known to serve. Raises `CardError`."""
+    card = check_card(path).model_dump()
     check_against_model(card, str(path))
     return card
 
 
 def check_against_model(card: Mapping[str, Any], source: str) -> None:
-    """Raises `CardError` listing what the model or the tasks of a checked card cannot serve; `source` is the card's file."""
+    """Raises `CardError` listing what the model or the tasks of a checked card cannot serve; `source` is the card's
+    file.
+    """
     card = defaults_of(card)
     config = config_of(card["model"])
     problems = (
@@ -90,8 +96,8 @@ def _prompts(card: Mapping[str, Any], config: ModelConfig) -> list[str]:
     """Prompts that even with words of one token are longer than the model's context."""
     most = config.n_ctx // _LEAST_PAIR - 1
     return [
-        f"`{key}`: {card[key]} examples are at least {_LEAST_PAIR * (card[key] + 1)} tokens, and the context of {card['model']} has "
-        f"{config.n_ctx}: at most {most}"
+        f"`{key}`: {card[key]} examples are at least {_LEAST_PAIR * (card[key] + 1)} tokens, and the context of "
+        f"{card['model']} has {config.n_ctx}: at most {most}"
         for key in SHOT_KEYS
         if card[key] > most
     ]

@@ -1,24 +1,25 @@
-"""`python -m icl_lib.commands.check params/tiny.yaml`: hold cards to what they can say, and print what every key means."""
+"""`python -m icl_lib.commands.check params/tiny.yaml`: hold cards to their model, and print what every key means."""
 
 import json
 import sys
 
-from icl_lib.cards.card import CardError, all_declared
-from icl_lib.cards.checks import full_card
+from icl_lib.cards.card import Card, CardError, check_card
+from icl_lib.cards.checks import check_against_model
 
 
 def main(argv: list[str]) -> int:
     """Check cards and print their values beside their meanings; exit status 2 on the first bad card."""
     for path in argv or ["params/tiny.yaml"]:
         try:
-            card, known = full_card(path), all_declared()
+            card = check_card(path)
+            check_against_model(card.model_dump(), path)
         except CardError as err:
             print(err, file=sys.stderr)
             return 2
-        print(f"{path}: {len(card)} of {len(known)} keys set, all valid")
-        for name, p in known.items():
-            value = json.dumps(card[name]) if name in card else f"{json.dumps(p.default)} (default)"
-            print(f"  {name:<20} {value:<32} {p.help}")
+        print(f"{path}: {len(card.model_fields_set)} of {len(Card.model_fields)} keys set, all valid")
+        for name, field in Card.model_fields.items():
+            value = json.dumps(getattr(card, name)) + ("" if name in card.model_fields_set else " (default)")
+            print(f"  {name:<20} {value:<32} {field.description}")
     return 0
 
 

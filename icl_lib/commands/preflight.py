@@ -1,4 +1,6 @@
-"""`python -m icl_lib.commands.preflight params/gemma-2-9b.yaml --devices 8xv5e`: what a card needs, and whether it fits."""
+"""`python -m icl_lib.commands.preflight params/gemma-2-9b.yaml --devices 8xv5e`: what a card needs, and whether it
+fits.
+"""
 
 import argparse
 import sys

@@ -1,4 +1,6 @@
-"""`python -m icl_lib.commands.report params/tiny.yaml`: the report of a card's run, or of a run folder, and its ledger on the terminal."""
+"""`python -m icl_lib.commands.report params/tiny.yaml`: the report of a card's run, or of a run folder, and its ledger
+on the terminal.
+"""
 
 import sys
 from pathlib import Path
@@ -14,15 +16,14 @@ def main(argv: list[str]) -> int:
     """Build the report of a run folder or of a card, print the ledger and where things are."""
     try:
         target = argv[0] if argv else "runs/tiny"
-        run_dir = run_folder(check_card(target)["run_dir"] if Path(target).suffix in (".yaml", ".yml") else target)
+        run_dir = run_folder(check_card(target).run_dir if Path(target).suffix in (".yaml", ".yml") else target)
         index, table = build(run_dir)
     except (CardError, StoreError) as err:
         print(err, file=sys.stderr)
         return 2
     print(show(table))
-    print(
-        f"\nExecuted notebooks: {run_dir / 'notebooks'}\nLedger:             {run_dir / 'ledger.json'}\nReport:             {index}"
-    )
+    print(f"\nExecuted notebooks: {run_dir / 'notebooks'}\nLedger:             {run_dir / 'ledger.json'}")
+    print(f"Report:             {index}")
     return 0
 
 

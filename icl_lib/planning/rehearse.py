@@ -24,8 +24,9 @@ from typing import Any
 
 import yaml
 
-from icl_lib.cards.card import CardError
+from icl_lib.cards.card import CardError, read_card
 from icl_lib.cards.checks import defaults_of, full_card
+from icl_lib.embedded import entry
 from icl_lib.files.paths import resolve, root
 from icl_lib.models import load_tokenizer
 from icl_lib.planning.preflight import sizes_of
@@ -159,7 +160,7 @@ def rehearse(name: str, notebooks: Iterable[str] | None = None, **sizes: int) ->
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else root() / "params" / f"{name}.yaml"
     start, folder = time.monotonic(), root() / "runs" / "rehearsal"
     card = defaults_of(full_card(path))
-    if Path(resolve(card["model"])) == root() / "assets" / "icl-tiny":
+    if entry(card["model"]) is not None:
         raise CardError(f"{path} is the embedded model's own card, which runs as it is; {which()}")
     small = prepare(card, folder / card["card"], **sizes)
     good, text = run(small, notebooks)
@@ -183,7 +184,7 @@ def rehearse(name: str, notebooks: Iterable[str] | None = None, **sizes: int) ->
 
 def cards() -> list[Path]:
     """The cards that can be rehearsed: all but that of the embedded model."""
-    return sorted(path for path in (root() / "params").glob("*.yaml") if path.stem != "tiny")
+    return sorted(path for path in (root() / "params").glob("*.yaml") if entry(read_card(path)["model"]) is None)
 
 
 def which() -> str:

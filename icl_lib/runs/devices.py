@@ -1,4 +1,6 @@
-"""Devices and processes: what a run computes on, how its processes find each other, its compilation cache and its dtype."""
+"""Devices and processes: what a run computes on, how its processes find each other, its compilation cache and its
+dtype.
+"""
 
 import functools
 import importlib.util
@@ -12,7 +14,8 @@ from icl_lib.files.paths import run_folder
 
 
 def setup(run_dir: str | Path) -> dict[str, Any]:
-    """Join the other processes of the run, if there are any; keep compiled programs in `<run_dir>/compiled`; describe the device.
+    """Join the other processes of the run, if there are any; keep compiled programs in `<run_dir>/compiled`; describe
+    the device.
 
     Call it before the first computation: JAX reads these settings when it starts and when it compiles.
     """
@@ -28,10 +31,10 @@ def setup(run_dir: str | Path) -> dict[str, Any]:
 def join_processes() -> None:
     """Start `jax.distributed` where the environment says that this process is one of several; otherwise do nothing.
 
-    JAX itself finds address, number and rank under SLURM, Open MPI 4, in indexed jobs of Kubernetes (with `jax[k8s]`) and on TPU pods.
-    Under Open MPI 5 set JAX_COORDINATOR_ADDRESS (host:port of process 0), elsewhere JAX_NUM_PROCESSES and JAX_PROCESS_ID too;
-    JAX_NUM_PROCESSES=1 says that there is no other. Raises `ValueError` if these do not say enough, `RuntimeError` (from JAX) if
-    something was computed before.
+    JAX itself finds address, number and rank under SLURM, Open MPI 4, in indexed jobs of Kubernetes (with `jax[k8s]`)
+    and on TPU pods. Under Open MPI 5 set JAX_COORDINATOR_ADDRESS (host:port of process 0), elsewhere JAX_NUM_PROCESSES
+    and JAX_PROCESS_ID too; JAX_NUM_PROCESSES=1 says that there is no other. Raises `ValueError` if these do not say
+    enough, `RuntimeError` (from JAX) if something was computed before.
     """
     if jax.distributed.is_initialized() or _integer("JAX_NUM_PROCESSES") == 1:
         return
@@ -42,7 +45,9 @@ def join_processes() -> None:
 
 
 def _one_of_several() -> bool:
-    """Whether a launcher says so. JAX is not simply asked, because it fails where it has computed, as in a second notebook cell."""
+    """Whether a launcher says so. JAX is not simply asked, because it fails where it has computed, as in a second
+    notebook cell.
+    """
     counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
     launched = any((_integer(name) or 1) > 1 for name in counts)
     named = any(name in os.environ for name in ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS"))
@@ -51,7 +56,9 @@ def _one_of_several() -> bool:
 
 
 def _in_indexed_job() -> bool:
-    """Whether this is a pod of a Kubernetes job whose pods are numbered, which JAX needs; any other pod is taken to be alone."""
+    """Whether this is a pod of a Kubernetes job whose pods are numbered, which JAX needs; any other pod is taken to be
+    alone.
+    """
     return "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
 
 
@@ -63,7 +70,7 @@ def _given() -> dict[str, Any]:
         if "JAX_COORDINATOR_ADDRESS" not in os.environ:
             raise ValueError(
                 f"this is one of {size} processes of Open MPI 5, which does not say where the first one runs: "
-                "set JAX_COORDINATOR_ADDRESS to host:port of it (mpirun -x JAX_COORDINATOR_ADDRESS=...), with any free port"
+                "set JAX_COORDINATOR_ADDRESS to host:port of it (mpirun -x JAX_COORDINATOR_ADDRESS=...), any free port"
             )
         number = size if number is None else number
         rank = _integer("OMPI_COMM_WORLD_RANK") if rank is None else rank
@@ -72,10 +79,11 @@ def _given() -> dict[str, Any]:
 
 
 def _local_devices(local: int | None) -> list[int] | None:
-    """An empty list, which JAX reads as all that are visible, where one GPU by the number of the process on its node would be wrong.
+    """An empty list, which JAX reads as all that are visible, where one GPU by the number of the process on its node
+    would be wrong.
 
-    That is so for a process alone on its node, which would leave the other GPUs idle, and where the launcher shows each process
-    one GPU, whose number is then 0. Elsewhere `local`, or what JAX or JAX_LOCAL_DEVICE_IDS decide.
+    That is so for a process alone on its node, which would leave the other GPUs idle, and where the launcher shows
+    each process one GPU, whose number is then 0. Elsewhere `local`, or what JAX or JAX_LOCAL_DEVICE_IDS decide.
     """
     if "JAX_LOCAL_DEVICE_IDS" in os.environ:
         return None
@@ -96,9 +104,9 @@ def _initialize(**given) -> None:
     except ValueError as error:
         pods = " (`pip install 'jax[k8s]'` lets JAX ask Kubernetes)" if _in_indexed_job() else ""
         raise ValueError(
-            f"this process seems to be one of several, but not which of how many ({error}): set JAX_COORDINATOR_ADDRESS to "
-            f"host:port of the first, JAX_NUM_PROCESSES, and JAX_PROCESS_ID from 0 on, in each of them{pods}; "
-            "JAX_NUM_PROCESSES=1 if it is the only one"
+            f"this process seems to be one of several, but not which of how many ({error}): set "
+            "JAX_COORDINATOR_ADDRESS to host:port of the first, JAX_NUM_PROCESSES, and JAX_PROCESS_ID from 0 on, in each "
+            f"of them{pods}; JAX_NUM_PROCESSES=1 if it is the only one"
         ) from error
     except RuntimeError as error:
         if _in_indexed_job():
@@ -108,7 +116,9 @@ def _initialize(**given) -> None:
 
 @functools.cache
 def _join_pod() -> None:
-    """On a TPU machine: join the others of its pod if JAX finds one. If not, this process is alone, also when it is asked again later."""
+    """On a TPU machine: join the others of its pod if JAX finds one. If not, this process is alone, also when it is
+    asked again later.
+    """
     try:
         jax.distributed.initialize()
     except ValueError as error:

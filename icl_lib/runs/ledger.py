@@ -1,7 +1,7 @@
 """The ledger: our number beside the published one, with the criterion and its verdict.
 
-Each notebook writes `<run_dir>/ledger/<notebook>.json`; the report merges them into `<run_dir>/ledger.json`. A number that misses
-its criterion is recorded like any other.
+Each notebook writes `<run_dir>/ledger/<notebook>.json`; the report merges them into `<run_dir>/ledger.json`. A number
+that misses its criterion is recorded like any other.
 """
 
 import json
@@ -23,7 +23,7 @@ class Ledger:
     def __init__(self, store: Store, notebook: str):
         """`notebook` is the file name without its ending; it names the ledger file."""
         self.path = store.run_dir / "ledger" / f"{notebook}.json"
-        self.notebook = notebook
+        self.notebook, self.card = notebook, store.card
         self.entries: dict[str, dict[str, Any]] = {}
 
     def record(
@@ -31,8 +31,9 @@ class Ledger:
     ) -> None:
         """Add one number.
 
-        `item` is the figure, table or section; `published` the paper's value (None where it gives none); `criterion` the shape or
-        tolerance in words; `holds` its verdict. Raises `ValueError` for a key used twice, or a verdict that is not a truth value.
+        `item` is the figure, table or section; `published` the paper's value (None where it gives none); `criterion`
+        the shape or tolerance in words; `holds` its verdict. Raises `ValueError` for a key used twice, or a verdict
+        that is not a truth value.
         """
         if key in self.entries:
             raise ValueError(f"ledger key {key!r} is already recorded in {self.notebook}; give each number its own key")

@@ -1,4 +1,6 @@
-"""Notebooks as HTML pages that need no network: formulas are MathML, which browsers draw themselves, and no page loads a script."""
+"""Notebooks as HTML pages that need no network: formulas are MathML, which browsers draw themselves, and no page loads
+a script.
+"""
 
 from html import escape
 from pathlib import Path
@@ -13,12 +15,13 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 _TEMPLATE = """{% extends "lab/index.html.j2" %}
 {% block html_head_js %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}
 {% block html_head_js_mermaidjs %}{% endblock %}{% block jupyter_widgets %}{% endblock %}
-{% block html_head_css %}<style>math { font-size: 1.1em; } math[display="block"] { margin: 1em 0; }</style>{% endblock %}
+{% block html_head_css %}<style>
+math { font-size: 1.1em; } math[display="block"] { margin: 1em 0; }</style>{% endblock %}
 """
 
 
 def mathml(tex: str, display: str) -> str:
-    """A formula as MathML (`display` is "inline" or "block"); one that cannot be converted stays visible as its LaTeX."""
+    """A formula as MathML (`display` is "inline" or "block"); one that cannot be converted stays as its LaTeX."""
     try:
         formula = convert(tex, display=display)
     except Exception:  # the converter has no common base class; one odd formula should not cost the report

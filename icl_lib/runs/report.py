@@ -26,7 +26,8 @@ footer { margin-top: 2rem; color: #666; font-size: 14px; }
 
 
 def build(run_dir: Path) -> tuple[Path, pd.DataFrame]:
-    """Write `<run_dir>/report/`: one page a notebook and `index.html` with the ledger; returns the index and the ledger.
+    """Write `<run_dir>/report/`: one page a notebook and `index.html` with the ledger; returns the index and the
+    ledger.
 
     Raises `StoreError` if the run has no executed notebook, or a ledger file is damaged.
     """
@@ -78,7 +79,8 @@ def _index(run_dir: Path, pages: list[tuple[Path, str]], table: pd.DataFrame) ->
 <h1>Run <code>{name}</code></h1>
 <ol start="0">{links}</ol>
 <h2>Ledger</h2>
-<p>{int(table["holds"].sum())} of {len(table)} criteria hold. Published values are the papers', on their models; a criterion is about shape, not digits.</p>
+<p>{int(table["holds"].sum())} of {len(table)} criteria hold.
+Published values are the papers', on their models; a criterion is about shape, not digits.</p>
 <table><thead><tr>{head}</tr></thead><tbody>
 {rows}
 </tbody></table>
@@ -92,8 +94,10 @@ def _row(entry: dict[str, Any]) -> str:
     notebook = _e(entry["notebook"])
     mark = "holds" if entry["holds"] else "misses"
     return (
-        f'<tr><td><a href="{notebook}.html">{notebook[:2]}</a></td><td>{_e(entry["item"])}</td><td>{_e(entry["key"])}</td>'
-        f'<td class="n">{_e(number(entry["published"]))}</td><td class="n">{_e(number(entry["ours"]))} {_e(entry["unit"])}</td>'
+        f'<tr><td><a href="{notebook}.html">{notebook[:2]}</a></td><td>{_e(entry["item"])}</td>'
+        f"<td>{_e(entry['key'])}</td>"
+        f'<td class="n">{_e(number(entry["published"]))}</td>'
+        f'<td class="n">{_e(number(entry["ours"]))} {_e(entry["unit"])}</td>'
         f'<td>{_e(entry["criterion"])}</td><td class="{mark}">{verdict(entry)}</td></tr>'
     )
 

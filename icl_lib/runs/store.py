@@ -5,10 +5,11 @@ An artefact is a data file (safetensors for arrays, Parquet for tables) and a ma
     runs/tiny/store/task_vectors.json              names the data file and its hash; carries meta data and provenance
     runs/tiny/store/task_vectors-3f2a91c0.safetensors
 
-A data file is named after its content and the manifest is replaced last, by one rename. An interrupted write therefore leaves
-the earlier artefact whole, and a reader sees the old one or the new one, never a mixture. A reader checks the hash, so a file
-that was cut short or edited is refused by name. Where meta data name the folders of a model or of SAEs, a fingerprint of their files is kept too, and
-what was computed from other files at the same place is refused.
+A data file is named after its content and the manifest is replaced last, by one rename. An interrupted write therefore
+leaves the earlier artefact whole, and a reader sees the old one or the new one, never a mixture. A reader checks the
+hash, so a file that was cut short or edited is refused by name. Every artefact carries the parameters of the notebook
+that made it and fingerprints of the files of its model and SAEs, and a reader whose own parameters or files differ is
+refused, with the command that makes it anew.
 
 Of several processes only the first writes; the others wait for it, so that all of them find the artefact afterwards.
 """
@@ -28,11 +29,14 @@ import pandas as pd
 import safetensors.numpy
 
 from icl_lib.files.hashes import code_version, fingerprint
+from icl_lib.files.names import named
 from icl_lib.files.paths import resolve, root, run_folder
 from icl_lib.files.processes import is_writer, to_host, wait_for_all
 from icl_lib.files.write import write_bytes
 from icl_lib.runs.devices import describe
+from icl_lib.runs.needs import makers
 
+_NAMES_OF_THE_RUN = ("card", "run_dir")  # what a run is called and where it lies; nothing is computed from them
 _NAME = re.compile(r"[A-Za-z0-9][\w.]*(-[\w.]+)*")
 
 
@@ -41,13 +45,20 @@ class StoreError(ValueError):
 
 
 class Store:
-    """The artefacts of one run, in `<run_dir>/store`. Each carries provenance: parameters, code, inputs, device, time."""
+    """The artefacts of one run, in `<run_dir>/store`, each with its parameters, code, inputs, device and time."""
 
-    def __init__(self, run_dir: str | Path, params: Mapping[str, Any] | None = None):
-        """`run_dir` counts from the repository root. `params` are written into the provenance of all that is saved."""
+    def __init__(self, run_dir: str | Path, card: Mapping[str, Any]):
+        """`run_dir` counts from the repository root; `card` holds the parameters of the notebook, its `model` among
+        them.
+
+        Raises `StoreError` for a card without a model: what was computed with nobody knows what cannot be relied on.
+        """
+        if not card.get("model"):
+            raise StoreError("a store takes the parameters that its artefacts are made with, at least `model`")
         self.run_dir = run_folder(run_dir)
         self.folder = self.run_dir / "store"
-        self.params = dict(params or {})
+        self.card = json.loads(json.dumps(dict(card), default=_plain))
+        self.files = _files(self.card)
         self.inputs: dict[str, str] = {}  # name -> hash of every artefact read so far: the inputs of what is saved next
 
     def save(self, name: str, arrays: Mapping[str, Any], meta: Mapping[str, Any] | None = None) -> None:
@@ -56,9 +67,11 @@ class Store:
         self._write(name, data, "safetensors", meta)
 
     def load(self, name: str, expect: Mapping[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Arrays and meta data. `expect` names meta values this reader relies on, such as the model.
+        """Arrays and meta data. `expect` names meta values that this reader relies on, such as the names of the tasks.
 
-        Raises `StoreError` if the artefact is missing, cut short, altered, or its meta data differs from `expect`.
+        Raises `StoreError` if the artefact is missing, cut short or altered, if its meta data differs from `expect`,
+        or if it was made with another value of a parameter that both notebooks have, or with other files of the model
+        or the SAEs.
         """
         data, manifest = self._read(name, "safetensors", expect)
         return safetensors.numpy.load(data), manifest["meta"]
@@ -90,7 +103,7 @@ class Store:
             raise StoreError(f"{name!r} cannot name an artefact; use letters, digits, _ . and -")
         digest = hashlib.sha256(data).hexdigest()
         path = self.folder / f"{name}-{digest[:8]}.{kind}"
-        manifest = {"file": path.name, "sha256": digest, "meta": dict(meta or {}), "files": _files(meta or {})}
+        manifest = {"file": path.name, "sha256": digest, "meta": dict(meta or {}), "files": self.files}
         manifest["provenance"] = self._provenance()
         text = json.dumps(manifest, indent=1, default=_plain)  # before any file is touched: meta may not be JSON
         before = self._previous(name)
@@ -105,26 +118,31 @@ class Store:
         manifest = self._manifest(name)
         path = self.folder / manifest["file"]
         if path.suffix != f".{kind}":
-            raise StoreError(
-                f"{name} is a {path.suffix[1:]} file, not {kind}; use {'load_table' if kind == 'safetensors' else 'load'}"
-            )
+            right = "load_table" if kind == "safetensors" else "load"
+            raise StoreError(f"{name} is a {path.suffix[1:]} file, not {kind}; use {right}")
         data = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
             raise StoreError(
                 f"{path} was cut short or altered after it was written ({len(data)} bytes); {self._remedy(name)}"
             )
-        for key, value in (expect or {}).items():
-            if manifest["meta"].get(key) != value:
-                came = manifest["meta"].get(key)
-                raise StoreError(
-                    f"{path} was made with {key} = {came!r}, but {value!r} is expected here; {self._remedy(name)}"
-                )
-        made_from = manifest.get("files", {})
-        for key, now in _files(expect or {}).items():
-            if made_from.get(key, now) != now:
-                raise StoreError(f"{path} was made when {expect[key]} held other files; {self._remedy(name)}")
+        self._refuse_others(name, path, manifest, expect or {})
         self.inputs[name] = manifest["sha256"]
         return data, manifest
+
+    def _refuse_others(self, name: str, path: Path, manifest: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
+        """Raise `StoreError` naming the first thing that the artefact was made with and that is another one here."""
+        made = manifest["provenance"]["params"]
+        shared = {key: value for key, value in self.card.items() if key in made and key not in _NAMES_OF_THE_RUN}
+        for have, want in ((made, shared), (manifest["meta"], expect)):
+            for key, value in want.items():
+                if have.get(key) != value:
+                    raise StoreError(
+                        f"{path} was made with {key} = {have.get(key)!r}, but {value!r} is expected here; "
+                        f"{self._remedy(name)}"
+                    )
+        for key, now in self.files.items():
+            if key in made and manifest["files"].get(key, now) != now:
+                raise StoreError(f"{path} was made when {made[key]} held other files; {self._remedy(name)}")
 
     def _manifest(self, name: str) -> dict[str, Any]:
         path = self.folder / f"{name}.json"
@@ -132,7 +150,7 @@ class Store:
             raise StoreError(f"{self.folder} has no {name!r}{self._nearest(name)}; {self._remedy(name)}")
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            manifest["file"], manifest["sha256"], manifest["meta"], manifest["provenance"]
+            [manifest[key] for key in ("file", "sha256", "meta", "files")], manifest["provenance"]["params"]
         except (ValueError, KeyError, TypeError) as err:
             raise StoreError(f"{path} was cut short or altered ({err}); {self._remedy(name)}") from err
         return manifest
@@ -150,19 +168,17 @@ class Store:
 
     def _remedy(self, name: str) -> str:
         """The command that makes an artefact."""
-        makers = [p.stem for p in sorted((root() / "notebooks").glob("[0-9][0-9]_*.py")) if _saves(p, name)]
-        who = (
-            f"notebooks/{makers[0]}.ipynb makes it, run that first: " if makers else "run the notebook that makes it: "
-        )
-        which = makers[0] if makers else "NAME"
+        maker = makers().get(name, "NAME")
+        who = f"notebooks/{maker}.ipynb makes it" if name in makers() else "some notebook makes it"
         return (
-            f"{who}`papermill notebooks/{which}.ipynb {_shown(self.run_dir)}/notebooks/{which}.ipynb -f CARD --cwd notebooks`, "
-            "or the whole card: `snakemake --configfile CARD --cores 2` (CARD is for example params/tiny.yaml)"
+            f"{who}, run that first: `papermill notebooks/{maker}.ipynb {_shown(self.run_dir)}/notebooks/{maker}.ipynb "
+            "-f CARD --cwd notebooks`, or the whole card: `snakemake --configfile CARD --cores 2` (CARD is for example "
+            "params/tiny.yaml)"
         )
 
     def _provenance(self) -> dict[str, Any]:
         return {
-            "params": self.params,
+            "params": self.card,
             "code": code_version(),
             "inputs": dict(self.inputs),
             "device": describe(),
@@ -170,12 +186,11 @@ class Store:
         }
 
 
-def _files(meta: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Fingerprints of the folders under the root that `model` and `saes` name; hub ids and patterns have none."""
-    named = {key: [meta[key]] if isinstance(meta[key], str) else meta[key] for key in ("model", "saes") if key in meta}
-    return {
-        key: [fingerprint(Path(p)) for p in map(resolve, paths) if Path(p).is_dir()] for key, paths in named.items()
-    }
+def _files(card: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Fingerprints of the folders that `model` and `saes` name; hub ids and patterns have none."""
+    listed = {key: [card[key]] if isinstance(card[key], str) else card[key] for key in ("model", "saes") if key in card}
+    folders = {key: [named(name, key) or Path(resolve(name)) for name in some] for key, some in listed.items()}
+    return {key: [fingerprint(folder) for folder in some if folder.is_dir()] for key, some in folders.items()}
 
 
 def _array(name: str, key: str, x: Any) -> np.ndarray:
@@ -197,11 +212,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     raise StoreError(f"meta data must be numbers, text, lists and dictionaries; got {type(value).__name__}")
-
-
-def _saves(notebook: Path, name: str) -> bool:
-    """Whether a notebook's source saves an artefact of this name."""
-    return bool(re.search(rf"""\.save(_table)?\(\s*["']{re.escape(name)}["']""", notebook.read_text(encoding="utf-8")))
 
 
 def _shown(path: Path) -> str:

@@ -8,7 +8,6 @@ therefore also be looked at outside of one.
 Everything is drawn from one `random.Random(seed)`: the same seed gives the same corpus on every machine.
 """
 
-import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,10 +15,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from icl_lib.files.write import write_json
 from icl_lib.tasks import Task, Template, load_tasks
 from icl_lib.tasks.tables import WORDS, read_table
 
-LANGUAGE = "embedded language"  # how cards name the embedded model's own text
+LANGUAGE = "icl-tiny"  # how cards name this text: as the model
 
 SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>"]
 PAD, EOS, BOS, UNK = range(4)
@@ -136,7 +136,8 @@ class Language:
         return rng.sample(known, min(n_pairs, len(known)))
 
     def prompt(self, rng: random.Random, n_pairs: int, interleaved: float = 0.5) -> str:
-        """Pairs of one task in the paper's template, or of two tasks that share inputs and are told apart by their arrows.
+        """Pairs of one task in the paper's template, or of two tasks that share inputs and are told apart by their
+        arrows.
 
         A task is drawn in proportion to its number of pairs, so that an input by itself leaves all of its tasks equally
         likely. In an interleaved prompt only the arrow says which task comes: what to do has to be found out at the
@@ -187,7 +188,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path):
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _rows(draw: Callable[[], str], tokenizer: Tokenizer, n_rows: int, seq: int) -> Iterator[list[int]]:

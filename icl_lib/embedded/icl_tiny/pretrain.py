@@ -51,7 +51,8 @@ class PretrainConfig:
 
 
 def branch_noise(strength: float, key: PRNGKeyArray) -> Tap:
-    """A tap that multiplies what each branch adds to the residual, token by token, by a factor uniform in 1 +- strength.
+    """A tap that multiplies what each branch adds to the residual, token by token, by a factor uniform in 1 +-
+    strength.
 
     Like dropout it keeps the model from resting on finely balanced sums: an activation that is doubled or halved, as by
     adding a task vector to a residual that holds half of it already, should still be read in the same way.
@@ -69,11 +70,12 @@ def branch_noise(strength: float, key: PRNGKeyArray) -> Tap:
 def residual_noise(
     strength: Float[Array, ""], tokens: Int[Array, "batch seq"], config: ModelConfig, key: PRNGKeyArray
 ) -> Tap:
-    r"""A tap that gives the residual of each row, at one layer picked for the row, another length and more of what its token always has.
+    r"""A tap that gives the residual of each row, at one layer picked for the row, another length and more of what its
+    token always has.
 
     $x_t \to x_t + strength\,((s_t - 1)\, x_t + u_t\, m(tok_t))$ for every token of the row, with $s_t \sim U(0.8, 2)$,
-    $u_t \sim U(0, 1.2)$ and $m$ the mean of this residual over the places of the batch with the same token, without gradient.
-    At the first layer, where a token is all there is, nothing is changed.
+    $u_t \sim U(0, 1.2)$ and $m$ the mean of this residual over the places of the batch with the same token, without
+    gradient. At the first layer, where a token is all there is, nothing is changed.
 
     A task vector is a mean over arrows, so at an arrow it brings what every arrow holds a second time. A model that has
     only seen that once reads two of it as something else, and the vector then works worse than a part of it.

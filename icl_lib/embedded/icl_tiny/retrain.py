@@ -1,12 +1,11 @@
 """`python -m icl_lib.commands.retrain`: make the embedded model, its tokenizer and its SAE suite again from nothing.
 
-Writes `<folder>/{config.json, model.safetensors, tokenizer.json, icl_gate.json, ...}`, `<folder>/saes/` and `<folder>/made.json`, which
-holds the command, the settings, the final losses and the SHA-256 of every file.
+Writes `<folder>/{config.json, model.safetensors, tokenizer.json, icl_gate.json, ...}`, `<folder>/saes/` and
+`<folder>/made.json`, which holds the command, the settings, the final losses and the SHA-256 of every file.
 """
 
 import dataclasses
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,8 @@ import numpy as np
 
 from icl_lib.embedded.icl_tiny.language import Language, build_tokenizer, corpus, save_tokenizer
 from icl_lib.embedded.icl_tiny.pretrain import PretrainConfig, pretrain
-from icl_lib.models import Site, Transformer, gate, load_model, load_tokenizer, save_model
+from icl_lib.files.write import write_json
+from icl_lib.models import Site, gate, load_model, load_tokenizer, save_model
 from icl_lib.runs import devices
 from icl_lib.saes.activations import harvest, needed_sites, suite_sites
 from icl_lib.saes.formats import save_suite
@@ -68,9 +68,12 @@ def make_suite(config: SuiteConfig, folder: Path, progress: Callable = print) ->
     """Train and save the SAEs of the model in `folder`; gives what the record says of them."""
     model = load_model(folder)
     sites = suite_sites(model.config.n_layers)
-    acts = harvest(model, suite_corpus(model, config.n_rows, config.seed), needed_sites(sites), dtype="float16")
+    acts = harvest(
+        model, suite_corpus(model.config.n_ctx, config.n_rows, config.seed), needed_sites(sites), dtype="float16"
+    )
     suite = train_on(
-        acts, sites, d_sae=config.d_sae, sparsity={site: config.sparsity(site) for site in sites}, key=jax.random.key(config.seed),
+        acts, sites, d_sae=config.d_sae, sparsity={site: config.sparsity(site) for site in sites},
+        key=jax.random.key(config.seed),
         n_steps=config.steps, batch_size=config.batch, learning_rate=config.lr, progress=progress,
         metadata={"model_name": "icl-tiny"},
     )  # fmt: skip
@@ -78,15 +81,10 @@ def make_suite(config: SuiteConfig, folder: Path, progress: Callable = print) ->
     return {"suite": dataclasses.asdict(config)}
 
 
-def suite_corpus(model: Transformer, n_rows: int, seed: int) -> np.ndarray:
-    """Rows of the language as the model was trained on, from another seed."""
+def suite_corpus(seq: int, n_rows: int, seed: int) -> np.ndarray:
+    """Rows of `seq` tokens of the language as the model was trained on, from another seed."""
     language = Language()
-    return corpus(language, build_tokenizer(language), n_rows=n_rows, seq=model.config.n_ctx, seed=seed)
-
-
-def held_out_corpus(model: Transformer, n_rows: int) -> np.ndarray:
-    """Rows that neither the model nor its SAEs were trained on."""
-    return suite_corpus(model, n_rows, HELD_OUT_SEED)
+    return corpus(language, build_tokenizer(language), n_rows=n_rows, seq=seq, seed=seed)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -103,5 +101,5 @@ def retrain(folder: Path, pretrain_config: PretrainConfig, suite_config: SuiteCo
     made |= make_model(pretrain_config, folder, progress)
     made |= make_suite(suite_config, folder, progress)
     made |= {"minutes": round((time.perf_counter() - start) / 60, 1), "sha256": hashes(folder)}
-    (folder / "made.json").write_text(json.dumps(made, indent=2) + "\n")
+    write_json(folder / "made.json", made)
     return made
