@@ -175,7 +175,7 @@ def _check_complete(layout: Sequence[Span], found: Sequence[int], tokenizer):
         if span.role in (Role.INPUT, Role.ARROW, Role.OUTPUT):
             raise ValueError(
                 f"{_name(tokenizer)} gives no token for the {span.role.name} {span.text!r} of pair {span.pair}: it "
-                "drops these characters or merges them with their neighbour; leave that pair out, or change the Template"
+                "drops these characters or merges them with their neighbour; leave the pair out, or change the Template"
             )
 
 
