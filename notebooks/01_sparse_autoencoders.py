@@ -40,7 +40,7 @@ from icl_lib.saes import harvest, load_suite, quality_table, save_sae
 from icl_lib.text.corpus import rewind
 from icl_lib.saes.quality import frequency, fvu
 from icl_lib.training.recipes import SHORT_RUN, make_recipe
-from icl_lib.saes.survey import pareto_front
+from icl_lib.saes.survey import undominated
 from icl_lib.training.steps import Member, Suite, finish, init_state, run_steps, stop_if_bad
 from icl_lib.embedded.icl_tiny.language import Language
 from icl_lib.embedded.icl_tiny.retrain import held_out_corpus, suite_corpus
@@ -335,7 +335,7 @@ if members:
     ]
     sign = {"fvu": 1, "ce_recovered_zero": -1}  # the lower the better, and the other way round
     fronts = {
-        column: sweep.loc[pareto_front(sweep["l0"], s * sweep[column])].sort_values("l0") for column, s in sign.items()
+        column: sweep.loc[undominated(sweep["l0"], s * sweep[column])].sort_values("l0") for column, s in sign.items()
     }
 digits |= {"sparsity": 2}
 figures.style_table(

@@ -84,7 +84,7 @@ def decoder_cosine(W_dec: Float[Array, "d_sae d_out"]) -> Float[Array, " d_sae"]
     return jax.lax.map(block, index).ravel()[:d_sae]
 
 
-def pareto_front(*costs: np.ndarray) -> np.ndarray:
+def undominated(*costs: np.ndarray) -> np.ndarray:
     """Which of n candidates no other beats: (n,) booleans. Each of `costs` is (n,), the lower the better, e.g. L0 and FVU.
 
     One candidate beats another that is at least as dear in every cost and dearer in one. NaN never lies on the front.

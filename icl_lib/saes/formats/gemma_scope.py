@@ -23,7 +23,7 @@ import numpy as np
 from icl_lib.files.write import replace_file
 from icl_lib.models import Site
 from icl_lib.saes.formats import common
-from icl_lib.saes.formats.common import Sites
+from icl_lib.saes.formats.places import Sites, located, no_site
 from icl_lib.saes.sae import SAE
 
 WEIGHTS = "params.npz"
@@ -96,20 +96,24 @@ def others(name: str) -> str:
 def read(path: Path, site: Sites | None = None, variant: str | None = None) -> SAE:
     """The SAE in a folder with `params.npz`; see `load_sae`."""
     file = path / WEIGHTS if path.is_dir() else path
-    sites = site or _sites(file)
+    cfg, beside = common.read_beside(file.parent)
+    common.check_settings(cfg, beside, "jumprelu", architecture=(None, "jumprelu", "jumprelu_transcoder"))
+    cfg = cfg | (cfg.get("metadata") or {})
+    named, module = (site, "") if site else located(cfg, beside)
+    sites = named or _sites(file)
     w = common.take(_read_npz(file), _SPEC, file)
     if sites[0] == Site("embed"):
         root = math.sqrt(w["W_enc"].shape[0])
         w = common.fold_output_scale(common.fold_input_scale(w, 1 / root), root)
     place = _PLACE.search(file.absolute().as_posix())
-    meta = {"folder": place[0]} if place else {}
-    return common.build(w, sites, "jumprelu", file, meta)
+    meta = ({"folder": place[0]} if place else {}) | {key: cfg[key] for key in ("model_name",) if key in cfg}
+    return common.build(w, sites, "jumprelu", file, meta, module=module)
 
 
 def write(sae: SAE, folder: str | Path) -> Path:
     """Write an SAE that folds as Gemma Scope does. The folder's path says where it sits, so it must look like one of theirs."""
     folder, sae = Path(folder), sae.fold()
-    w = {key: np.asarray(value, np.float32) for key, value in vars(sae).items() if hasattr(value, "shape")}
+    w = common.arrays(sae)
     if sae.W_skip is not None:
         raise ValueError(f"Gemma Scope has no skip matrices, but the transcoder at {sae.site_in} has one")
     if sae.site_in == Site("embed"):
@@ -142,6 +146,6 @@ def _sites(file: Path) -> Sites:
     if place and place[2]:
         return Site("embed"), Site("embed")
     if not release or not place:
-        raise common.no_site(file)
+        raise no_site(file)
     site_in, site_out = (Site(name, int(place[1])) for name in _KINDS[release[2]])
     return site_in, site_out

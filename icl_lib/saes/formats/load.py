@@ -5,8 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from icl_lib.files.hub import fetch_folder
+from icl_lib.files.paths import resolve
 from icl_lib.models import Site
-from icl_lib.saes.formats import dictionary_learning, gemma_scope, layer_files, llama_scope, saelens, saex, sparsify
+from icl_lib.saes.formats import (
+    common,
+    dictionary_learning,
+    gemma_scope,
+    layer_files,
+    llama_scope,
+    saelens,
+    saex,
+    sparsify,
+)
 from icl_lib.saes.sae import SAE
 
 _READERS: dict[str, Callable[..., SAE]] = {
@@ -21,7 +31,11 @@ _MARKS = {
 }  # fmt: skip
 _FILES = [*saelens.FILES, *gemma_scope.FILES, *llama_scope.FILES, *sparsify.FILES, *dictionary_learning.FILES]
 _SUFFIXES = (".safetensors", ".npz", ".pt")
-_ANYWHERE = [f"{below}{file}" for below in ("", "*/") for file in [*dict.fromkeys(_FILES), *layer_files.PATTERNS]]
+_ANYWHERE = [
+    f"{below}{file}"
+    for below in ("", "*/")
+    for file in [*dict.fromkeys([*_FILES, *common.BESIDE]), *layer_files.PATTERNS]
+]
 
 
 def load_sae(
@@ -80,7 +94,7 @@ def detect(path: Path) -> str | None:
 
 def _locate(name: str, revision: str | None) -> Path:
     """The folder or file of that name, from the hub if it is not here."""
-    name = gemma_scope.resolve(name)
+    name = resolve(gemma_scope.resolve(name))
     if found := _match(Path(name)):
         return found
     name = gemma_scope.on_hub(name)
@@ -89,6 +103,9 @@ def _locate(name: str, revision: str | None) -> Path:
         raise FileNotFoundError(f"no folder {name!r} with an SAE in it: pass one, or owner/repository/path on the hub")
     one_file = inside.endswith(_SUFFIXES)
     patterns = [inside] if one_file else [f"{inside}/{file}".lstrip("/") for file in dict.fromkeys(_FILES)]
+    if inside.endswith((".safetensors", ".npz")) or not one_file:  # its settings
+        folder = str(Path(inside).parent) if one_file else inside
+        patterns += [f"{folder}/{file}".removeprefix("./").lstrip("/") for file in common.BESIDE]
     if inside.endswith(".pt"):
         patterns += [f"{folder}/{dictionary_learning.CONFIG}" for folder in list(Path(inside).parents)[:2]]
     root = fetch_folder(repo, revision, patterns, "the files of an SAE")

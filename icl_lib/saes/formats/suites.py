@@ -10,10 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from icl_lib.files.names import named
+from icl_lib.files.paths import resolve
 from icl_lib.files.processes import to_host
 from icl_lib.models import ModelConfig, Site
 from icl_lib.saes.formats import layer_files, saelens, sparsify
 from icl_lib.saes.formats.load import detect, fetch_suite, is_one, load_sae
+from icl_lib.saes.formats.places import not_ours
 from icl_lib.saes.sae import SAE
 
 _LAYER = re.compile(r"\{layer(?::(\d+)-(\d+))?\}")
@@ -32,7 +35,7 @@ def load_suite(
 ) -> dict[Site, SAE]:
     """SAEs keyed by the site they encode, in the order of sites.
 
-    `source` is a folder, or `owner/repository/path` on the hub (all of whose SAEs are then downloaded, at `revision`), of which all
+    `source` is the name of an embedded model, whose suite it stands for, a folder (relative to the repository's root), or `owner/repository/path` on the hub (all of whose SAEs are then downloaded, at `revision`), of which all
     SAEs in any format of `load_sae` are taken; or a name for `load_sae`, of a single SAE or with `{layer}` in it, such as
     "google/gemma-scope-2b-pt-res/layer_{layer}/width_16k/canonical"; or a list of these. `layers` are the numbers to
     put there (default: all of the model; of `{layer:0-16}` those from 0 to 16, where there is no SAE for the others) and in a
@@ -46,10 +49,9 @@ def load_suite(
     """
     layers, kept = None if layers is None else tuple(layers), None if sites is None else frozenset(sites)
     sources = [source] if isinstance(source, str | Path) else list(source)
+    sources = [str(named(each, "saes") or resolve(each)) for each in sources]
     suite: dict[Site, SAE] = {}
-    for pattern, name in [
-        (str(each), name) for each in sources for name in _names(str(each), config, layers, revision)
-    ]:
+    for pattern, name in [(each, name) for each in sources for name in _names(each, config, layers, revision)]:
         sae = _renamed(load_sae(name, revision, variant), config)
         if layers is not None and not has_layer(pattern) and sae.site_in.layer not in layers:
             continue
@@ -97,7 +99,8 @@ def save_suite(suite: Mapping[Site, SAE], folder: str | Path, dtype: str = "floa
 
 
 def check_fit(sae: SAE, config: ModelConfig, name: str) -> None:
-    """Raises `ValueError` naming the SAE, its site and both sizes if it does not fit the model."""
+    """Raises `ValueError` naming the SAE, its site and both sizes if it does not fit the model, or if it was trained
+    at a module that in this family returns another tensor than our site (`places.not_ours`)."""
     for what, size, site in (("d_in", sae.d_in, sae.site_in), ("d_out", sae.d_out, sae.site_out)):
         if site.layer is not None:
             config.check_layer(site.layer, f"layer of the SAE {name} at {site}")
@@ -106,6 +109,8 @@ def check_fit(sae: SAE, config: ModelConfig, name: str) -> None:
                 f"the SAE {name} at {site} has {what} = {size}, but there the model (d_model = {config.d_model}) is "
                 f"{config.width(site.name)} wide: it was trained on another model; pass the suite of this one or train one with train_suite"
             )
+    if reason := not_ours(dict(sae.metadata), (sae.site_in, sae.site_out), config):
+        raise ValueError(f"the SAE {name} at {sae.site_in} does not fit this model: {reason}")
 
 
 def has_layer(pattern: str) -> bool:
@@ -146,6 +151,7 @@ def _names(source: str, config: ModelConfig | None, layers: tuple[int, ...] | No
     if detect(folder):
         return [str(folder)]
     inside = sorted(path for path in folder.rglob("*") if len(path.relative_to(folder).parts) <= _DEEPEST)
+    inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts)]  # not ours
     found = [path for path in inside if (path.is_dir() and detect(path)) or layer_files.NAME.fullmatch(path.name)]
     if not found:
         raise FileNotFoundError(
