@@ -1,7 +1,7 @@
 """SAE files of every format, read by us, give what the original library computed; and what we write, sae-lens reads so.
 
-The scripts in tests/golden made the files: sae-lens, dictionary_learning and sparsify themselves, and for saex and circuit-tracer, which
-cannot be installed, their formulas written out.
+The scripts in tests/golden made the files: sae-lens, dictionary_learning and sparsify themselves, and for saex and
+circuit-tracer, which cannot be installed, their formulas written out.
 """
 
 import json
@@ -22,11 +22,14 @@ FOLDERS = sorted(path.parent for path in GOLDEN.rglob("expected.npz"))
 SITES = {
     "average_l0_71": "resid_post.20", "average_l0_6": "embed", "average_l0_117": "z.3", "average_l0_72": "mlp_out.0",
     "average_l0_87": "mlp_normalized.5 mlp_out.5", "Llama3_1-8B-Base-L15R-8x": "resid_post.15",
-    "qwen3-0.6b-transcoders-lowl0": "mlp_in.7 mlp_out.7", "AutoEncoderNew": "attn_out.3", "GatedAutoEncoder": "mlp_out.3",
+    "qwen3-0.6b-transcoders-lowl0": "mlp_in.7 mlp_out.7", "AutoEncoderNew": "attn_out.3",
+    "GatedAutoEncoder": "mlp_out.3",
     "AutoEncoder": "resid_post.3", "layers.2.mlp": "mlp_in.2 mlp_out.2", "embed_tokens": "embed", "hook_z": "z.3",
-    "it-l12-attn_out-test-run-1-2.00E-05": "attn_out.12", "it-l12-transcoder-test-run-1-8.00E-06": "mlp_in.12 mlp_out.12",
+    "it-l12-attn_out-test-run-1-2.00E-05": "attn_out.12",
+    "it-l12-transcoder-test-run-1-8.00E-06": "mlp_in.12 mlp_out.12",
     "it-l12-residual-test-run-1-2.00E-05": "resid_pre.12", "l12-test-run-5-3.00E-05": "resid_pre.12",
-    "l16-test-run-3-4e-05": "resid_pre.16", "skip_transcoder": "mlp_in.3 mlp_out.3", "flat_standard": "resid_post.6", "gated": "resid_pre.3",
+    "l16-test-run-3-4e-05": "resid_pre.16", "skip_transcoder": "mlp_in.3 mlp_out.3", "flat_standard": "resid_post.6",
+    "gated": "resid_pre.3",
     "flat_gated": "resid_post.6", "batchtopk": "resid_pre.3", "it-l16-residual-test-run-1-2.00E-05": "resid_pre.16",
     "AutoEncoderTopK_early": "resid_post.3", "gated-z": "z.3", "gated-mlp_in-skip": "mlp_in.3 mlp_out.3",
     "skip-transcoders": "mlp_in.4 mlp_out.4", "short_standard": "resid_pre.3",

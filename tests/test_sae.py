@@ -22,7 +22,8 @@ def make(architecture, getkey, d_in=6, d_sae=20, d_out=6, site_out=SITE, skip=Fa
     extra = {"gated": gate, "jumprelu": threshold, "batchtopk": threshold, "topk": {"k": 4}}
     return SAE(
         W_enc=normal(d_in, d_sae), b_enc=normal(d_sae), W_dec=normal(d_sae, d_out), b_dec=normal(d_out),
-        W_skip=normal(d_in, d_out) if skip else None, site_in=SITE, site_out=site_out, architecture=architecture, **extra.get(architecture, {}),
+        W_skip=normal(d_in, d_out) if skip else None, site_in=SITE, site_out=site_out, architecture=architecture,
+        **extra.get(architecture, {}),
     )  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""Settings beside weights are honoured or refused in every format, and a site is taken only where it is the same tensor."""
+"""Settings beside weights are honoured or refused in every format, and a site is taken only where it is the same
+tensor.
+"""
 
 import json
 

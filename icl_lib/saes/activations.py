@@ -1,4 +1,6 @@
-"""Activations of a model at many sites, harvested for training SAEs: one forward pass for all sites, special tokens dropped."""
+"""Activations of a model at many sites, harvested for training SAEs: one forward pass for all sites, special tokens
+dropped.
+"""
 
 from collections.abc import Iterable, Mapping
 
@@ -16,7 +18,9 @@ Mask = Bool[np.ndarray, "*stack n seq"] | Bool[Array, "*stack n seq"]
 
 
 def output_site(site_in: Site) -> Site:
-    """What an SAE that encodes `site_in` reconstructs: the MLP's output for what the MLP reads (a transcoder), else the site itself."""
+    """What an SAE that encodes `site_in` reconstructs: the MLP's output for what the MLP reads (a transcoder), else the
+    site itself.
+    """
     return Site("mlp_out", site_in.layer) if site_in.name in ("mlp_in", "mlp_normalized") else site_in
 
 
@@ -35,9 +39,10 @@ def rows_that_count(
 ) -> tuple[Int[np.ndarray, "n seq"], Bool[np.ndarray, "n seq"]]:
     """Rows of tokens and where they count: what everything here that runs a model starts with.
 
-    Of prompts, stacked or not, these are the prompts' tokens and `real`; of other rows, `mask` defaults to `token_mask`.
-    Raises `ValueError` on a token id that the model does not have, on rows longer than its context, if the mask has
-    another shape than the tokens, or if nothing counts (with `pairs`: no two neighbours, which a loss needs).
+    Of prompts, stacked or not, these are the prompts' tokens and `real`; of other rows, `mask` defaults to
+    `token_mask`. Raises `ValueError` on a token id that the model does not have, on rows longer than its context, if
+    the mask has another shape than the tokens, or if nothing counts (with `pairs`: no two neighbours, which a loss
+    needs).
     """
     if hasattr(tokens, "tokens") and hasattr(tokens, "real"):
         tokens, mask = tokens.tokens, tokens.real if mask is None else mask
@@ -66,9 +71,9 @@ def harvest(
 ) -> dict[Site, np.ndarray]:
     """Activations in host memory, `acts[site]` (n_tokens, d_model) in `dtype`, for the tokens where `mask` is true.
 
-    `tokens` are rows or prompts; see `rows_that_count`, also for `mask` and for what is raised. Row i is the same token at
-    every site. float16 halves the memory (n_tokens x d_model x 2 bytes a site). Raises `ValueError` also if a layer does
-    not exist, or if a value overflows `dtype`.
+    `tokens` are rows or prompts; see `rows_that_count`, also for `mask` and for what is raised. Row i is the same token
+    at every site. float16 halves the memory (n_tokens x d_model x 2 bytes a site). Raises `ValueError` also if a layer
+    does not exist, or if a value overflows `dtype`.
     """
     sites = check_sites(model.config, dict.fromkeys(sites))
     tokens, mask = rows_that_count(model, tokens, mask)
@@ -100,5 +105,6 @@ def _check_finite(acts: Mapping[Site, np.ndarray]) -> None:
     for site, values in acts.items():
         if not np.isfinite(values).all():
             raise ValueError(
-                f"activations at {site} are not finite in {values.dtype}: harvest in float32, or check the model's weights"
+                f"activations at {site} are not finite in {values.dtype}: harvest in float32, or check the model's "
+                "weights"
             )

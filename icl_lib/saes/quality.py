@@ -1,8 +1,8 @@
 r"""How good an SAE is: sparsity, reconstruction, dead and dense latents, and what splicing it into the model costs.
 
-Everything is measured on the tokens where `mask` is true, which leaves out BOS and padding. FVU is about the mean, CE in
-nats per token; the ablation behind "CE recovered" is named. A share of nothing is NaN, never an error or infinite: FVU of
-activations that do not vary, CE recovered where the ablation costs nothing, means and rates over no token.
+Everything is measured on the tokens where `mask` is true, which leaves out BOS and padding. FVU is about the mean, CE
+in nats per token; the ablation behind "CE recovered" is named. A share of nothing is NaN, never an error or infinite:
+FVU of activations that do not vary, CE recovered where the ablation costs nothing, means and rates over no token.
 """
 
 import functools
@@ -88,7 +88,9 @@ def dense_fraction(freq: Float[Array, " d_sae"]) -> Float[Array, ""]:
 def cross_entropy(
     logits: Float[Array, "batch seq d_vocab"], tokens: Int[Array, "batch seq"], mask: Bool[Array, "batch seq"]
 ) -> Float[Array, ""]:
-    """Summed next-token CE in nats where both the token and the next are in `mask`; divide by their number for the mean."""
+    """Summed next-token CE in nats where both the token and the next are in `mask`; divide by their number for the
+    mean.
+    """
     logp = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
     picked = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
     return -jnp.sum(jnp.where(mask[:, :-1] & mask[:, 1:], picked, 0))
@@ -129,7 +131,8 @@ def ce_recovered(
     *,
     batch_size: int = 32,
 ) -> float:
-    r"""$(CE_{abl} - CE_{sae}) / (CE_{abl} - CE_{clean})$: 1 if splicing the SAE in costs nothing, 0 if as much as the ablation.
+    r"""$(CE_{abl} - CE_{sae}) / (CE_{abl} - CE_{clean})$: 1 if splicing the SAE in costs nothing, 0 if as much as the
+    ablation.
 
     `ablation` puts 0 or the mean over these tokens at the SAE's target. BOS and padding stay clean throughout. Raises
     `ValueError` on another ablation, or if the SAE does not fit the model.
@@ -145,10 +148,10 @@ def quality_table(
 ) -> pd.DataFrame:
     """One row per SAE on held-out `tokens`; see `rows_that_count` for tokens and mask. Several may share a site.
 
-    Columns: site, kind (residual, attention, transcoder), layer, d_sae, l0, fvu, ce_recovered_zero, ce_recovered_mean, dead
-    (fires on none of these tokens), dense (fires on more than a tenth), decoder_cosine (median over latents of the largest
-    cosine between a decoder row and another), ce_clean, ce_sae, ce_zero, ce_mean (nats per token).
-    Raises `ValueError` before anything is computed if an SAE, a row or a token id does not fit the model.
+    Columns: site, kind (residual, attention, transcoder), layer, d_sae, l0, fvu, ce_recovered_zero, ce_recovered_mean,
+    dead (fires on none of these tokens), dense (fires on more than a tenth), decoder_cosine (median over latents of the
+    largest cosine between a decoder row and another), ce_clean, ce_sae, ce_zero, ce_mean (nats per token). Raises
+    `ValueError` before anything is computed if an SAE, a row or a token id does not fit the model.
     """
     for site, sae in suite.items():
         check_fit(sae, model.config, str(site))

@@ -1,4 +1,6 @@
-"""The health of dictionaries beyond one number each: how often latents fire, how alike they are, which SAEs are worth keeping."""
+"""The health of dictionaries beyond one number each: how often latents fire, how alike they are, which SAEs are worth
+keeping.
+"""
 
 from collections.abc import Hashable, Mapping
 
@@ -40,15 +42,17 @@ def _count(model, saes: tuple[SAE, ...], tokens: Array, mask: Array, fired: list
 
 
 def rate_histogram(rates: np.ndarray, n_bins: int = 50, lowest: float = 1e-6) -> tuple[np.ndarray, np.ndarray, int]:
-    """Latents by the decade of their firing rate: counts (n_bins,), edges (n_bins + 1,) in log10, and the number that never fire.
+    """Latents by the decade of their firing rate: counts (n_bins,), edges (n_bins + 1,) in log10, and the number that
+    never fire.
 
-    The first bin also takes those that are rarer than `lowest`; NaN, the rate of nothing, is in none. The usual picture (Bricken et al., 2023): a healthy dictionary
-    has one hump, and what lies far below it is "ultralow density".
+    The first bin also takes those that are rarer than `lowest`; NaN, the rate of nothing, is in none. The usual picture
+    (Bricken et al., 2023): a healthy dictionary has one hump, and what lies far below it is "ultralow density".
     """
     rates = np.asarray(rates)
     if n_bins < 1 or not 0 < lowest < 1 or rates.ndim != 1 or ((rates < 0) | (rates > 1)).any():
         raise ValueError(
-            f"rates (d_sae,) from 0 to 1, at least one bin and 0 < lowest < 1 are needed, got {rates.shape}, {n_bins}, {lowest}"
+            f"rates (d_sae,) from 0 to 1, at least one bin and 0 < lowest < 1 are needed, got {rates.shape}, "
+            f"{n_bins}, {lowest}"
         )
     alive = rates[rates > 0]
     counts, edges = np.histogram(np.log10(np.maximum(alive, lowest)), bins=np.linspace(np.log10(lowest), 0, n_bins + 1))
@@ -78,7 +82,8 @@ def decoder_cosine(W_dec: Float[Array, "d_sae d_out"]) -> Float[Array, " d_sae"]
 
 
 def undominated(*costs: np.ndarray) -> np.ndarray:
-    """Which of n candidates no other beats: (n,) booleans. Each of `costs` is (n,), the lower the better, e.g. L0 and FVU.
+    """Which of n candidates no other beats: (n,) booleans. Each of `costs` is (n,), the lower the better, e.g. L0 and
+    FVU.
 
     One candidate beats another that is at least as dear in every cost and dearer in one. NaN never lies on the front.
     """

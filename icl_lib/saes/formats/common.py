@@ -1,4 +1,5 @@
-"""What the readers and writers of SAE files share: checked JSON and tensors, files that appear whole, folding of normalisations.
+"""What the readers and writers of SAE files share: checked JSON and tensors, files that appear whole, folding of
+normalisations.
 
 A reader turns a file into `Weights`, numpy arrays of float32 by our names, and changes these until they take plain
 activations: each `fold_*` here is one step of that, exact but for rounding.
@@ -26,7 +27,8 @@ ACTIVATIONS = ("activation", "activation_fn", "activation_fn_str", "activation_f
 # What a config of any format may say that no reader of ours does: only these values are no change of what is computed.
 _NEUTRAL = dict.fromkeys(
     (
-        "normalize_activations", "norm_activation", "normalize_input", "normalize_inputs", "input_normalization", "layer_norm",
+        "normalize_activations", "norm_activation", "normalize_input", "normalize_inputs", "input_normalization",
+        "layer_norm",
         "normalize", "apply_b_dec_to_input", "apply_decoder_bias_to_pre_encoder", "rescale_acts_by_decoder_norm",
         "sparsity_include_decoder_norm", "use_glu_encoder", "embed_skip", "gram_lookup", "signed",
     ),
@@ -112,9 +114,9 @@ def size(cfg: Mapping[str, Any], key: str, path: Path) -> int:
 def take(found: Mapping[str, np.ndarray], spec: Mapping[str, str], path: Path, **sizes: int) -> Weights:
     """The tensors of `found` by our names and in our layout.
 
-    `spec` maps a name in the file to ours and to its axes, e.g. {"encoder.weight": "W_enc F d"}; a scalar has none. `sizes`
-    are lengths of axes known from elsewhere; others are set by the first tensor that has them. Raises `ValueError`
-    naming every missing, unknown and misshapen tensor.
+    `spec` maps a name in the file to ours and to its axes, e.g. {"encoder.weight": "W_enc F d"}; a scalar has none.
+    `sizes` are lengths of axes known from elsewhere; others are set by the first tensor that has them. Raises
+    `ValueError` naming every missing, unknown and misshapen tensor.
     """
     missing = [name for name in spec if name not in found]
     problems = [f"missing {name}" for name in missing]
@@ -159,7 +161,8 @@ def build(
 ) -> SAE:
     """The SAE of these weights. Metadata keeps plain values only, and `module` where its sites were named so.
 
-    Raises `ValueError` naming `path` if they do not make one, or if the named site is not ours in the model of the metadata.
+    Raises `ValueError` naming `path` if they do not make one, or if the named site is not ours in the model of the
+    metadata.
     """
     check_finite(w, str(path))
     metadata = dict(metadata or {}) | ({"module": module} if module else {})
@@ -167,14 +170,8 @@ def build(
     plain = {key: value for key, value in metadata.items() if isinstance(value, str | int | float | bool)}
     w = {name: jnp.asarray(np.ascontiguousarray(value, np.float32)) for name, value in w.items()}
     try:
-        return SAE(
-            **w,
-            site_in=sites[0],
-            site_out=sites[1],
-            architecture=architecture,
-            k=k,
-            metadata=tuple(sorted(plain.items())),
-        )
+        kept = tuple(sorted(plain.items()))
+        return SAE(**w, site_in=sites[0], site_out=sites[1], architecture=architecture, k=k, metadata=kept)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

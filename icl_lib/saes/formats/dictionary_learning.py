@@ -1,8 +1,8 @@
 """Files of the library dictionary_learning: a folder with `ae.pt`, the state of one of its classes, and `config.json`.
 
-`ae.pt` is read without PyTorch, and nothing in it is run. Which class it is shows in the names of the tensors, so a lone
-`ae.pt` is enough; `config.json` adds where it sits. Features are as the released version 0.1 computes them; two of its
-classes multiplied them by the norms of the decoder rows before, with the same reconstruction.
+`ae.pt` is read without PyTorch, and nothing in it is run. Which class it is shows in the names of the tensors, so a
+lone `ae.pt` is enough; `config.json` adds where it sits. Features are as the released version 0.1 computes them; two of
+its classes multiplied them by the norms of the decoder rows before, with the same reconstruction.
 
 Source: dictionary_learning 0.1.0, with which tests/golden compares.
 """
@@ -25,7 +25,8 @@ FILES = (CONFIG, WEIGHTS)
 _LINEAR = {"encoder.weight": "W_enc F d", "encoder.bias": "b_enc F", "decoder.weight": "W_dec d F"}
 _PLAIN = {"W_enc": "W_enc d F", "b_enc": "b_enc F", "W_dec": "W_dec F d", "b_dec": "b_dec d"}
 _CUT = {"k": "k", "threshold": "threshold"}
-# Its classes: the names of their tensors, ours, and axes. TopK and BatchTopK have the same; config.json tells them apart.
+# Its classes: the names of their tensors, ours, and axes. TopK and BatchTopK have the same; config.json tells them
+# apart.
 _CLASSES = {
     "AutoEncoder": _LINEAR | {"bias": "b_dec d"},
     "AutoEncoderNew": _LINEAR | {"decoder.bias": "b_dec d"},
@@ -133,11 +134,14 @@ def write(sae: SAE, folder: str | Path, dict_class: str | None = None) -> Path:
 
 
 def _state(file: Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dict as float32. Raises `ValueError` on anything else, e.g. the state of a training run."""
+    """The tensors of a state dict as float32. Raises `ValueError` on anything else, e.g. the state of a training
+    run.
+    """
     found = read_torch(file)
     if isinstance(found, dict) and "ae" in found:
         raise ValueError(
-            f"{file} is the backup of a training run (at step {found.get('step')}) that was stopped before it wrote its SAE: take one of "
+            f"{file} is the backup of a training run (at step {found.get('step')}) that was stopped before it wrote "
+            "its SAE: take one of "
             f"its checkpoints/ae_*.pt, or the state under 'ae' if the activations were not normalised in training"
         )
     if not isinstance(found, dict) or not all(isinstance(value, np.ndarray) for value in found.values()):
@@ -159,7 +163,8 @@ def _class(found: dict[str, np.ndarray], named: str | None, file: Path) -> str:
         )
     if not name:
         raise ValueError(
-            f"{file} is a TopK or a BatchTopK SAE, which have the same tensors: its config.json, which tells, is missing"
+            f"{file} is a TopK or a BatchTopK SAE, which have the same tensors: its config.json, which tells, is "
+            "missing"
         )
     return name
 
@@ -167,7 +172,8 @@ def _class(found: dict[str, np.ndarray], named: str | None, file: Path) -> str:
 def _with_threshold(w: Weights, name: str, file: Path) -> Weights:
     if w["threshold"] < 0:
         raise ValueError(
-            f"{file}: its threshold was never set ({float(w['threshold'])}), because training stopped before threshold_start_step; a {name} "
+            f"{file}: its threshold was never set ({float(w['threshold'])}), because training stopped before "
+            f"threshold_start_step; a {name} "
             "cannot be evaluated token by token without one"
         )
     return w | {"threshold": np.full(len(w["b_enc"]), w["threshold"])}

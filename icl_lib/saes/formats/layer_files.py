@@ -1,10 +1,12 @@
-"""Per-layer transcoders as circuit-tracer reads them: one file `layer_3.safetensors` for each MLP, e.g. mwhanna's for Qwen3.
+"""Per-layer transcoders as circuit-tracer reads them: one file `layer_3.safetensors` for each MLP, e.g. mwhanna's for
+Qwen3.
 
-The encoder is stored as (d_sae, d_in), and a `W_skip` may be there. `config.yaml` (or another of `common.BESIDE`) says what is
-read and written (`feature_input_hook`, `feature_output_hook`), the `activation` and `k`; without, or with none of these in it, it
-is a ReLU from what the MLP reads to what it adds. `activation_function.threshold` or `k` among the tensors say JumpReLU and
-topk. (circuit-tracer's topk keeps negative values where fewer than k are positive, ours keeps none.)
-Sources: circuit-tracer, single_layer_transcoder.py; the loader of sae-lens 6.54, with which tests/golden compares.
+The encoder is stored as (d_sae, d_in), and a `W_skip` may be there. `config.yaml` (or another of `common.BESIDE`) says
+what is read and written (`feature_input_hook`, `feature_output_hook`), the `activation` and `k`; without, or with none
+of these in it, it is a ReLU from what the MLP reads to what it adds. `activation_function.threshold` or `k` among the
+tensors say JumpReLU and topk. (circuit-tracer's topk keeps negative values where fewer than k are positive, ours keeps
+none.) Sources: circuit-tracer, single_layer_transcoder.py; the loader of sae-lens 6.54, with which tests/golden
+compares.
 """
 
 import re
@@ -33,7 +35,8 @@ def read(path: Path, site: Sites | None = None, variant: str | None = None) -> S
     form, k = _activation(found, cfg, path, file)
     common.check_settings(
         cfg, file, {"standard": "relu"}.get(form, form), model_kind=(None, "transcoder_set", "transcoder"),
-        skip_connection=(None, "W_skip" in found), architecture=(None, "transcoder", "skip_transcoder", "jumprelu_transcoder"),
+        skip_connection=(None, "W_skip" in found),
+        architecture=(None, "transcoder", "skip_transcoder", "jumprelu_transcoder"),
     )  # fmt: skip
     named, module = located(cfg, file, layer)
     sites = site or named or (Site("mlp_in", layer), Site("mlp_out", layer))

@@ -31,7 +31,8 @@ def read(folder: Path, site: Sites | None = None, variant: str | None = None) ->
     path = folder / CONFIG
     cfg = common.read_json(path)
     common.check_settings(
-        cfg, path, "jumprelu", "sparsity_include_decoder_norm", norm_activation=("dataset-wise",), sae_type=(None, "sae"),
+        cfg, path, "jumprelu", "sparsity_include_decoder_norm", norm_activation=("dataset-wise",),
+        sae_type=(None, "sae"),
         use_decoder_bias=(None, True),
     )  # fmt: skip
     theta, norms = cfg.get("jump_relu_threshold"), cfg.get("dataset_average_activation_norm")
@@ -42,7 +43,8 @@ def read(folder: Path, site: Sites | None = None, variant: str | None = None) ->
         or not all(norms.get(key, 0) > 0 for key in ("in", "out"))
     ):
         raise ValueError(
-            f"{path} must give jump_relu_threshold and dataset_average_activation_norm with in and out, got {theta} and {norms}"
+            f"{path} must give jump_relu_threshold and dataset_average_activation_norm with in and out, got {theta} "
+            f"and {norms}"
         )
     d = common.size(cfg, "d_model", path)
     w = common.take(
@@ -64,7 +66,8 @@ def write(sae: SAE, folder: str | Path, threshold: float, mean_norm: float = 1.0
     sae, folder, scale = sae.fold(), Path(folder), math.sqrt(sae.d_in) / mean_norm
     if not np.allclose(sae.threshold, threshold):
         raise ValueError(
-            f"Llama Scope has one threshold for all latents, not {float(sae.threshold.min())} to {float(sae.threshold.max())}"
+            f"Llama Scope has one threshold for all latents, not {float(sae.threshold.min())} to "
+            f"{float(sae.threshold.max())}"
         )
     w = common.arrays(sae)
     w = common.fold_output_scale(common.fold_input_scale(w, 1 / scale), scale)

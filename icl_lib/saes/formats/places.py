@@ -1,13 +1,16 @@
-"""Where the SAE of a file sits: the names that other libraries give to places, and in which families these are our sites.
+"""Where the SAE of a file sits: the names that other libraries give to places, and in which families these are our
+sites.
 
 A *hook* is TransformerLens' name of a tensor. Those that we read are the same tensors in every family of ours:
 `hook_attn_out` and `hook_mlp_out` lie behind the second norms of Gemma 2, `ln2.hook_normalized` before the norm's gain,
-`hook_z` is read head by head, `hook_embed` is what enters the first block, and `hook_resid_mid`, which TransformerLens does
-not have in the parallel blocks of GPT-NeoX, is ours alone there. `ln_final.hook_normalized` is another tensor: it lies before
-the gain of the last norm, our site behind it. Two ways of loading a model into TransformerLens move its tensors (`_moved`).
+`hook_z` is read head by head, `hook_embed` is what enters the first block, and `hook_resid_mid`, which TransformerLens
+does not have in the parallel blocks of GPT-NeoX, is ours alone there. `ln_final.hook_normalized` is another tensor: it
+lies before the gain of the last norm, our site behind it. Two ways of loading a model into TransformerLens move its
+tensors (`_moved`).
 
-A *module* stands for what it returns (`layers.3.mlp`, also written `mlp_out_layer3`), which is our site in some families
-only. An SAE that was named so keeps the name in its metadata, as `module`, and `not_ours` holds it to the model's family.
+A *module* stands for what it returns (`layers.3.mlp`, also written `mlp_out_layer3`), which is our site in some
+families only. An SAE that was named so keeps the name in its metadata, as `module`, and `not_ours` holds it to the
+model's family.
 """
 
 import re
@@ -110,12 +113,16 @@ def not_ours(meta: Mapping[str, Any], sites: Sites, config: ModelConfig) -> str 
         if name in ("attn_out", "mlp_out") and config.post_norms:
             return f"{module} returns what lies before a second norm in {config.family}, and our {name} lies behind it"
         if name == "embed" and config.scale_embed:
-            return f"{module} returns the rows of the embedding, and our embed is these times sqrt(d_model) in {config.family}"
+            return (
+                f"{module} returns rows of the embedding, and our embed in {config.family} is these times sqrt(d_model)"
+            )
     return _moved(meta, sites, config)
 
 
 def _moved(meta: Mapping[str, Any], sites: Sites, config: ModelConfig) -> str | None:
-    """Centred weights take the mean from the residual where norms do so too; folded value biases leave z without them."""
+    """Centred weights take the mean from the residual where norms do so too; folded value biases leave z without
+    them.
+    """
     writes = {"embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"} & {site.name for site in sites}
     if meta.get(_MOVERS[0]) and config.norm == "layer" and writes:
         return f"it was trained on weights with {_MOVERS[0]}, which take the mean from {min(writes)} of {config.family}"
@@ -130,7 +137,9 @@ def movers(kwargs: Any) -> dict[str, bool]:
 
 
 def check_named(meta: Mapping[str, Any], sites: Sites, path: Path) -> None:
-    """Raises `ValueError` if the model that the metadata name is of a family in which the named tensor is not our site."""
+    """Raises `ValueError` if the model that the metadata name is of a family in which the named tensor is not our
+    site.
+    """
     model = str(meta.get("model_name", ""))
     family = next((family for pattern, family in _FAMILIES if re.search(pattern, model.lower())), None)
     if family and (reason := not_ours(meta, sites, tiny_config(family))):
@@ -140,5 +149,6 @@ def check_named(meta: Mapping[str, Any], sites: Sites, path: Path) -> None:
 def no_site(path: Path) -> ValueError:
     """The error of a file that does not say where its SAE sits."""
     return ValueError(
-        f'{path}: neither its settings nor its folder say where the SAE sits: pass site=Site("resid_post", 3) or the like'
+        f'{path}: neither its settings nor its folder say where the SAE sits: pass site=Site("resid_post", 3) or the '
+        "like"
     )

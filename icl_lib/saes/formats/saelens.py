@@ -47,7 +47,8 @@ def read(folder: Path, site: Sites | None = None, variant: str | None = None) ->
     transcoder = "transcoder" in cfg["architecture"]
     d_in, d_sae = (common.size(cfg, key, path) for key in ("d_in", "d_sae"))
     common.check_settings(
-        cfg, path, ("relu", form, cfg["architecture"]), *_HANDLED, *(["rescale_acts_by_decoder_norm"] if form == "topk" else []),
+        cfg, path, ("relu", form, cfg["architecture"]), *_HANDLED,
+        *(["rescale_acts_by_decoder_norm"] if form == "topk" else []),
         reshape_activations=(None, "none", "hook_z"),
     )  # fmt: skip
     sites, module = (site, "") if site else _sites(cfg, path, transcoder)
@@ -146,13 +147,16 @@ def _new_style(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
         )
     if cfg["metadata"].get("hook_head_index") is not None:
         raise ValueError(
-            f"{path} is for the single head {cfg['metadata']['hook_head_index']} of its hook; we read SAEs of whole sites"
+            f"{path} is for the single head {cfg['metadata']['hook_head_index']} of its hook; we read SAEs of whole "
+            "sites"
         )
     return cfg
 
 
 def _sites(cfg: dict[str, Any], path: Path, transcoder: bool) -> tuple[Sites, str]:
-    """The sites of TransformerLens' hooks, or of modules of Hugging Face's, by which SAELens means what the module returns."""
+    """The sites of TransformerLens' hooks, or of modules of Hugging Face's, by which SAELens means what the module
+    returns.
+    """
     named = {"hook_name": cfg["metadata"].get("hook_name")}
     named["hook_name_out"] = cfg["metadata"].get("hook_name_out") or cfg.get("hook_name_out")
     if transcoder and not named["hook_name_out"]:
@@ -170,15 +174,17 @@ def _sites(cfg: dict[str, Any], path: Path, transcoder: bool) -> tuple[Sites, st
 def _unscaled(w: Weights, cfg: dict[str, Any], folder: Path) -> Weights:
     """Folds the scaling of the input by its average norm, one number for all tokens.
 
-    layer_norm and constant_norm_rescale divide each token by its own spread or norm and multiply the reconstruction by it: not an
-    affine map of x, so that no weights do the same. They are refused, as is covariance_whitening, whose statistics no file carries.
+    layer_norm and constant_norm_rescale divide each token by its own spread or norm and multiply the reconstruction by
+    it: not an affine map of x, so that no weights do the same. They are refused, as is covariance_whitening, whose
+    statistics no file carries.
     """
     how = cfg.get("normalize_activations")
     if how in (None, False, "none"):
         return w
     if how in ("layer_norm", "constant_norm_rescale"):
         raise ValueError(
-            f"{folder / CONFIG} has normalize_activations = {how!r}: the SAE sees each token rescaled by its own norm, which no "
+            f"{folder / CONFIG} has normalize_activations = {how!r}: the SAE sees each token rescaled by its own "
+            "norm, which no "
             "fixed weights do; we read none and expected_average_only_in"
         )
     if how not in (True, "expected_average_only_in"):

@@ -1,8 +1,10 @@
-"""Files of the library sparsify: a folder named after its hookpoint, with `cfg.json` and `sae.safetensors`. All are topk.
+"""Files of the library sparsify: a folder named after its hookpoint, with `cfg.json` and `sae.safetensors`. All are
+topk.
 
 `write` adds our sites and metadata to `cfg.json`, which sparsify skips over: a folder of any name is then read back.
 
-Source: eai-sparsify 1.3.3, with which tests/golden compares. (sae-lens transposes the decoder of these files by mistake.)
+Source: eai-sparsify 1.3.3, with which tests/golden compares. (sae-lens transposes the decoder of these files by
+mistake.)
 """
 
 from pathlib import Path
@@ -40,9 +42,11 @@ def read(folder: Path, site: Sites | None = None, variant: str | None = None) ->
 
 
 def write(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
-    """Write a topk SAE or transcoder as sparsify does, matrices in `dtype`. It expects a folder named `layers.3` or `layers.3.mlp`.
+    """Write a topk SAE or transcoder as sparsify does, matrices in `dtype`. It expects a folder named `layers.3` or
+    `layers.3.mlp`.
 
-    Raises `ValueError` on another architecture, on a transcoder between widths, or if a weight is not finite in `dtype`.
+    Raises `ValueError` on another architecture, on a transcoder between widths, or if a weight is not finite in
+    `dtype`.
     """
     if sae.architecture != "topk" or sae.d_in != sae.d_out:
         raise ValueError(
@@ -81,7 +85,8 @@ def _sites(folder: Path, transcoder: bool) -> tuple[Sites, str]:
     if transcoder:
         if found is None or found.name != "mlp_out":
             raise ValueError(
-                f"{folder}: the transcoder of a module other than layers.N.mlp has no default sites: pass site=(input, output)"
+                f"{folder}: the transcoder of a module other than layers.N.mlp has no default sites: pass "
+                "site=(input, output)"
             )
         return (Site("mlp_in", found.layer), found), name
     if found is None:
