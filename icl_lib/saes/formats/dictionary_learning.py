@@ -102,13 +102,8 @@ def write(sae: SAE, folder: str | Path, dict_class: str | None = None) -> Path:
     if sae.is_transcoder:
         raise ValueError(f"dictionary_learning has no class for a transcoder ({sae.site_in} to {sae.site_out})")
     sae = sae.fold() if sae.architecture == "batchtopk" else sae
-    classes = {
-        "standard": "AutoEncoderNew",
-        "gated": "GatedAutoEncoder",
-        "topk": "AutoEncoderTopK",
-        "jumprelu": "JumpReluAutoEncoder",
-    }
-    name, folder = dict_class or classes[sae.architecture], Path(folder)
+    classes = {"standard": "AutoEncoderNew", "gated": "GatedAutoEncoder", "topk": "AutoEncoderTopK"}
+    name, folder = dict_class or classes.get(sae.architecture, "JumpReluAutoEncoder"), Path(folder)
     if _FORMS[name] != sae.architecture:
         raise ValueError(f"{name} is for {_FORMS[name]} SAEs, got a {sae.architecture} one at {sae.site_in}")
     w = common.arrays(sae)

@@ -18,12 +18,8 @@ from icl_lib.saes.sae import SAE
 
 CONFIG, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 FILES = (CONFIG, WEIGHTS)
-_SPEC = {
-    "encoder.weight": "W_enc F d",
-    "encoder.bias": "b_enc F",
-    "decoder.weight": "W_dec o F",
-    "decoder.bias": "b_dec o",
-}
+_SPEC = {"encoder.weight": "W_enc F d", "encoder.bias": "b_enc F"}
+_SPEC |= {"decoder.weight": "W_dec o F", "decoder.bias": "b_dec o"}
 
 
 def read(folder: Path, site: Sites | None = None, variant: str | None = None) -> SAE:
@@ -74,11 +70,8 @@ def write(sae: SAE, folder: str | Path, threshold: float, mean_norm: float = 1.0
     tensors = {"encoder.weight": w["W_enc"].T.copy(), "encoder.bias": w["b_enc"], "decoder.weight": w["W_dec"].T.copy()}
     cfg = {"d_model": sae.d_in, "d_sae": sae.d_sae, "act_fn": "jumprelu", "jump_relu_threshold": threshold / scale}
     cfg |= {"norm_activation": "dataset-wise", "dataset_average_activation_norm": {"in": mean_norm, "out": mean_norm}}
-    cfg |= {
-        "hook_point_in": str(sae.site_in),
-        "hook_point_out": str(sae.site_out),
-        "apply_decoder_bias_to_pre_encoder": False,
-    }
+    cfg |= {"hook_point_in": str(sae.site_in), "hook_point_out": str(sae.site_out)}
+    cfg |= {"apply_decoder_bias_to_pre_encoder": False}
     replace_file(folder / WEIGHTS, lambda partial: save_file(tensors | {"decoder.bias": w["b_dec"]}, partial))
     write_json(folder / CONFIG, cfg)
     return folder

@@ -95,19 +95,13 @@ def _name(sae: SAE) -> str:
         raise ValueError(
             f"SAELens has no topk transcoder, and the one at {sae.site_in} cannot be folded: formats.sparsify writes it"
         )
-    return (
-        {"standard": "", "jumprelu": "jumprelu_"}[sae.architecture]
-        + ("skip_" if sae.W_skip is not None else "")
-        + "transcoder"
-    )
+    skip = "" if sae.W_skip is None else "skip_"
+    return {"standard": "", "jumprelu": "jumprelu_"}[sae.architecture] + skip + "transcoder"
 
 
 def _config(sae: SAE, architecture: str, dtype: str) -> dict[str, Any]:
-    meta = dict(sae.metadata) | {
-        "hook_name": str(sae.site_in),
-        "hook_head_index": None,
-        "sae_lens_version": LAYOUT_VERSION,
-    }
+    named = {"hook_name": str(sae.site_in), "hook_head_index": None, "sae_lens_version": LAYOUT_VERSION}
+    meta = dict(sae.metadata) | named
     cfg = {"architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": dtype, "device": "cpu"}
     cfg |= {"apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none"}
     if sae.site_in.name == "z":

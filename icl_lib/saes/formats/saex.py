@@ -55,12 +55,8 @@ def read(folder: Path, site: Sites | None = None, variant: str | None = None) ->
     )
     w, d = _normalised(w), w["W_enc"].shape[0]
     scale = w.pop("c", np.ones(w["b_enc"].shape, np.float32))
-    meta = {
-        "l1_coefficient": cfg.get("l1_coefficient"),
-        "variant": variant or "trained",
-        "folder": folder.name,
-        "d_model": d,
-    }
+    meta = {"l1_coefficient": cfg.get("l1_coefficient"), "variant": variant or "trained"}
+    meta |= {"folder": folder.name, "d_model": d}
     if "s_gate" not in w:  # plain ReLU, its features multiplied
         w = w | {"W_enc": w["W_enc"] * scale[None, :], "b_enc": w["b_enc"] * scale}
         return common.build(w, site or _sites(folder), "standard", folder, meta)

@@ -55,24 +55,19 @@ def write(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
     folder = Path(folder)
     w = common.arrays(sae)
     w = w if sae.is_transcoder else common.fold_input_shift(w, -w["b_dec"])
-    tensors = {
-        "encoder.weight": w["W_enc"].T.copy(),
-        "encoder.bias": w["b_enc"],
-        "W_dec": w["W_dec"],
-        "b_dec": w["b_dec"],
+    tensors = {"encoder.weight": w["W_enc"].T.copy(), "encoder.bias": w["b_enc"]} | {
+        n: w[n] for n in ("W_dec", "b_dec")
     }
     tensors |= {"W_skip": w["W_skip"].T.copy()} if "W_skip" in w else {}
     tensors = {name: jnp.asarray(value, dtype if value.ndim == 2 else "float32") for name, value in tensors.items()}
     common.check_finite(tensors, f"{folder} (as {dtype})")
-    cfg = {
-        "activation": "topk",
-        "expansion_factor": 1,
-        "num_latents": sae.d_sae,
-        "k": sae.k,
-        "d_in": sae.d_in,
+    cfg = {"activation": "topk", "expansion_factor": 1, "num_latents": sae.d_sae, "k": sae.k, "d_in": sae.d_in}
+    cfg |= {
         "multi_topk": False,
+        "normalize_decoder": False,
+        "skip_connection": "W_skip" in w,
+        "transcode": sae.is_transcoder,
     }
-    cfg |= {"normalize_decoder": False, "skip_connection": "W_skip" in w, "transcode": sae.is_transcoder}
     cfg |= {"site_in": str(sae.site_in), "site_out": str(sae.site_out), "metadata": dict(sae.metadata)}
     replace_file(folder / WEIGHTS, lambda partial: save_file(tensors, partial))
     write_json(folder / CONFIG, cfg)
