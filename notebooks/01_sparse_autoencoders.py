@@ -36,7 +36,7 @@ from icl_lib.runs import compute_dtype
 from icl_lib.saes import harvest, load_suite, quality_table, save_sae
 from icl_lib.saes.quality import frequency, fvu
 from icl_lib.training.recipes import SHORT_RUN, make_recipe
-from icl_lib.saes.survey import pareto_front
+from icl_lib.saes.survey import undominated
 from icl_lib.training import Member, Plan
 from icl_lib.training.state import stop_if_bad
 from icl_lib.training.steps import finish, init_state, run_steps
@@ -318,7 +318,7 @@ if members:
     ]
     sign = {"fvu": 1, "ce_recovered_zero": -1}  # the lower the better, and the other way round
     fronts = {
-        column: sweep.loc[pareto_front(sweep["l0"], s * sweep[column])].sort_values("l0") for column, s in sign.items()
+        column: sweep.loc[undominated(sweep["l0"], s * sweep[column])].sort_values("l0") for column, s in sign.items()
     }
 digits |= {"sparsity": 2}
 figures.style_table(

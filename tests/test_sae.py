@@ -22,7 +22,8 @@ def make(architecture, getkey, d_in=6, d_sae=20, d_out=6, site_out=SITE, skip=Fa
     extra = {"gated": gate, "jumprelu": threshold, "batchtopk": threshold, "topk": {"k": 4}}
     return SAE(
         W_enc=normal(d_in, d_sae), b_enc=normal(d_sae), W_dec=normal(d_sae, d_out), b_dec=normal(d_out),
-        W_skip=normal(d_in, d_out) if skip else None, site_in=SITE, site_out=site_out, architecture=architecture, **extra.get(architecture, {}),
+        W_skip=normal(d_in, d_out) if skip else None, site_in=SITE, site_out=site_out, architecture=architecture,
+        **extra.get(architecture, {}),
     )  # fmt: skip
 
 
@@ -70,6 +71,21 @@ def test_fold_is_the_same_function(architecture, skip, getkey):
     assert relative(folded.encode(x), sae.encode(x)) < 1e-5
     assert relative(folded(x), sae(x)) < 1e-5
     assert relative(folded.fold()(x), sae(x)) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "topk"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_take_is_the_same_latents(architecture, skip, getkey):
+    """Encoded as the whole does, decoded to their part of the reconstruction beside bias and skip."""
+    sae = make(architecture, getkey, d_out=5, site_out=Site("mlp_out", 2), skip=skip)
+    x, some = jax.random.normal(getkey(), (30, 6)), jnp.asarray([3, 0, 17])
+    f, few = sae.encode(x), sae.take(some)
+    assert (few.d_sae, few.architecture, few.site_out) == (3, architecture, sae.site_out)
+    np.testing.assert_allclose(few.encode(x), f[:, some], atol=1e-6)
+    kept = jnp.zeros_like(f).at[:, some].set(f[:, some])
+    np.testing.assert_allclose(few(x), sae.decode(kept, x), atol=1e-5)
+    with pytest.raises(ValueError, match="latents of the topk SAE at blocks.2.hook_resid_pre compete"):
+        make("topk", getkey).take(some)
 
 
 def test_topk(getkey):

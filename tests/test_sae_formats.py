@@ -205,7 +205,8 @@ def test_canonical_ids():
     """Spot checks against the registry of SAELens; a width without one of its own takes the nearest to 100."""
     wanted = {
         "2b-pt-res/layer_20/width_16k": 71, "2b-pt-res/layer_12/width_1m": 107, "2b-pt-res/layer_12/width_131k": 129,
-        "2b-pt-att/layer_25/width_65k": 63, "2b-pt-mlp/layer_0/width_16k": 119, "2b-pt-transcoders/layer_11/width_16k": 5,
+        "2b-pt-att/layer_25/width_65k": 63, "2b-pt-mlp/layer_0/width_16k": 119,
+        "2b-pt-transcoders/layer_11/width_16k": 5,
         "9b-pt-res/layer_20/width_65k": 55, "9b-pt-att/layer_41/width_131k": 92, "9b-it-res/layer_31/width_16k": 76,
         "27b-pt-res/layer_22/width_131k": 82, "9b-pt-res/embedding/width_4k": 80,
     }  # fmt: skip

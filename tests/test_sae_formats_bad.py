@@ -153,8 +153,9 @@ def test_bad_gemma_scope(damage, message, getkey, tmp_path):
 
 
 def test_canonical_that_is_not():
+    widths = "16k, 32k, 65k, 131k, 262k, 524k, 1m"
     for name, message in {
-        "google/gemma-scope-2b-pt-res/layer_12/width_4k/canonical": "layer 12 has width 16k, 32k, 65k, 131k, 262k, 524k, 1m",
+        "google/gemma-scope-2b-pt-res/layer_12/width_4k/canonical": f"layer 12 has width {widths}",
         "google/gemma-scope-2b-pt-res/layer_26/width_16k/canonical": r"there are layers \[0, 1, .* 25\]",
         "google/gemma-scope-3b-pt-res/layer_1/width_16k/canonical": "there are releases gemma-scope-27b-pt-res",
         "owner/repository/canonical": "only SAEs of Gemma Scope have canonical",

@@ -1,4 +1,6 @@
-"""SAEs and suites by their names on the hub: what is asked for, at which revision, and what is said when it is not there."""
+"""SAEs and suites by their names on the hub: what is asked for, at which revision, and what is said when it is not
+there.
+"""
 
 import shutil
 
@@ -11,7 +13,9 @@ from tests.test_sae_formats import make, transcoder
 
 
 def play_hub(monkeypatch, repo):
-    """Makes `repo` every repository of the hub. Returns a list that fills with what is asked: repository, revision, files."""
+    """Makes `repo` every repository of the hub. Returns a list that fills with what is asked: repository, revision,
+    files.
+    """
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
@@ -47,6 +51,17 @@ def test_from_the_hub(getkey, tmp_path, monkeypatch):
         match="has no layer_20/width_16k/average_l0_23: .*tree/main .*average_l0 22, 38, 71, 139, 294",
     ):
         load_sae("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_23")
+
+
+def test_settings_come_with_a_lone_file(getkey, tmp_path, monkeypatch):
+    """A layer file or an npz without its settings would be read as something else."""
+    layer_files.write(transcoder(getkey, architecture="standard"), tmp_path / "set")
+    (tmp_path / "set/config.yaml").write_text("activation: topk\nk: 2\n")
+    calls = play_hub(monkeypatch, tmp_path)
+    assert load_sae("owner/repo/set/layer_1.safetensors").k == 2
+    assert load_suite("owner/repo/set", tiny_config())[Site("mlp_in", 1)].k == 2
+    wanted = ["set/config.yaml", "set/layer_1.safetensors"]
+    assert calls == [("owner/repo", None, wanted)] * 2
 
 
 def test_suite_from_the_hub(getkey, tmp_path, monkeypatch):

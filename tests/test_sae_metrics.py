@@ -4,10 +4,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
 from icl_lib.models import Site, Transformer, run_with_cache, tiny_config
-from icl_lib.saes import SAE, quality
+from icl_lib.saes import SAE, harvest, quality, survey
+from icl_lib.tasks import Prompts, Template
+from icl_lib.tasks.prompts import _Label
 
 CONFIG = tiny_config()
 
@@ -144,3 +147,61 @@ def test_errors(setting):
         quality.quality_table(model, {}, np.full((2, 3), 40))
     with pytest.raises(ValueError, match="neighbouring true positions"):
         quality.quality_table(model, {}, tokens, np.zeros_like(mask))
+
+
+def test_a_share_of_nothing_is_nan(setting):
+    """Never an error, never infinite: constants, ablations that cost nothing, zero rows, no token."""
+    model, tokens, mask = setting
+    assert np.isnan(quality.fvu(jnp.full((4, 3), 3.3), jnp.zeros((4, 3))))
+    none = jnp.zeros(4, bool)
+    assert np.isnan(quality.fvu(jnp.ones((4, 3)), jnp.zeros((4, 3)), none)) and np.isnan(
+        quality.l0(jnp.ones((4, 3)), none)
+    )
+    freq = quality.frequency(jnp.ones((4, 3)), none)
+    assert np.isnan(freq).all() and np.isnan(quality.dead_fraction(freq)) and np.isnan(quality.dense_fraction(freq))
+    assert np.isnan(quality.recovered(2.0, 2.0, 3.0)) and quality.recovered(4.0, 2.0, 3.0) == pytest.approx(0.5)
+    site = Site("attn_out", 0)
+    silent = eqx.tree_at(lambda m: [b.attn.o for b in m.blocks], model, replace_fn=jnp.zeros_like)
+    row = quality.quality_table(silent, {site: constant(site, jnp.zeros(CONFIG.d_model))}, tokens).iloc[0]
+    assert np.isnan([row.fvu, row.ce_recovered_zero, row.ce_recovered_mean, row.decoder_cosine]).all()
+    assert np.isfinite([row.ce_clean, row.ce_sae, row.ce_zero, row.l0, row.dead]).all()
+    W = jnp.asarray([[1.0, 0], [0, 0], [1, 1]])
+    cosine = survey.decoder_cosine(W)
+    assert np.isnan(cosine[1]) and cosine[0] == pytest.approx(cosine[2]) == pytest.approx(0.5**0.5)
+    assert np.isnan(survey.decoder_cosine(W[:1])).all()
+
+
+def test_prompts_carry_their_mask(setting):
+    """Whatever ids BOS and padding have: stacked or single prompts, or the mask alone, count the real tokens."""
+    model, tokens, _ = setting
+    real = np.ones_like(tokens, bool)
+    real[:, 0] = real[2, 5:] = False  # with another padding id than the model's
+    fields = {name: jnp.zeros(tokens.shape, dtype) for name, dtype in (("pair", int), ("answer", bool))}
+    prompts = Prompts(
+        tokens=jnp.asarray(tokens), roles=jnp.asarray(real, int), **fields, n_shots=1, template=Template(),
+        pad_id=7, label=_Label("a", ("",) * len(tokens)),
+    )  # fmt: skip
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), prompts)
+    site, sae = Site("resid_pre", 1), perfect(Site("resid_pre", 1))
+    rows = harvest(model, tokens, [site], real)[site]
+    assert len(rows) == real.sum()
+    np.testing.assert_array_equal(harvest(model, prompts, [site])[site], rows)
+    np.testing.assert_allclose(harvest(model, stacked, [site])[site], np.concatenate([rows, rows]), atol=1e-6)
+    rates = survey.firing_rates(model, {site: sae}, tokens, real)[site]
+    np.testing.assert_array_equal(survey.firing_rates(model, {site: sae}, prompts)[site], rates)
+    table = quality.quality_table(model, {site: sae}, tokens, real)
+    pd.testing.assert_frame_equal(quality.quality_table(model, {site: sae}, prompts), table)
+    assert quality.ce_recovered(model, sae, stacked) == pytest.approx(table.ce_recovered_zero[0], rel=1e-4)
+
+
+def test_rows_longer_than_the_context_are_refused(setting):
+    model, _, _ = setting
+    long, site = np.full((1, CONFIG.n_ctx + 1), 5), Site("resid_pre", 1)
+    for run_it in (
+        lambda: harvest(model, long, [site]),
+        lambda: survey.firing_rates(model, {site: perfect(site)}, long),
+        lambda: quality.quality_table(model, {site: perfect(site)}, long),
+        lambda: quality.ce_recovered(model, perfect(site), long),
+    ):
+        with pytest.raises(ValueError, match="a row of 65 tokens is longer than the context of this model, 64"):
+            run_it()

@@ -95,11 +95,11 @@ def test_rate_histogram():
         survey.rate_histogram(np.array([0.1, 1.5]))
 
 
-def test_pareto_front_is_what_nothing_beats():
+def test_undominated_is_what_nothing_beats():
     rng = np.random.default_rng(0)
     points = rng.integers(0, 8, (60, 3)).astype(float)
     points[7, 1] = np.nan
-    front = survey.pareto_front(*points.T)
+    front = survey.undominated(*points.T)
     for i, p in enumerate(points):
         beaten = any((q <= p).all() and (q < p).any() for q in points)
         assert front[i] == (not beaten and not np.isnan(p).any())

@@ -5,7 +5,6 @@ special tokens of its template, and SAEs in the format, at the sites and under t
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from icl_lib.models import ModelConfig, Site, Transformer, run_with_cache, save_model
 from icl_lib.saes import SAE, save_suite
-from icl_lib.saes.formats import common, dictionary_learning, gemma_scope, saex
+from icl_lib.saes.formats import dictionary_learning, gemma_scope, saex
+from icl_lib.saes.formats.places import site_named
 from icl_lib.saes.formats.suites import has_layer, layers_of, with_layer
 from icl_lib.tasks import Task, Template, make_prompts, stack_prompts
 
@@ -108,7 +108,7 @@ def sites_of(pattern: str, layer: int) -> tuple[Site, Site]:
         return saex._sites(Path(name.replace("*", "1.00E-05")))
     if "gemma-scope" in pattern:
         return gemma_scope._sites(Path(name))
-    found = next((site for part in reversed(Path(name).parts) if (site := common.place(part))), None)
+    found = next((site for part in reversed(Path(name).parts) if (site := site_named(part))), None)
     if found is None:
         raise ValueError(f"the name {pattern!r} does not say where its SAEs sit, and no stand-in can be written for it")
     return found, found
@@ -148,7 +148,8 @@ def write_saes(
         elif "gemma-scope" in pattern:
             gemma_scope.write(sae, folder)
         elif has_layer(pattern):
-            write_dictionary(sae, folder)
+            plain = dataclasses.replace(sae, architecture="standard", b_enc=-sae.threshold, threshold=None)
+            dictionary_learning.write(plain, folder, "AutoEncoder")
         else:
             own.setdefault(pattern, {})[pair[0]] = sae
     for pattern, suite in own.items():
@@ -181,27 +182,3 @@ def random_sae(pair: tuple[Site, Site], x: np.ndarray, d_out: int, *, gated: boo
         )  # of gate and magnitude alike, so that the authors' two forms of their SAEs fire on the same tokens
         return SAE(**weights, b_enc=bias, r_mag=jnp.zeros(_D_SAE), b_mag=bias, architecture="gated")
     return SAE(**weights, b_enc=jnp.zeros(_D_SAE), threshold=as_array(height), architecture="jumprelu")
-
-
-def write_dictionary(sae: SAE, folder: Path) -> None:
-    """`ae.pt` with the tensors of dictionary_learning's AutoEncoder, of which SFC's dictionaries for Pythia are. Needs PyTorch."""
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "to write a stand-in of dictionary_learning's files PyTorch is needed: pip install -e '.[test]'"
-        ) from error
-    w = {name: np.asarray(getattr(sae, name)) for name in ("W_enc", "W_dec", "b_dec", "threshold")}
-    tensors = {
-        "encoder.weight": w["W_enc"].T,
-        "encoder.bias": -w["threshold"],
-        "decoder.weight": w["W_dec"].T,
-        "bias": w["b_dec"],
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(
-        {name: torch.tensor(np.ascontiguousarray(value)) for name, value in tensors.items()},
-        folder / dictionary_learning.WEIGHTS,
-    )
-    trainer = {"dict_class": "AutoEncoder", "activation_dim": sae.d_in, "dict_size": sae.d_sae}
-    (folder / dictionary_learning.CONFIG).write_text(json.dumps({"trainer": trainer}))

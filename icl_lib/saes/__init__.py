@@ -6,6 +6,7 @@ from icl_lib.saes.quality import ce_recovered, quality_table
 from icl_lib.saes.sae import SAE, jumprelu
 
 __all__ = [
-    "SAE", "ce_recovered", "check_fit", "harvest", "jumprelu", "load_sae", "load_suite", "needed_sites", "output_site", "quality_table",
+    "SAE", "ce_recovered", "check_fit", "harvest", "jumprelu", "load_sae", "load_suite", "needed_sites", "output_site",
+    "quality_table",
     "save_sae", "save_suite", "suite_sites",
 ]  # fmt: skip

@@ -1,4 +1,6 @@
-"""Activations of a model at many sites, harvested for training SAEs: one forward pass for all sites, special tokens dropped."""
+"""Activations of a model at many sites, harvested for training SAEs: one forward pass for all sites, special tokens
+dropped.
+"""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,11 +10,17 @@ from jaxtyping import Array, Bool, Int
 
 from icl_lib.models import Site, Transformer, record
 from icl_lib.models.sites import check_sites
+from icl_lib.tasks import Prompts
 from icl_lib.text.tokens import batches, check_tokens, token_mask
+
+Rows = Int[np.ndarray, "*stack n seq"] | Int[Array, "*stack n seq"] | Prompts
+Mask = Bool[np.ndarray, "*stack n seq"] | Bool[Array, "*stack n seq"]
 
 
 def output_site(site_in: Site) -> Site:
-    """What an SAE that encodes `site_in` reconstructs: the MLP's output for what the MLP reads (a transcoder), else the site itself."""
+    """What an SAE that encodes `site_in` reconstructs: the MLP's output for what the MLP reads (a transcoder), else the
+    site itself.
+    """
     return Site("mlp_out", site_in.layer) if site_in.name in ("mlp_in", "mlp_normalized") else site_in
 
 
@@ -26,31 +34,50 @@ def needed_sites(sites: Iterable[Site]) -> list[Site]:
     return list(dict.fromkeys(site for s in sites for site in (s, output_site(s))))
 
 
+def rows_that_count(
+    model: Transformer, tokens: Rows, mask: Mask | None, pairs: bool = False
+) -> tuple[Int[np.ndarray, "n seq"], Bool[np.ndarray, "n seq"]]:
+    """Rows of tokens and where they count: what everything here that runs a model starts with.
+
+    Of prompts, stacked or not, these are the prompts' tokens and `real`; of other rows, `mask` defaults to
+    `token_mask`. Raises `ValueError` on a token id that the model does not have, on rows longer than its context, if
+    the mask has another shape than the tokens, or if nothing counts (with `pairs`: no two neighbours, which a loss
+    needs).
+    """
+    if hasattr(tokens, "tokens") and hasattr(tokens, "real"):
+        tokens, mask = tokens.tokens, tokens.real if mask is None else mask
+    tokens = np.asarray(tokens, np.int32)
+    mask = np.asarray(token_mask(tokens, model.config) if mask is None else mask, bool)
+    if mask.shape != tokens.shape or tokens.ndim < 2:
+        raise ValueError(f"mask must have the shape of tokens, {tokens.shape}, with rows last, got {mask.shape}")
+    tokens, mask = (a.reshape(-1, a.shape[-1]) for a in (tokens, mask))
+    check_tokens(tokens, model.config)
+    model.config.check_length(tokens.shape[1], "a row")
+    if pairs and not (mask[:, 1:] & mask[:, :-1]).any():
+        raise ValueError("a loss needs neighbouring true positions in the mask: it has none")
+    if not mask.any():
+        raise ValueError("the mask drops every token: it must be true where a token counts (neither BOS nor padding)")
+    return tokens, mask
+
+
 def harvest(
     model: Transformer,
-    tokens: Int[np.ndarray, "n seq"] | Int[Array, "n seq"],
+    tokens: Rows,
     sites: Iterable[Site],
-    mask: Bool[np.ndarray, "n seq"] | Bool[Array, "n seq"] | None = None,
+    mask: Mask | None = None,
     *,
     batch_size: int = 64,
     dtype: str = "float32",
 ) -> dict[Site, np.ndarray]:
     """Activations in host memory, `acts[site]` (n_tokens, d_model) in `dtype`, for the tokens where `mask` is true.
 
-    `mask` defaults to `token_mask`. Row i is the same token at every site. float16 halves the memory (n_tokens x d_model x
-    2 bytes a site). Raises `ValueError` if nothing is left, if a layer or token id does not exist, or if a value overflows `dtype`.
+    `tokens` are rows or prompts; see `rows_that_count`, also for `mask` and for what is raised. Row i is the same token
+    at every site. float16 halves the memory (n_tokens x d_model x 2 bytes a site). Raises `ValueError` also if a layer
+    does not exist, or if a value overflows `dtype`.
     """
     sites = check_sites(model.config, dict.fromkeys(sites))
-    tokens = np.asarray(tokens, dtype=np.int32)
-    mask = token_mask(tokens, model.config) if mask is None else np.asarray(mask)
-    if mask.shape != tokens.shape:
-        raise ValueError(f"mask must have the shape of tokens, {tokens.shape}, got {mask.shape}")
-    check_tokens(tokens, model.config)
+    tokens, mask = rows_that_count(model, tokens, mask)
     n = int(mask.sum())
-    if n == 0:
-        raise ValueError(
-            "the mask drops every token: it must be true where an activation is wanted (neither BOS nor padding)"
-        )
     acts: dict[Site, np.ndarray] = {}
     start = 0
     for rows, keep in batches(tokens, mask, batch_size):
@@ -78,5 +105,6 @@ def _check_finite(acts: Mapping[Site, np.ndarray]) -> None:
     for site, values in acts.items():
         if not np.isfinite(values).all():
             raise ValueError(
-                f"activations at {site} are not finite in {values.dtype}: harvest in float32, or check the model's weights"
+                f"activations at {site} are not finite in {values.dtype}: harvest in float32, or check the model's "
+                "weights"
             )

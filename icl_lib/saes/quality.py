@@ -1,7 +1,8 @@
 r"""How good an SAE is: sparsity, reconstruction, dead and dense latents, and what splicing it into the model costs.
 
-Everything is measured on the tokens where `mask` is true, which leaves out BOS and padding. FVU is about the mean, CE in
-nats per token; the ablation behind "CE recovered" is named.
+Everything is measured on the tokens where `mask` is true, which leaves out BOS and padding. FVU is about the mean, CE
+in nats per token; the ablation behind "CE recovered" is named. A share of nothing is NaN, never an error or infinite:
+FVU of activations that do not vary, CE recovered where the ablation costs nothing, means and rates over no token.
 """
 
 import functools
@@ -16,13 +17,16 @@ import pandas as pd
 from jaxtyping import Array, Bool, Float, Int
 
 from icl_lib.models import Site, Transformer, record
+from icl_lib.saes.activations import Mask, Rows, rows_that_count
 from icl_lib.saes.formats import check_fit
 from icl_lib.saes.sae import SAE
 from icl_lib.saes.survey import decoder_cosine
-from icl_lib.text.tokens import check_tokens, token_mask
+from icl_lib.text.tokens import batches
 
 DENSE = 0.1  # a latent is dense if it fires on more than this part of the tokens
 _ABLATIONS = ("zero", "mean")
+_NO_VARIANCE = 1e-10  # of the mean square: what float32 leaves of a constant
+_NO_COST = 1e-6  # of the clean CE: less is rounding
 
 
 def _weights(x: Array, mask: Array | None) -> Array:
@@ -45,11 +49,25 @@ def l0(f: Float[Array, "*batch d_sae"], mask: Bool[Array, "*batch"] | None = Non
 def fvu(
     x: Float[Array, "*batch d"], x_hat: Float[Array, "*batch d"], mask: Bool[Array, "*batch"] | None = None
 ) -> Float[Array, ""]:
-    r"""Fraction of variance unexplained, $\sum\|x - \hat x\|^2 / \sum\|x - \bar x\|^2$: 0 is perfect, 1 is the mean."""
+    r"""Fraction of variance unexplained, $\sum\|x - \hat x\|^2 / \sum\|x - \bar x\|^2$: 0 is perfect, 1 is the mean.
+
+    NaN where x does not vary.
+    """
     w = _weights(x, mask)
     mean = jnp.broadcast_to(masked_mean(x, mask), x.shape)
     x, x_hat = x.astype(jnp.float32), x_hat.astype(jnp.float32)
-    return jnp.sum(w * jnp.sum((x - x_hat) ** 2, axis=-1)) / jnp.sum(w * jnp.sum((x - mean) ** 2, axis=-1))
+    total = lambda y: jnp.sum(w * jnp.sum(y**2, axis=-1))
+    return _unexplained(total(x - x_hat), total(x - mean), total(x))
+
+
+def _unexplained(err: Array, var: Array, square: Array) -> Array:
+    """`err / var`, NaN where there is no variance to explain."""
+    return jnp.where(var > _NO_VARIANCE * square, err / var, jnp.nan)
+
+
+def recovered(abl: float, clean: float, spliced: float) -> float:
+    """CE recovered from the three losses, NaN where the ablation costs nothing."""
+    return (abl - spliced) / (abl - clean) if abs(abl - clean) > _NO_COST * abs(clean) else math.nan
 
 
 def frequency(f: Float[Array, "*batch d_sae"], mask: Bool[Array, "*batch"] | None = None) -> Float[Array, " d_sae"]:
@@ -59,18 +77,20 @@ def frequency(f: Float[Array, "*batch d_sae"], mask: Bool[Array, "*batch"] | Non
 
 def dead_fraction(freq: Float[Array, " d_sae"]) -> Float[Array, ""]:
     """Part of the latents that never fire on these tokens. A latent rarer than one in n_tokens looks dead: use many."""
-    return jnp.mean((freq == 0).astype(jnp.float32))
+    return jnp.mean(jnp.where(jnp.isnan(freq), freq, (freq == 0).astype(jnp.float32)))
 
 
 def dense_fraction(freq: Float[Array, " d_sae"]) -> Float[Array, ""]:
     """Part of the latents that fire on more than a tenth of the tokens."""
-    return jnp.mean((freq > DENSE).astype(jnp.float32))
+    return jnp.mean(jnp.where(jnp.isnan(freq), freq, (freq > DENSE).astype(jnp.float32)))
 
 
 def cross_entropy(
     logits: Float[Array, "batch seq d_vocab"], tokens: Int[Array, "batch seq"], mask: Bool[Array, "batch seq"]
 ) -> Float[Array, ""]:
-    """Summed next-token CE in nats where both the token and the next are in `mask`; divide by their number for the mean."""
+    """Summed next-token CE in nats where both the token and the next are in `mask`; divide by their number for the
+    mean.
+    """
     logp = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
     picked = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
     return -jnp.sum(jnp.where(mask[:, :-1] & mask[:, 1:], picked, 0))
@@ -105,13 +125,14 @@ def ablate(site: Site, value: Float[Array, " d"], mask: Bool[Array, "batch seq"]
 def ce_recovered(
     model: Transformer,
     sae: SAE,
-    tokens: Int[Array, "n seq"] | Int[np.ndarray, "n seq"],
-    mask: Bool[Array, "n seq"] | Bool[np.ndarray, "n seq"] | None = None,
+    tokens: Rows,
+    mask: Mask | None = None,
     ablation: str = "zero",
     *,
     batch_size: int = 32,
 ) -> float:
-    r"""$(CE_{abl} - CE_{sae}) / (CE_{abl} - CE_{clean})$: 1 if splicing the SAE in costs nothing, 0 if as much as the ablation.
+    r"""$(CE_{abl} - CE_{sae}) / (CE_{abl} - CE_{clean})$: 1 if splicing the SAE in costs nothing, 0 if as much as the
+    ablation.
 
     `ablation` puts 0 or the mean over these tokens at the SAE's target. BOS and padding stay clean throughout. Raises
     `ValueError` on another ablation, or if the SAE does not fit the model.
@@ -123,41 +144,23 @@ def ce_recovered(
 
 
 def quality_table(
-    model: Transformer,
-    suite: Mapping[Hashable, SAE],
-    tokens: Int[Array, "n seq"] | Int[np.ndarray, "n seq"],
-    mask: Bool[Array, "n seq"] | Bool[np.ndarray, "n seq"] | None = None,
-    *,
-    batch_size: int = 32,
+    model: Transformer, suite: Mapping[Hashable, SAE], tokens: Rows, mask: Mask | None = None, *, batch_size: int = 32
 ) -> pd.DataFrame:
-    """One row per SAE on held-out `tokens`; `mask` defaults to all but BOS and padding. Several may share a site.
+    """One row per SAE on held-out `tokens`; see `rows_that_count` for tokens and mask. Several may share a site.
 
-    Columns: site, kind (residual, attention, transcoder), layer, d_sae, l0, fvu, ce_recovered_zero, ce_recovered_mean, dead
-    (fires on none of these tokens), dense (fires on more than a tenth), decoder_cosine (median over latents of the largest
-    cosine between a decoder row and another), ce_clean, ce_sae, ce_zero, ce_mean (nats per token).
-    Raises `ValueError` before anything is computed if an SAE or a token id does not fit the model.
+    Columns: site, kind (residual, attention, transcoder), layer, d_sae, l0, fvu, ce_recovered_zero, ce_recovered_mean,
+    dead (fires on none of these tokens), dense (fires on more than a tenth), decoder_cosine (median over latents of the
+    largest cosine between a decoder row and another), ce_clean, ce_sae, ce_zero, ce_mean (nats per token). Raises
+    `ValueError` before anything is computed if an SAE, a row or a token id does not fit the model.
     """
     for site, sae in suite.items():
         check_fit(sae, model.config, str(site))
-    check_tokens(tokens, model.config)
-    batches = _batched(tokens, token_mask(tokens, model.config) if mask is None else mask, batch_size)
+    rows = zip(*batches(*rows_that_count(model, tokens, mask, pairs=True), batch_size), strict=True)
+    stacked = [jnp.stack([jnp.asarray(batch) for batch in part]) for part in rows]  # (n_batches, batch, seq) each
     saes = tuple(suite.values())
-    means = _target_means(model, saes, *batches)
-    table = _measure(model, saes, means, *batches)
+    means = _target_means(model, saes, *stacked)
+    table = _measure(model, saes, means, *stacked)
     return pd.DataFrame([_row(sae, {k: np.asarray(v[i]) for k, v in table.items()}) for i, sae in enumerate(saes)])
-
-
-def _batched(tokens, mask, batch_size: int) -> tuple[Array, Array]:
-    """(n_batches, batch, seq) each; the last batch is filled up with masked rows."""
-    tokens, mask = np.asarray(tokens, np.int32), np.asarray(mask, bool)
-    if tokens.ndim != 2 or tokens.shape != mask.shape or not (mask[:, 1:] & mask[:, :-1]).any():
-        raise ValueError(
-            f"tokens (n, seq) and a mask of that shape with neighbouring true positions are needed, got {tokens.shape}, {mask.shape}"
-        )
-    size = min(batch_size, len(tokens))
-    n = math.ceil(len(tokens) / size)
-    fill = ((0, n * size - len(tokens)), (0, 0))
-    return tuple(jnp.asarray(np.pad(a, fill).reshape(n, size, -1)) for a in (tokens, mask))
 
 
 def _record(model: Transformer, sites, tokens) -> dict[Site, Array]:
@@ -207,7 +210,7 @@ def _measure(
     ce, clean = sums["ce"] / pairs, jnp.broadcast_to(sums["clean"] / pairs, (n,))
     columns = {
         "l0": jnp.sum(sums["fired"], axis=1) / count,
-        "fvu": sums["err"] / sums["var"],
+        "fvu": _unexplained(sums["err"], sums["var"], sums["square"]),
         "fired": sums["fired"] / count,
     }
     return columns | {"ce_clean": clean, "ce_sae": ce[:, 0], "ce_zero": ce[:, 1], "ce_mean": ce[:, 2]}
@@ -220,7 +223,8 @@ def _parts(sae: SAE, mean: Array, cache: dict[Site, Array], mask: Array, d_sae: 
     fired = jnp.einsum("bs,bsf->f", w, (f > 0).astype(jnp.float32))
     err, centred = y - sae.decode(f, cache[sae.site_in]), y - jnp.broadcast_to(mean, y.shape)
     fired = jnp.pad(fired, (0, d_sae - sae.d_sae))
-    return {"fired": fired, "err": jnp.einsum("bs,bsd->", w, err**2), "var": jnp.einsum("bs,bsd->", w, centred**2)}
+    total = lambda v: jnp.einsum("bs,bsd->", w, v**2)
+    return {"fired": fired, "err": total(err), "var": total(centred), "square": total(y)}
 
 
 def _switched(saes: tuple[SAE, ...], means: list[Array], mask: Array, which: Array, how: Array):
@@ -240,22 +244,12 @@ def _switched(saes: tuple[SAE, ...], means: list[Array], mask: Array, which: Arr
     return tap
 
 
-_KINDS = {
-    "resid_pre": "residual", "resid_mid": "residual", "resid_post": "residual", "z": "attention", "attn_out": "attention",
-    "mlp_normalized": "transcoder", "mlp_in": "transcoder", "mlp_out": "mlp",
-}  # fmt: skip
-
-
 def _row(sae: SAE, values: Mapping[str, np.ndarray]) -> dict:
     freq = jnp.asarray(values["fired"][: sae.d_sae])
     clean, spliced = float(values["ce_clean"]), float(values["ce_sae"])
-    recovered = {
-        f"ce_recovered_{a}": (float(values[f"ce_{a}"]) - spliced) / (float(values[f"ce_{a}"]) - clean)
-        for a in _ABLATIONS
-    }
-    kind = _KINDS.get(sae.site_in.name, sae.site_in.name)
-    row = {"site": str(sae.site_in), "kind": kind, "layer": sae.site_in.layer, "d_sae": sae.d_sae}
-    row |= {"l0": float(values["l0"]), "fvu": float(values["fvu"])} | recovered
+    shares = {f"ce_recovered_{a}": recovered(float(values[f"ce_{a}"]), clean, spliced) for a in _ABLATIONS}
+    row = {"site": str(sae.site_in), "kind": sae.site_in.kind, "layer": sae.site_in.layer, "d_sae": sae.d_sae}
+    row |= {"l0": float(values["l0"]), "fvu": float(values["fvu"])} | shares
     row |= {"dead": float(dead_fraction(freq)), "dense": float(dense_fraction(freq))}
-    row |= {"decoder_cosine": float(jnp.median(decoder_cosine(sae.W_dec)))}
+    row |= {"decoder_cosine": float(jnp.nanmedian(decoder_cosine(sae.W_dec)))}
     return row | {name: float(values[name]) for name in ("ce_clean", "ce_sae", "ce_zero", "ce_mean")}

@@ -1,4 +1,6 @@
-"""One sparse autoencoder (or transcoder) at one site of a model, in every form that the experiments and public files have."""
+"""One sparse autoencoder (or transcoder) at one site of a model, in every form that the experiments and public files
+have.
+"""
 
 import dataclasses
 from typing import Any
@@ -32,7 +34,9 @@ def jumprelu(pre: Float[Array, "*batch d_sae"], threshold: Float[Array, " d_sae"
 
 
 def top_k(pre: Float[Array, "*batch d_sae"], k: int) -> Float[Array, "*batch d_sae"]:
-    """The k largest entries along the last axis where they are positive, zero elsewhere; never more than k, also where values tie."""
+    """The k largest entries along the last axis where they are positive, zero elsewhere; never more than k, also where
+    values tie.
+    """
     values, index = jax.lax.top_k(pre, k)
     return jnp.put_along_axis(jnp.zeros_like(pre), index, jax.nn.relu(values), axis=-1, inplace=False)
 
@@ -40,23 +44,26 @@ def top_k(pre: Float[Array, "*batch d_sae"], k: int) -> Float[Array, "*batch d_s
 class SAE(eqx.Module):
     r"""A sparse autoencoder of the activations at `site_in`, or a transcoder from them to those at `site_out`.
 
-    $\hat x = f W_{dec} + b_{dec}$, to which a transcoder may add $x W_{skip}$. With $h = x W_{enc}$ the features are, by `architecture`,
+    $\hat x = f W_{dec} + b_{dec}$, to which a transcoder may add $x W_{skip}$. With $h = x W_{enc}$ the features are,
+    by `architecture`,
 
     - standard: $f = \mathrm{ReLU}(h + b_{enc})$
     - gated: $f = 1[h + b_{enc} > 0]\,\mathrm{ReLU}(h\,e^{r_{mag}} + b_{mag})$, so that `b_enc` is the bias of the gate
     - jumprelu: $f = \mathrm{ReLU}(h + b_{enc})\,1[h + b_{enc} > \theta]$
     - topk: the `k` largest entries of $\mathrm{ReLU}(h + b_{enc})$ of each token
-    - batchtopk: the same as jumprelu. Training kept the largest of a whole batch, and $\theta$ is the smallest that this keeps.
+    - batchtopk: the same as jumprelu. Training kept the largest of a whole batch, and $\theta$ is the smallest that
+      this keeps.
 
-    Row $i$ of `W_dec` is what latent $i$ writes, in units of `site_out`. There is no normalisation of input or output, and no
-    bias is taken from the input: training and file readers fold all that into the weights. `metadata` is a tuple of (name,
-    value) pairs, kept in files.
+    Row $i$ of `W_dec` is what latent $i$ writes, in units of `site_out`. There is no normalisation of input or output,
+    and no bias is taken from the input: training and file readers fold all that into the weights. `metadata` is a tuple
+    of (name, value) pairs, kept in files.
 
     Raises `ValueError` at construction if shapes disagree or a weight of the architecture is missing or too many.
-    Sources: Rajamanoharan et al. (2024), "Improving Dictionary Learning with Gated Sparse Autoencoders", Eqs. (6) to (8);
-    the same authors (2024), "Jumping Ahead", Eq. (3); Gao et al. (2024), "Scaling and evaluating sparse autoencoders", Sec. 2.3;
-    Bussmann et al. (2024), "BatchTopK Sparse Autoencoders"; Dunefsky et al. (2024) and Paulo et al. (2025), "Transcoders Beat
-    Sparse Autoencoders for Interpretability", for transcoders without and with a skip matrix.
+    Sources: Rajamanoharan et al. (2024), "Improving Dictionary Learning with Gated Sparse Autoencoders", Eqs. (6) to
+    (8); the same authors (2024), "Jumping Ahead", Eq. (3); Gao et al. (2024), "Scaling and evaluating sparse
+    autoencoders", Sec. 2.3; Bussmann et al. (2024), "BatchTopK Sparse Autoencoders"; Dunefsky et al. (2024) and Paulo
+    et al. (2025), "Transcoders Beat Sparse Autoencoders for Interpretability", for transcoders without and with a skip
+    matrix.
     """
 
     W_enc: Float[Array, "d_in d_sae"]
@@ -94,7 +101,8 @@ class SAE(eqx.Module):
                 )
         if (self.k is None) == (self.architecture == "topk") or (self.k is not None and not 1 <= self.k <= d_sae):
             raise ValueError(
-                f"a topk SAE needs k in 1..{d_sae}, other architectures have none; got k = {self.k} for {self.architecture}"
+                f"a topk SAE needs k in 1..{d_sae}, other architectures have none; got k = {self.k} for "
+                f"{self.architecture}"
             )
         if self.W_skip is not None and not self.is_transcoder:
             raise ValueError(f"W_skip is for transcoders: with it, an SAE of {self.site_in} could copy its input")
@@ -141,13 +149,15 @@ class SAE(eqx.Module):
     def decode(
         self, f: Float[Array, "*batch d_sae"], x: Float[Array, "*batch d_in"] | None = None
     ) -> Float[Array, "*batch d_out"]:
-        """Reconstruction, in units of `site_out`. The skip matrix of a transcoder that has one acts on `x`, the encoded input.
+        """Reconstruction, in units of `site_out`. The skip matrix of a transcoder that has one acts on `x`, the encoded
+        input.
 
         Raises `ValueError` if the last axis is not d_sae, or if `x` is needed and missing.
         """
         if f.shape[-1] != self.d_sae:
             raise ValueError(
-                f"decode takes features with last axis d_sae = {self.d_sae}, got shape {f.shape}: was f encoded by another SAE?"
+                f"decode takes features with last axis d_sae = {self.d_sae}, got shape {f.shape}: was f encoded by "
+                "another SAE?"
             )
         x_hat = f.astype(self.W_dec.dtype) @ self.W_dec
         x_hat = x_hat + along(self.b_dec, x_hat)
@@ -180,29 +190,23 @@ class SAE(eqx.Module):
     def fold(self) -> "SAE":
         r"""The same function as a jumprelu SAE, a skip matrix kept beside it.
 
-        For a gated SAE $W'_{enc} = W_{enc} e^{r}$, $b'_{enc} = b_{mag}$ and $\theta = \max(0, b_{mag} - b_{enc} e^{r})$: the
-        gate $h > -b_{enc}$ becomes a threshold on the magnitude's pre-activation. Exact but for rounding. A batchtopk SAE has its threshold.
+        For a gated SAE $W'_{enc} = W_{enc} e^{r}$, $b'_{enc} = b_{mag}$ and $\theta = \max(0, b_{mag} - b_{enc}
+        e^{r})$: the gate $h > -b_{enc}$ becomes a threshold on the magnitude's pre-activation. Exact but for rounding.
+        A batchtopk SAE has its threshold.
 
-        Raises `ValueError` for a topk SAE: which latents are on depends on the others, so no threshold per latent does the same.
+        Raises `ValueError` for a topk SAE: which latents are on depends on the others, so no threshold per latent does
+        the same.
         """
         if self.architecture == "topk":
             raise ValueError(
-                f"the topk SAE at {self.site_in} has no jumprelu form, since its latents compete for {self.k} places: methods that fold "
+                f"the topk SAE at {self.site_in} has no jumprelu form, since its latents compete for {self.k} places: "
+                "methods that fold "
                 "(cleaning, ablation, links) need an SAE whose latents are on or off by themselves"
             )
-        gated = self.architecture == "gated"
-        return SAE(
-            W_enc=self.W_enc * jnp.exp(self.r_mag)[None, :] if gated else self.W_enc,
-            b_enc=self.b_mag if gated else self.b_enc,
-            W_dec=self.W_dec,
-            b_dec=self.b_dec,
-            threshold=self._magnitude_threshold(),
-            W_skip=self.W_skip,
-            site_in=self.site_in,
-            site_out=self.site_out,
-            architecture="jumprelu",
-            metadata=self.metadata,
-        )
+        parts: dict[str, Any] = {"r_mag": None, "b_mag": None, "threshold": self._magnitude_threshold()}
+        if self.architecture == "gated":
+            parts |= {"W_enc": self.W_enc * jnp.exp(self.r_mag)[None, :], "b_enc": self.b_mag}
+        return dataclasses.replace(self, architecture="jumprelu", **parts)
 
     def _project(self, x):
         if x.ndim == 0 or x.shape[-1] != self.d_in:

@@ -1,50 +1,93 @@
-"""What the readers and writers of SAE files share: checked JSON and tensors, files that appear whole, folding of normalisations.
+"""What the readers and writers of SAE files share: checked JSON and tensors, files that appear whole, folding of
+normalisations.
 
 A reader turns a file into `Weights`, numpy arrays of float32 by our names, and changes these until they take plain
 activations: each `fold_*` here is one step of that, exact but for rounding.
 """
 
 import json
-import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import yaml
 from safetensors import SafetensorError, safe_open
 
-from icl_lib.models import Site
+from icl_lib.saes.formats.places import Sites, check_named
 from icl_lib.saes.sae import SAE
 
 Weights = dict[str, np.ndarray]
-Sites = tuple[Site, Site]  # what is encoded, what is reconstructed
 # The first axis of our matrices (d, F, o: width of the input, latents, width of the output). Others are transposed.
 _FIRST_AXIS = {"W_enc": "d", "W_dec": "F", "W_skip": "d"}
-# Names of modules and folders by which other libraries say where an SAE sits
-_PLACES = (
-    (r"resid_(?:post|out)_?layer_?(\d+)", "resid_post"),
-    (r"resid_(?:pre|in)_?layer_?(\d+)", "resid_pre"),
-    (r"(?:attn|attention)_out_?layer_?(\d+)", "attn_out"),
-    (r"mlp_out_?layer_?(\d+)", "mlp_out"),
-    (r"(?:model\.|gpt_neox\.)?layers[._](\d+)", "resid_post"),
-    (r"(?:model\.|gpt_neox\.)?layers[._](\d+)\.(?:self_attn|attention|attn)", "attn_out"),
-    (r"(?:model\.|gpt_neox\.)?layers[._](\d+)\.mlp", "mlp_out"),
-)
+_NO = (None, False, "none", "no", "", 0, 0.0)
+ACTIVATIONS = ("activation", "activation_fn", "activation_fn_str", "activation_function", "act_fn")
+# What a config of any format may say that no reader of ours does: only these values are no change of what is computed.
+_NEUTRAL = dict.fromkeys(
+    (
+        "normalize_activations", "norm_activation", "normalize_input", "normalize_inputs", "input_normalization",
+        "layer_norm",
+        "normalize", "apply_b_dec_to_input", "apply_decoder_bias_to_pre_encoder", "rescale_acts_by_decoder_norm",
+        "sparsity_include_decoder_norm", "use_glu_encoder", "embed_skip", "gram_lookup", "signed",
+    ),
+    _NO,
+)  # fmt: skip
+BESIDE = ("cfg.json", "config.json", "config.yaml", "config.yml")  # where a lone file of weights may have its settings
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `FileNotFoundError` or `ValueError` naming the file."""
+    """The object in a JSON or YAML file. Raises `FileNotFoundError` or `ValueError` naming the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: an SAE needs it beside its weights")
+    kind = path.suffix.lstrip(".").upper()
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): is it cut short? Download or save it again") from error
+        value = json.loads(path.read_text()) if kind == "JSON" else yaml.safe_load(path.read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not {kind} ({error}): is it cut short? Download or save it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__}, expected an object with the settings of an SAE")
     return value
+
+
+def read_beside(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The settings that lie beside a file of weights, of all files that there may be, and the last that was read.
+
+    Raises `ValueError` if two of the files disagree.
+    """
+    cfg, path = {}, folder
+    for path in (folder / name for name in BESIDE if (folder / name).is_file()):
+        found = read_json(path)
+        if differ := [key for key in cfg.keys() & found.keys() if cfg[key] != found[key]]:
+            raise ValueError(
+                f"{path} has {differ[0]} = {found[differ[0]]!r}, and another file beside it {cfg[differ[0]]!r}"
+            )
+        cfg |= found
+    return cfg, path
+
+
+def check_settings(
+    cfg: Mapping[str, Any], path: Path, activation: str | Sequence[str], *handled: str, **allowed
+) -> None:
+    """Holds a config to what is read: no setting in it may say that something else is computed.
+
+    `activation` names those that are read, whatever the key is called; `handled` keys are the reader's own business;
+    `allowed` are further keys and their values. Keys that are not known cannot change the result. Raises `ValueError`
+    naming the file, the key, its value and what we read.
+    """
+    names = [activation] if isinstance(activation, str) else list(activation)
+    rules = _NEUTRAL | {key: (None, *names) for key in ACTIVATIONS} | allowed
+    for key in (key for key in rules if key in cfg and key not in handled):
+        value = cfg[key].lower().replace("jump_relu", "jumprelu") if isinstance(cfg[key], str) else cfg[key]
+        if value not in rules[key]:
+            wanted = ", ".join(str(known) for known in rules[key] if known not in _NO) or "none"
+            raise ValueError(f"{path} has {key} {cfg[key]!r}; we read {wanted}")
+
+
+def arrays(sae: SAE) -> Weights:
+    """The weights of an SAE as a writer takes them."""
+    return {key: np.asarray(value, np.float32) for key, value in vars(sae).items() if hasattr(value, "shape")}
 
 
 def read_safetensors(path: Path) -> Weights:
@@ -71,9 +114,9 @@ def size(cfg: Mapping[str, Any], key: str, path: Path) -> int:
 def take(found: Mapping[str, np.ndarray], spec: Mapping[str, str], path: Path, **sizes: int) -> Weights:
     """The tensors of `found` by our names and in our layout.
 
-    `spec` maps a name in the file to ours and to its axes, e.g. {"encoder.weight": "W_enc F d"}; a scalar has none. `sizes`
-    are lengths of axes known from elsewhere; others are set by the first tensor that has them. Raises `ValueError`
-    naming every missing, unknown and misshapen tensor.
+    `spec` maps a name in the file to ours and to its axes, e.g. {"encoder.weight": "W_enc F d"}; a scalar has none.
+    `sizes` are lengths of axes known from elsewhere; others are set by the first tensor that has them. Raises
+    `ValueError` naming every missing, unknown and misshapen tensor.
     """
     missing = [name for name in spec if name not in found]
     problems = [f"missing {name}" for name in missing]
@@ -114,20 +157,21 @@ def build(
     path: Path,
     metadata: Mapping[str, Any] | None = None,
     k: int | None = None,
+    module: str = "",
 ) -> SAE:
-    """The SAE of these weights. Metadata keeps plain values only. Raises `ValueError` naming `path` if they do not make one."""
+    """The SAE of these weights. Metadata keeps plain values only, and `module` where its sites were named so.
+
+    Raises `ValueError` naming `path` if they do not make one, or if the named site is not ours in the model of the
+    metadata.
+    """
     check_finite(w, str(path))
-    plain = {key: value for key, value in (metadata or {}).items() if isinstance(value, str | int | float | bool)}
-    arrays = {name: jnp.asarray(np.ascontiguousarray(value, np.float32)) for name, value in w.items()}
+    metadata = dict(metadata or {}) | ({"module": module} if module else {})
+    check_named(metadata, sites, path)
+    plain = {key: value for key, value in metadata.items() if isinstance(value, str | int | float | bool)}
+    w = {name: jnp.asarray(np.ascontiguousarray(value, np.float32)) for name, value in w.items()}
     try:
-        return SAE(
-            **arrays,
-            site_in=sites[0],
-            site_out=sites[1],
-            architecture=architecture,
-            k=k,
-            metadata=tuple(sorted(plain.items())),
-        )
+        kept = tuple(sorted(plain.items()))
+        return SAE(**w, site_in=sites[0], site_out=sites[1], architecture=architecture, k=k, metadata=kept)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -155,30 +199,3 @@ def fold_feature_scale(w: Weights, scale: np.ndarray, path: Path) -> Weights:
         raise ValueError(f"{path}: latents {np.flatnonzero(scale <= 0)[:5].tolist()} have a scale that is not positive")
     scaled = {"W_enc": w["W_enc"] * scale[None, :], "W_dec": w["W_dec"] / scale[:, None]}
     return w | scaled | {name: w[name] * scale for name in ("b_enc", "threshold") if name in w}
-
-
-def place(name: str) -> Site | None:
-    """The site that a module or folder is named after, e.g. "resid_out_layer3" or "layers.3.mlp"; None for other names."""
-    if name in ("embed", "embed_in", "embed_tokens", "model.embed_tokens", "gpt_neox.embed_in"):
-        return Site("embed")
-    for pattern, site in _PLACES:
-        if match := re.fullmatch(pattern, name):
-            return Site(site, int(match[1]))
-    return None
-
-
-def hook(name: Any, path: Path) -> Site:
-    """The site of a TransformerLens hook. Raises `ValueError` naming the file if we have none."""
-    try:
-        return Site.parse(str(name))
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: its hook must name a site of ours ({error}); pass site= to say where it sits"
-        ) from error
-
-
-def no_site(path: Path) -> ValueError:
-    """The error of a file that does not say where its SAE sits."""
-    return ValueError(
-        f'{path}: neither its settings nor its folder say where the SAE sits: pass site=Site("resid_post", 3) or the like'
-    )

@@ -1,8 +1,8 @@
 """Files of the library dictionary_learning: a folder with `ae.pt`, the state of one of its classes, and `config.json`.
 
-`ae.pt` is read without PyTorch, and nothing in it is run. Which class it is shows in the names of the tensors, so a lone
-`ae.pt` is enough; `config.json` adds where it sits. Features are as the released version 0.1 computes them; two of its
-classes multiplied them by the norms of the decoder rows before, with the same reconstruction.
+`ae.pt` is read without PyTorch, and nothing in it is run. Which class it is shows in the names of the tensors, so a
+lone `ae.pt` is enough; `config.json` adds where it sits. Features are as the released version 0.1 computes them; two of
+its classes multiplied them by the norms of the decoder rows before, with the same reconstruction.
 
 Source: dictionary_learning 0.1.0, with which tests/golden compares.
 """
@@ -15,7 +15,8 @@ import numpy as np
 from icl_lib.files.write import replace_file, write_json
 from icl_lib.models import Site
 from icl_lib.saes.formats import common
-from icl_lib.saes.formats.common import Sites, Weights
+from icl_lib.saes.formats.common import Weights
+from icl_lib.saes.formats.places import Sites, locate, no_site, site_named
 from icl_lib.saes.formats.torch_file import read_torch
 from icl_lib.saes.sae import SAE
 
@@ -24,7 +25,8 @@ FILES = (CONFIG, WEIGHTS)
 _LINEAR = {"encoder.weight": "W_enc F d", "encoder.bias": "b_enc F", "decoder.weight": "W_dec d F"}
 _PLAIN = {"W_enc": "W_enc d F", "b_enc": "b_enc F", "W_dec": "W_dec F d", "b_dec": "b_dec d"}
 _CUT = {"k": "k", "threshold": "threshold"}
-# Its classes: the names of their tensors, ours, and axes. TopK and BatchTopK have the same; config.json tells them apart.
+# Its classes: the names of their tensors, ours, and axes. TopK and BatchTopK have the same; config.json tells them
+# apart.
 _CLASSES = {
     "AutoEncoder": _LINEAR | {"bias": "b_dec d"},
     "AutoEncoderNew": _LINEAR | {"decoder.bias": "b_dec d"},
@@ -41,6 +43,7 @@ _FORMS = {
     "AutoEncoder": "standard", "AutoEncoderNew": "standard", "GatedAutoEncoder": "gated", "AutoEncoderTopK": "topk",
     "BatchTopKSAE": "batchtopk", "MatryoshkaBatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu",
 }  # fmt: skip
+_READ_BY = {"resid_post": "resid_pre", "attn_out": "attn_in", "mlp_out": "mlp_in"}
 _INPUT_AS_IT_IS = ("AutoEncoderNew", "JumpReluAutoEncoder")  # the others encode x - b_dec
 
 
@@ -56,16 +59,20 @@ def read(path: Path, site: Sites | None = None, variant: str | None = None) -> S
     trainer = config.get("trainer", config)
     found = _state(file)
     name = _class(found, trainer.get("dict_class"), file)
-    sites = site or _sites(trainer, folder)
+    form = _FORMS[name]
+    common.check_settings(trainer, folder / CONFIG, ("relu", name.lower(), form))
+    sites, module = (site, "") if site else _sites(trainer, config.get("buffer") or {}, folder)
     spec = {
         theirs: entry
         for theirs, entry in _CLASSES[name].items()
         if theirs != "threshold" or theirs in found or name != "AutoEncoderTopK"
     }
     w = common.take(found, spec, file)  # an early TopK has no threshold
-    k, form = w.pop("k", None), _FORMS[name]
+    k = w.pop("k", None)
     w.pop("group_sizes", None)
     if form == "topk":
+        if trainer.get("k", k) != k:
+            raise ValueError(f"{folder / CONFIG} has k {trainer['k']}, and {file} has {int(k)}: which one was trained?")
         threshold = w.pop("threshold", np.float32(-1))
         if variant == "threshold":
             form, w = "batchtopk", w | {"threshold": threshold}
@@ -78,27 +85,28 @@ def read(path: Path, site: Sites | None = None, variant: str | None = None) -> S
     meta = {"dict_class": name} | {
         ours: trainer[theirs] for ours, theirs in (("model_name", "lm_name"), ("k", "k")) if theirs in trainer
     }
-    return common.build(w, (sites[0], sites[1]), form, file, meta, k=int(k) if form == "topk" else None)
+    return common.build(w, sites, form, file, meta, int(k) if form == "topk" else None, module)
 
 
-def write(sae: SAE, folder: str | Path) -> Path:
+def write(sae: SAE, folder: str | Path, dict_class: str | None = None) -> Path:
     """Write an SAE of one site as dictionary_learning does. Needs PyTorch, unlike reading.
 
-    standard becomes AutoEncoderNew, gated GatedAutoEncoder, topk AutoEncoderTopK, jumprelu and batchtopk JumpReluAutoEncoder.
+    standard becomes AutoEncoderNew, gated GatedAutoEncoder, topk AutoEncoderTopK, jumprelu and batchtopk
+    JumpReluAutoEncoder. `dict_class="AutoEncoder"` writes a standard SAE as SFC's dictionaries are, whose decoder rows
+    must have norm 1. Raises `ValueError` on a transcoder, on another form than the class has, or without PyTorch.
     """
-    import torch
-
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise ValueError("to write files of dictionary_learning PyTorch is needed: pip install -e '.[test]'") from error
     if sae.is_transcoder:
         raise ValueError(f"dictionary_learning has no class for a transcoder ({sae.site_in} to {sae.site_out})")
     sae = sae.fold() if sae.architecture == "batchtopk" else sae
-    classes = {
-        "standard": "AutoEncoderNew",
-        "gated": "GatedAutoEncoder",
-        "topk": "AutoEncoderTopK",
-        "jumprelu": "JumpReluAutoEncoder",
-    }
-    name, folder = classes[sae.architecture], Path(folder)
-    w = {key: np.asarray(value, np.float32) for key, value in vars(sae).items() if hasattr(value, "shape")}
+    classes = {"standard": "AutoEncoderNew", "gated": "GatedAutoEncoder", "topk": "AutoEncoderTopK"}
+    name, folder = dict_class or classes.get(sae.architecture, "JumpReluAutoEncoder"), Path(folder)
+    if _FORMS[name] != sae.architecture:
+        raise ValueError(f"{name} is for {_FORMS[name]} SAEs, got a {sae.architecture} one at {sae.site_in}")
+    w = common.arrays(sae)
     if name not in _INPUT_AS_IT_IS:
         w = common.fold_input_shift(w, -w["b_dec"])
     state: dict[str, Any] = {}
@@ -113,10 +121,7 @@ def write(sae: SAE, folder: str | Path) -> Path:
                 w[ours].T.copy() if axes in (["F", "d"], ["d", "F"]) and "." in theirs else w[ours]
             )
     trainer = {"dict_class": name, "activation_dim": sae.d_in, "dict_size": sae.d_sae, "layer": sae.site_in.layer}
-    trainer |= {
-        "lm_name": str(dict(sae.metadata).get("model_name", "unknown")),
-        "submodule_name": _submodule(sae.site_in),
-    }
+    trainer |= {"lm_name": str(dict(sae.metadata).get("model_name", "unknown")), "submodule_name": str(sae.site_in)}
     trainer |= {"k": sae.k} if sae.k else {}
     replace_file(folder / WEIGHTS, lambda partial: torch.save(state, partial))
     write_json(folder / CONFIG, {"trainer": trainer, "buffer": {"d_submodule": sae.d_in, "ctx_len": 128}})
@@ -124,11 +129,14 @@ def write(sae: SAE, folder: str | Path) -> Path:
 
 
 def _state(file: Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dict as float32. Raises `ValueError` on anything else, e.g. the state of a training run."""
+    """The tensors of a state dict as float32. Raises `ValueError` on anything else, e.g. the state of a training
+    run.
+    """
     found = read_torch(file)
     if isinstance(found, dict) and "ae" in found:
         raise ValueError(
-            f"{file} is the backup of a training run (at step {found.get('step')}) that was stopped before it wrote its SAE: take one of "
+            f"{file} is the backup of a training run (at step {found.get('step')}) that was stopped before it wrote "
+            "its SAE: take one of "
             f"its checkpoints/ae_*.pt, or the state under 'ae' if the activations were not normalised in training"
         )
     if not isinstance(found, dict) or not all(isinstance(value, np.ndarray) for value in found.values()):
@@ -150,7 +158,8 @@ def _class(found: dict[str, np.ndarray], named: str | None, file: Path) -> str:
         )
     if not name:
         raise ValueError(
-            f"{file} is a TopK or a BatchTopK SAE, which have the same tensors: its config.json, which tells, is missing"
+            f"{file} is a TopK or a BatchTopK SAE, which have the same tensors: its config.json, which tells, is "
+            "missing"
         )
     return name
 
@@ -158,21 +167,31 @@ def _class(found: dict[str, np.ndarray], named: str | None, file: Path) -> str:
 def _with_threshold(w: Weights, name: str, file: Path) -> Weights:
     if w["threshold"] < 0:
         raise ValueError(
-            f"{file}: its threshold was never set ({float(w['threshold'])}), because training stopped before threshold_start_step; a {name} "
+            f"{file}: its threshold was never set ({float(w['threshold'])}), because training stopped before "
+            f"threshold_start_step; a {name} "
             "cannot be evaluated token by token without one"
         )
     return w | {"threshold": np.full(len(w["b_enc"]), w["threshold"])}
 
 
-def _sites(trainer: dict[str, Any], folder: Path) -> Sites:
-    names = [str(trainer.get("submodule_name")), *reversed(folder.absolute().parts[-3:])]
-    found = next((site for site in map(common.place, names) if site), None)
-    if found is None:
-        raise common.no_site(folder)
-    return found, found
-
-
-def _submodule(site: Site) -> str:
-    if site.layer is None:
-        return site.name
-    return f"{site.name}_layer_{site.layer}"
+def _sites(trainer: dict[str, Any], buffer: dict[str, Any], folder: Path) -> tuple[Sites, str]:
+    """Where the SAE sits, and the module that says so: the settings', or else one of the folders' names."""
+    named, io = trainer.get("submodule_name"), buffer.get("io", "out")
+    parts = reversed(folder.absolute().parts[-3:])
+    if named not in (None, "", "unknown"):
+        site, module = locate(named, folder / CONFIG)
+        if isinstance(layer := trainer.get("layer"), int) and layer >= 0 and site.layer not in (None, layer):
+            raise ValueError(
+                f"{folder / CONFIG} has layer {layer}, but its submodule_name {named!r} is in {site.layer}"
+            )
+    else:
+        site, module = next(((site, part) for part in parts if (site := site_named(part))), (None, ""))
+    if site is None:
+        raise no_site(folder)
+    if io == "in" and site.name in _READ_BY:  # the activations that go into the module
+        site, module = Site(_READ_BY[site.name], site.layer), ""
+    elif io != "out":
+        raise ValueError(
+            f"{folder / CONFIG} has io {io!r} at {site}; we read out, and in of blocks, attention and MLPs"
+        )
+    return (site, site), module

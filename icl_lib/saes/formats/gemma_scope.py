@@ -1,13 +1,14 @@
 r"""Gemma Scope: `layer_20/width_16k/average_l0_71/params.npz` in one repository per model and kind of site.
 
-JumpReLU, $f = p\,1[p > \theta]$ with $p = x W_{enc} + b_{enc}$, for activations as they are. Which site an SAE sits at is known
-from the repository: `res` after block L, `att` at the heads' outputs before the output matrix, `mlp` and `transcoders` behind the
-MLP's second norm; transcoders read the MLP's norm before its gain. Embedding SAEs were trained on rows of the
-embedding; our site "embed" is these times $\sqrt d$, which is folded in.
+JumpReLU, $f = p\,1[p > \theta]$ with $p = x W_{enc} + b_{enc}$, for activations as they are. Which site an SAE sits at
+is known from the repository: `res` after block L, `att` at the heads' outputs before the output matrix, `mlp` and
+`transcoders` behind the MLP's second norm; transcoders read the MLP's norm before its gain. Embedding SAEs were trained
+on rows of the embedding; our site "embed" is these times $\sqrt d$, which is folded in.
 
-`gemma_scope.tsv` lists what the hub has. An id ends with `average_l0_71` or with `canonical`, which is the one that SAELens
-gives this name to, or else (a width without one) the one closest to 100; for SAELens' own that is the same rule.
-Sources: Lieberum et al. (2024), "Gemma Scope"; the cards of the repositories; the registry of SAELens (2025-10-22).
+`gemma_scope.tsv` lists what the hub has. An id ends with `average_l0_71` or with `canonical`, which is the one that
+SAELens gives this name to, or else (a width without one) the one closest to 100; for SAELens' own that is the same
+rule. Sources: Lieberum et al. (2024), "Gemma Scope"; the cards of the repositories; the registry of SAELens
+(2025-10-22).
 """
 
 import csv
@@ -23,14 +24,15 @@ import numpy as np
 from icl_lib.files.write import replace_file
 from icl_lib.models import Site
 from icl_lib.saes.formats import common
-from icl_lib.saes.formats.common import Sites
+from icl_lib.saes.formats.places import Sites, located, no_site
 from icl_lib.saes.sae import SAE
 
 WEIGHTS = "params.npz"
 FILES = (WEIGHTS,)
 _SPEC = {"W_enc": "W_enc d F", "b_enc": "b_enc F", "W_dec": "W_dec F o", "b_dec": "b_dec o", "threshold": "threshold F"}
 _KINDS = {
-    "res": ("resid_post", "resid_post"), "att": ("z", "z"), "mlp": ("mlp_out", "mlp_out"), "transcoders": ("mlp_normalized", "mlp_out"),
+    "res": ("resid_post", "resid_post"), "att": ("z", "z"), "mlp": ("mlp_out", "mlp_out"),
+    "transcoders": ("mlp_normalized", "mlp_out"),
 }  # fmt: skip
 _RELEASE = re.compile(r"(gemma-scope-\w+-\w+-(res|att|mlp|transcoders))(?:-canonical)?/")
 _ID = re.compile(
@@ -72,22 +74,29 @@ def resolve(name: str) -> str:
 
 
 def on_hub(name: str) -> str:
-    """Owner, repository and folder for SAELens' release and id, "gemma-scope-2b-pt-res-canonical/layer_20/...", and for the same with an owner."""
+    """Owner, repository and folder for SAELens' release and id, "gemma-scope-2b-pt-res-canonical/layer_20/...", and for
+    the same with an owner.
+    """
     match = _ID.fullmatch(name)
     return f"google/{match[1]}/{match[2]}" if match else name
 
 
 def refuse_all(name: str) -> None:
-    """Raises `ValueError` if `name` is a part of Gemma Scope with more than one SAE at a site, hundreds of gigabytes at worst."""
+    """Raises `ValueError` if `name` is a part of Gemma Scope with more than one SAE at a site, hundreds of gigabytes at
+    worst.
+    """
     if _RELEASE.search(f"{name}/") and not _PLACE.search(name):
         example = "google/gemma-scope-2b-pt-res/layer_{layer}/width_16k/canonical"
         raise ValueError(
-            f"no folder {name!r} here, and in Gemma Scope it holds many SAEs for each site: name one of each layer, as in {example}"
+            f"no folder {name!r} here, and in Gemma Scope it holds many SAEs for each site: name one of each layer, "
+            f"as in {example}"
         )
 
 
 def others(name: str) -> str:
-    """What else there is for the layer and width in `name`, as the end of a sentence; nothing if it is none of Gemma Scope's."""
+    """What else there is for the layer and width in `name`, as the end of a sentence; nothing if it is none of Gemma
+    Scope's.
+    """
     release, place = _RELEASE.search(name), _PLACE.search(name)
     entry = table().get((release[1], place[1] or place[2], place[3])) if release and place else None
     return f" (of this width, average_l0 {', '.join(map(str, entry[1]))})" if entry else ""
@@ -96,20 +105,26 @@ def others(name: str) -> str:
 def read(path: Path, site: Sites | None = None, variant: str | None = None) -> SAE:
     """The SAE in a folder with `params.npz`; see `load_sae`."""
     file = path / WEIGHTS if path.is_dir() else path
-    sites = site or _sites(file)
+    cfg, beside = common.read_beside(file.parent)
+    common.check_settings(cfg, beside, "jumprelu", architecture=(None, "jumprelu", "jumprelu_transcoder"))
+    cfg = cfg | (cfg.get("metadata") or {})
+    named, module = (site, "") if site else located(cfg, beside)
+    sites = named or _sites(file)
     w = common.take(_read_npz(file), _SPEC, file)
     if sites[0] == Site("embed"):
         root = math.sqrt(w["W_enc"].shape[0])
         w = common.fold_output_scale(common.fold_input_scale(w, 1 / root), root)
     place = _PLACE.search(file.absolute().as_posix())
-    meta = {"folder": place[0]} if place else {}
-    return common.build(w, sites, "jumprelu", file, meta)
+    meta = ({"folder": place[0]} if place else {}) | {key: cfg[key] for key in ("model_name",) if key in cfg}
+    return common.build(w, sites, "jumprelu", file, meta, module=module)
 
 
 def write(sae: SAE, folder: str | Path) -> Path:
-    """Write an SAE that folds as Gemma Scope does. The folder's path says where it sits, so it must look like one of theirs."""
+    """Write an SAE that folds as Gemma Scope does. The folder's path says where it sits, so it must look like one of
+    theirs.
+    """
     folder, sae = Path(folder), sae.fold()
-    w = {key: np.asarray(value, np.float32) for key, value in vars(sae).items() if hasattr(value, "shape")}
+    w = common.arrays(sae)
     if sae.W_skip is not None:
         raise ValueError(f"Gemma Scope has no skip matrices, but the transcoder at {sae.site_in} has one")
     if sae.site_in == Site("embed"):
@@ -142,6 +157,6 @@ def _sites(file: Path) -> Sites:
     if place and place[2]:
         return Site("embed"), Site("embed")
     if not release or not place:
-        raise common.no_site(file)
+        raise no_site(file)
     site_in, site_out = (Site(name, int(place[1])) for name in _KINDS[release[2]])
     return site_in, site_out

@@ -5,12 +5,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from icl_lib.files.hub import fetch_folder
+from icl_lib.files.paths import resolve
 from icl_lib.models import Site
-from icl_lib.saes.formats import dictionary_learning, gemma_scope, layer_files, llama_scope, saelens, saex, sparsify
+from icl_lib.saes.formats import (
+    common,
+    dictionary_learning,
+    gemma_scope,
+    layer_files,
+    llama_scope,
+    saelens,
+    saex,
+    sparsify,
+)
 from icl_lib.saes.sae import SAE
 
 _READERS: dict[str, Callable[..., SAE]] = {
-    "saelens": saelens.read, "saex": saex.read, "gemma_scope": gemma_scope.read, "dictionary_learning": dictionary_learning.read,
+    "saelens": saelens.read, "saex": saex.read, "gemma_scope": gemma_scope.read,
+    "dictionary_learning": dictionary_learning.read,
     "sparsify": sparsify.read, "llama_scope": llama_scope.read, "layer_files": layer_files.read,
 }  # fmt: skip
 _VARIANTS = {"saex": ("paper",), "dictionary_learning": ("threshold",)}
@@ -21,7 +32,11 @@ _MARKS = {
 }  # fmt: skip
 _FILES = [*saelens.FILES, *gemma_scope.FILES, *llama_scope.FILES, *sparsify.FILES, *dictionary_learning.FILES]
 _SUFFIXES = (".safetensors", ".npz", ".pt")
-_ANYWHERE = [f"{below}{file}" for below in ("", "*/") for file in [*dict.fromkeys(_FILES), *layer_files.PATTERNS]]
+_ANYWHERE = [
+    f"{below}{file}"
+    for below in ("", "*/")
+    for file in [*dict.fromkeys([*_FILES, *common.BESIDE]), *layer_files.PATTERNS]
+]
 
 
 def load_sae(
@@ -30,21 +45,23 @@ def load_sae(
     variant: str | None = None,
     site: Site | tuple[Site, Site] | None = None,
 ) -> SAE:
-    """The SAE or transcoder in a folder, or in `owner/repository/path` on the hub at `revision`; its weights become float32.
+    """The SAE or transcoder in a folder, or in `owner/repository/path` on the hub at `revision`; its weights become
+    float32.
 
     Formats, told by the files: SAELens (version 6, and flat before it), Gemma Scope (`canonical` may end the name),
-    dictionary_learning, sparsify, saex, Llama Scope, per-layer transcoders (name the file `layer_3.safetensors`). A `*` in
-    the last part stands for what is not known, such as a coefficient; the first match in sorted order is taken. What the
-    original does to its input and output is folded into the weights, so that the SAE takes plain activations of its site; what
-    differs from token to token (layer_norm, constant_norm_rescale of SAELens) is in no fixed weights and is refused.
+    dictionary_learning, sparsify, saex, Llama Scope, per-layer transcoders (name the file `layer_3.safetensors`). A `*`
+    in the last part stands for what is not known, such as a coefficient; the first match in sorted order is taken. What
+    the original does to its input and output is folded into the weights, so that the SAE takes plain activations of its
+    site; what differs from token to token (layer_norm, constant_norm_rescale of SAELens) is in no fixed weights and is
+    refused.
 
-    `site` says where the SAE sits, for files that do not, or in place of what they say; (input, output) for a transcoder.
-    `variant="paper"` reads saex in the form of the ICL-SFC experiments instead of the trained one; `variant="threshold"` reads
-    a TopK SAE of dictionary_learning with its recorded threshold.
+    `site` says where the SAE sits, for files that do not, or in place of what they say; (input, output) for a
+    transcoder. `variant="paper"` reads saex in the form of the ICL-SFC experiments instead of the trained one;
+    `variant="threshold"` reads a TopK SAE of dictionary_learning with its recorded threshold.
 
-    Raises `FileNotFoundError` if files are missing, and `ValueError` on an architecture, activation or normalisation that we
-    cannot express, on missing, unknown or misshapen tensors, on values that are not finite, on files cut short, and on
-    pickles with anything but tensors in them.
+    Raises `FileNotFoundError` if files are missing, and `ValueError` on an architecture, activation or normalisation
+    that we cannot express, on missing, unknown or misshapen tensors, on values that are not finite, on files cut short,
+    and on pickles with anything but tensors in them.
     """
     path = _locate(str(name), revision)
     kind = detect(path)
@@ -80,7 +97,7 @@ def detect(path: Path) -> str | None:
 
 def _locate(name: str, revision: str | None) -> Path:
     """The folder or file of that name, from the hub if it is not here."""
-    name = gemma_scope.resolve(name)
+    name = resolve(gemma_scope.resolve(name))
     if found := _match(Path(name)):
         return found
     name = gemma_scope.on_hub(name)
@@ -89,6 +106,9 @@ def _locate(name: str, revision: str | None) -> Path:
         raise FileNotFoundError(f"no folder {name!r} with an SAE in it: pass one, or owner/repository/path on the hub")
     one_file = inside.endswith(_SUFFIXES)
     patterns = [inside] if one_file else [f"{inside}/{file}".lstrip("/") for file in dict.fromkeys(_FILES)]
+    if inside.endswith((".safetensors", ".npz")) or not one_file:  # its settings
+        folder = str(Path(inside).parent) if one_file else inside
+        patterns += [f"{folder}/{file}".removeprefix("./").lstrip("/") for file in common.BESIDE]
     if inside.endswith(".pt"):
         patterns += [f"{folder}/{dictionary_learning.CONFIG}" for folder in list(Path(inside).parents)[:2]]
     root = fetch_folder(repo, revision, patterns, "the files of an SAE")
@@ -98,7 +118,9 @@ def _locate(name: str, revision: str | None) -> Path:
 
 
 def is_one(name: str) -> bool:
-    """Whether a name can only be that of a single SAE: a file, one of Gemma Scope's, or a pattern of which the first match counts."""
+    """Whether a name can only be that of a single SAE: a file, one of Gemma Scope's, or a pattern of which the first
+    match counts.
+    """
     last = Path(name).name
     return last.endswith(_SUFFIXES) or "*" in last or last == "canonical"
 
@@ -115,7 +137,8 @@ def fetch_suite(name: str, revision: str | None) -> Path:
     repo, inside = _split(gemma_scope.on_hub(name))
     if not repo or Path(repo).is_dir():
         raise FileNotFoundError(
-            f"no folder {name!r}: a suite is a folder of SAEs, owner/repository/path on the hub, or either with {{layer}} in its name"
+            f"no folder {name!r}: a suite is a folder of SAEs, owner/repository/path on the hub, or either with "
+            f"{{layer}} in its name"
         )
     try:
         root = fetch_folder(repo, revision, [f"{inside}/{pattern}".lstrip("/") for pattern in _ANYWHERE], "SAEs")
@@ -140,7 +163,8 @@ def _split(name: str) -> tuple[str, str]:
 
 def _absent(repo: str, what: str, revision: str | None) -> str:
     at = f" at {revision}" if revision else ""
-    return f"the repository {repo} has no {what}{at}: https://huggingface.co/{repo}/tree/{revision or 'main'} shows what it has"
+    tree = f"https://huggingface.co/{repo}/tree/{revision or 'main'}"
+    return f"the repository {repo} has no {what}{at}: {tree} shows what it has"
 
 
 def _match(path: Path) -> Path | None:

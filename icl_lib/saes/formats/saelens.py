@@ -3,7 +3,6 @@
 Source: the loaders of sae-lens 6.54, with which tests/golden compares.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import numpy as np
 from safetensors.flax import save_file
 
 from icl_lib.files.write import replace_file, write_json
-from icl_lib.models import Site
 from icl_lib.saes.formats import common
-from icl_lib.saes.formats.common import Sites, Weights
+from icl_lib.saes.formats.common import Weights
+from icl_lib.saes.formats.places import Sites, located, movers, no_site
 from icl_lib.saes.sae import SAE
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
@@ -35,6 +34,7 @@ _LAYOUTS = {
     "jumprelu_transcoder": ("jumprelu", _JUMP),
     "jumprelu_skip_transcoder": ("jumprelu", _JUMP | _SKIP),
 }
+_HANDLED = ("apply_b_dec_to_input", "normalize_activations")
 # sqrt(d) / mean norm of the activations, which the old files want and do not carry: as in sae-lens' registry
 _KNOWN_SCALES = {"gemma_2b_blocks.12.hook_resid_post_16384": 0.21381938399317255}
 
@@ -46,7 +46,12 @@ def read(folder: Path, site: Sites | None = None, variant: str | None = None) ->
     form, spec = _LAYOUTS[cfg["architecture"]]
     transcoder = "transcoder" in cfg["architecture"]
     d_in, d_sae = (common.size(cfg, key, path) for key in ("d_in", "d_sae"))
-    sites = site or _sites(cfg, path, transcoder)
+    common.check_settings(
+        cfg, path, ("relu", form, cfg["architecture"]), *_HANDLED,
+        *(["rescale_acts_by_decoder_norm"] if form == "topk" else []),
+        reshape_activations=(None, "none", "hook_z"),
+    )  # fmt: skip
+    sites, module = (site, "") if site else _sites(cfg, path, transcoder)
     found = common.read_safetensors(folder / WEIGHTS)
     if "scaling_factor" in found:  # an old addition, all ones unless the SAE was fine-tuned with it
         if not np.allclose(found.pop("scaling_factor"), 1):
@@ -61,7 +66,10 @@ def read(folder: Path, site: Sites | None = None, variant: str | None = None) ->
         w = common.fold_feature_scale(w, np.linalg.norm(w["W_dec"], axis=1), folder)
     w = _unscaled(w, cfg, folder)
     meta = {k: v for k, v in cfg["metadata"].items() if k not in ("hook_name", "hook_name_out", "sae_lens_version")}
-    return common.build(w, sites, form, folder, meta, k=common.size(cfg, "k", path) if form == "topk" else None)
+    meta |= {} if site else movers(meta.get("model_from_pretrained_kwargs"))
+    if site:  # in place of what the file says
+        meta = {k: v for k, v in meta.items() if k != "module"}
+    return common.build(w, sites, form, folder, meta, common.size(cfg, "k", path) if form == "topk" else None, module)
 
 
 def write(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
@@ -87,19 +95,13 @@ def _name(sae: SAE) -> str:
         raise ValueError(
             f"SAELens has no topk transcoder, and the one at {sae.site_in} cannot be folded: formats.sparsify writes it"
         )
-    return (
-        {"standard": "", "jumprelu": "jumprelu_"}[sae.architecture]
-        + ("skip_" if sae.W_skip is not None else "")
-        + "transcoder"
-    )
+    skip = "" if sae.W_skip is None else "skip_"
+    return {"standard": "", "jumprelu": "jumprelu_"}[sae.architecture] + skip + "transcoder"
 
 
 def _config(sae: SAE, architecture: str, dtype: str) -> dict[str, Any]:
-    meta = dict(sae.metadata) | {
-        "hook_name": str(sae.site_in),
-        "hook_head_index": None,
-        "sae_lens_version": LAYOUT_VERSION,
-    }
+    named = {"hook_name": str(sae.site_in), "hook_head_index": None, "sae_lens_version": LAYOUT_VERSION}
+    meta = dict(sae.metadata) | named
     cfg = {"architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": dtype, "device": "cpu"}
     cfg |= {"apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none"}
     if sae.site_in.name == "z":
@@ -139,50 +141,44 @@ def _new_style(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
         )
     if cfg["metadata"].get("hook_head_index") is not None:
         raise ValueError(
-            f"{path} is for the single head {cfg['metadata']['hook_head_index']} of its hook; we read SAEs of whole sites"
+            f"{path} is for the single head {cfg['metadata']['hook_head_index']} of its hook; we read SAEs of whole "
+            "sites"
         )
     return cfg
 
 
-def _sites(cfg: dict[str, Any], path: Path, transcoder: bool) -> Sites:
-    meta = cfg["metadata"]
-    model = str(meta.get("model_name"))
-    site_in = _site(meta.get("hook_name"), model, path)
-    out = meta.get("hook_name_out") or cfg.get("hook_name_out")
-    if transcoder and not out:
+def _sites(cfg: dict[str, Any], path: Path, transcoder: bool) -> tuple[Sites, str]:
+    """The sites of TransformerLens' hooks, or of modules of Hugging Face's, by which SAELens means what the module
+    returns.
+    """
+    named = {"hook_name": cfg["metadata"].get("hook_name")}
+    named["hook_name_out"] = cfg["metadata"].get("hook_name_out") or cfg.get("hook_name_out")
+    if transcoder and not named["hook_name_out"]:
         raise ValueError(f"{path} is for a transcoder but names no hook_name_out: pass site=(input, output)")
-    site_out = _site(out, model, path) if out else site_in
-    if transcoder and site_in == site_out:
+    sites, module = located(named, path)
+    if sites is None:
+        raise no_site(path)
+    if transcoder and sites[0] == sites[1]:
         raise ValueError(
-            f"{path} is for a transcoder, but its input and its output are both {site_in}: pass site=(input, output)"
+            f"{path} is for a transcoder, but its input and its output are both {sites[0]}: pass site=(input, output)"
         )
-    return site_in, site_out
-
-
-def _site(name: Any, model: str, path: Path) -> Site:
-    """The site of a TransformerLens hook, or of a module of Hugging Face's, by which SAELens means what the module returns."""
-    found = common.place(str(name))
-    if found is None:
-        return common.hook(name, path)
-    if found.name in ("attn_out", "mlp_out") and re.search(r"gemma-?[23](?!b)", model):  # not of gemma-2b, the first
-        raise ValueError(
-            f"{path}: {name} of {model} lies before a second norm, and our site behind it: pass site= if another one is meant"
-        )
-    return found
+    return sites, module
 
 
 def _unscaled(w: Weights, cfg: dict[str, Any], folder: Path) -> Weights:
     """Folds the scaling of the input by its average norm, one number for all tokens.
 
-    layer_norm and constant_norm_rescale divide each token by its own spread or norm and multiply the reconstruction by it: not an
-    affine map of x, so that no weights do the same. They are refused, as is covariance_whitening, whose statistics no file carries.
+    layer_norm and constant_norm_rescale divide each token by its own spread or norm and multiply the reconstruction by
+    it: not an affine map of x, so that no weights do the same. They are refused, as is covariance_whitening, whose
+    statistics no file carries.
     """
     how = cfg.get("normalize_activations")
     if how in (None, False, "none"):
         return w
     if how in ("layer_norm", "constant_norm_rescale"):
         raise ValueError(
-            f"{folder / CONFIG} has normalize_activations = {how!r}: the SAE sees each token rescaled by its own norm, which no "
+            f"{folder / CONFIG} has normalize_activations = {how!r}: the SAE sees each token rescaled by its own "
+            "norm, which no "
             "fixed weights do; we read none and expected_average_only_in"
         )
     if how not in (True, "expected_average_only_in"):

@@ -22,7 +22,8 @@ from safetensors.numpy import save_file
 from icl_lib.files.write import replace_file, write_json
 from icl_lib.models import Site
 from icl_lib.saes.formats import common
-from icl_lib.saes.formats.common import Sites, Weights
+from icl_lib.saes.formats.common import Weights
+from icl_lib.saes.formats.places import Sites, no_site
 from icl_lib.saes.sae import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -37,9 +38,12 @@ _KINDS = {
 
 
 def read(folder: Path, site: Sites | None = None, variant: str | None = None) -> SAE:
-    """The SAE in a folder of saex, in the form that was trained or in that of the paper's experiments; see `load_sae`."""
+    """The SAE in a folder of saex, in the form that was trained or in that of the paper's experiments; see
+    `load_sae`.
+    """
     path = folder / WEIGHTS
     cfg = common.read_json(folder / CONFIG)
+    common.check_settings(cfg, folder / CONFIG, ("relu", "gated"), architecture=(None, "gated", "standard"))
     found = common.read_safetensors(path)
     spec = _PLAIN | {name: entry for name, entry in _OPTIONAL.items() if name in found}
     if ("s_gate" in spec) != ("b_gate" in spec):
@@ -51,12 +55,8 @@ def read(folder: Path, site: Sites | None = None, variant: str | None = None) ->
     )
     w, d = _normalised(w), w["W_enc"].shape[0]
     scale = w.pop("c", np.ones(w["b_enc"].shape, np.float32))
-    meta = {
-        "l1_coefficient": cfg.get("l1_coefficient"),
-        "variant": variant or "trained",
-        "folder": folder.name,
-        "d_model": d,
-    }
+    meta = {"l1_coefficient": cfg.get("l1_coefficient"), "variant": variant or "trained"}
+    meta |= {"folder": folder.name, "d_model": d}
     if "s_gate" not in w:  # plain ReLU, its features multiplied
         w = w | {"W_enc": w["W_enc"] * scale[None, :], "b_enc": w["b_enc"] * scale}
         return common.build(w, site or _sites(folder), "standard", folder, meta)
@@ -77,7 +77,7 @@ def write(sae: SAE, folder: str | Path, mean_norm: float | None = None) -> Path:
     if sae.architecture != "gated":
         raise ValueError(f"saex' suites are gated, got a {sae.architecture} SAE at {sae.site_in}")
     folder = Path(folder)
-    w = {key: np.asarray(value, np.float32) for key, value in vars(sae).items() if hasattr(value, "shape")}
+    w = common.arrays(sae)
     if mean_norm is not None:
         w = common.fold_output_scale(common.fold_input_scale(w, mean_norm / math.sqrt(sae.d_in)), math.sqrt(sae.d_in))
     tensors = {name: w[name] for name in _PLAIN} | {"b_gate": w["b_mag"]}
@@ -107,6 +107,6 @@ def _sites(folder: Path) -> Sites:
     """From a name like it-l12-attn_out-test-run-1-2.00E-05, or l16-test-run-3-4e-05 for the residual."""
     match = re.match(r"(?:it-)?l(\d+)-(?:(residual|attn_out|transcoder)-)?test-run", folder.absolute().name)
     if not match:
-        raise common.no_site(folder)
+        raise no_site(folder)
     site_in, site_out = (Site(name, int(match[1])) for name in _KINDS[match[2] or "residual"])
     return site_in, site_out

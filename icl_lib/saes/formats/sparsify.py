@@ -1,22 +1,21 @@
-"""Files of the library sparsify: a folder named after its hookpoint, with `cfg.json` and `sae.safetensors`. All are topk.
+"""Files of the library sparsify: a folder named after its hookpoint, with `cfg.json` and `sae.safetensors`. All are
+topk.
 
 `write` adds our sites and metadata to `cfg.json`, which sparsify skips over: a folder of any name is then read back.
 
-Source: eai-sparsify 1.3.3, with which tests/golden compares. (sae-lens transposes the decoder of these files by mistake.)
+Source: eai-sparsify 1.3.3, with which tests/golden compares. (sae-lens transposes the decoder of these files by
+mistake.)
 """
 
-import re
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from safetensors.flax import save_file
 
 from icl_lib.files.write import replace_file, write_json
 from icl_lib.models import Site
 from icl_lib.saes.formats import common
-from icl_lib.saes.formats.common import Sites
+from icl_lib.saes.formats.places import Sites, located, no_site, site_named
 from icl_lib.saes.sae import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -31,64 +30,60 @@ def read(folder: Path, site: Sites | None = None, variant: str | None = None) ->
     transcoder = bool(cfg.get("transcode", False))
     d_in, k = common.size(cfg, "d_in", path), common.size(cfg, "k", path)
     d_sae = cfg.get("num_latents") or d_in * common.size(cfg, "expansion_factor", path)
-    if cfg.get("activation", "topk") != "topk" or cfg.get("signed", False):
-        raise ValueError(
-            f"{path} has activation {cfg.get('activation')!r}, signed {cfg.get('signed', False)}; we read topk, not signed"
-        )
+    common.check_settings(cfg, path, "topk")
     spec = _SPEC | ({"W_skip": "W_skip o d"} if cfg.get("skip_connection", False) else {})
     w = common.take(common.read_safetensors(folder / WEIGHTS), spec, folder / WEIGHTS, d=d_in, F=d_sae, o=d_in)
     w = w if transcoder else common.fold_input_shift(w, w["b_dec"])
-    return common.build(w, site or _sites(cfg, folder, transcoder), "topk", folder, cfg.get("metadata"), k=k)
+    named, module = located({key: cfg[key] for key in cfg if key != "site_out" or "site_in" in cfg}, path)
+    sites, module = (site, "") if site else (named, module) if named else _sites(folder, transcoder)
+    meta = cfg.get("metadata") or {}
+    meta = {key: value for key, value in meta.items() if key != "module" or not site}
+    return common.build(w, sites, "topk", folder, meta, k, module)
 
 
 def write(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
-    """Write a topk SAE or transcoder as sparsify does, matrices in `dtype`. It expects a folder named `layers.3` or `layers.3.mlp`.
+    """Write a topk SAE or transcoder as sparsify does, matrices in `dtype`. It expects a folder named `layers.3` or
+    `layers.3.mlp`.
 
-    Raises `ValueError` on another architecture, on a transcoder between widths, or if a weight is not finite in `dtype`.
+    Raises `ValueError` on another architecture, on a transcoder between widths, or if a weight is not finite in
+    `dtype`.
     """
     if sae.architecture != "topk" or sae.d_in != sae.d_out:
         raise ValueError(
             f"sparsify's files are for topk SAEs of one width, got a {sae.architecture} one, {sae.d_in} to {sae.d_out}"
         )
     folder = Path(folder)
-    w = {key: np.asarray(value, np.float32) for key, value in vars(sae).items() if hasattr(value, "shape")}
+    w = common.arrays(sae)
     w = w if sae.is_transcoder else common.fold_input_shift(w, -w["b_dec"])
-    tensors = {
-        "encoder.weight": w["W_enc"].T.copy(),
-        "encoder.bias": w["b_enc"],
-        "W_dec": w["W_dec"],
-        "b_dec": w["b_dec"],
+    tensors = {"encoder.weight": w["W_enc"].T.copy(), "encoder.bias": w["b_enc"]} | {
+        n: w[n] for n in ("W_dec", "b_dec")
     }
     tensors |= {"W_skip": w["W_skip"].T.copy()} if "W_skip" in w else {}
     tensors = {name: jnp.asarray(value, dtype if value.ndim == 2 else "float32") for name, value in tensors.items()}
     common.check_finite(tensors, f"{folder} (as {dtype})")
-    cfg = {
-        "activation": "topk",
-        "expansion_factor": 1,
-        "num_latents": sae.d_sae,
-        "k": sae.k,
-        "d_in": sae.d_in,
+    cfg = {"activation": "topk", "expansion_factor": 1, "num_latents": sae.d_sae, "k": sae.k, "d_in": sae.d_in}
+    cfg |= {
         "multi_topk": False,
+        "normalize_decoder": False,
+        "skip_connection": "W_skip" in w,
+        "transcode": sae.is_transcoder,
     }
-    cfg |= {"normalize_decoder": False, "skip_connection": "W_skip" in w, "transcode": sae.is_transcoder}
     cfg |= {"site_in": str(sae.site_in), "site_out": str(sae.site_out), "metadata": dict(sae.metadata)}
     replace_file(folder / WEIGHTS, lambda partial: save_file(tensors, partial))
     write_json(folder / CONFIG, cfg)
     return folder
 
 
-def _sites(cfg: dict[str, Any], folder: Path, transcoder: bool) -> Sites:
-    if "site_in" in cfg:
-        return common.hook(cfg["site_in"], folder), common.hook(cfg.get("site_out", cfg["site_in"]), folder)
+def _sites(folder: Path, transcoder: bool) -> tuple[Sites, str]:
     name = folder.absolute().name
-    found = common.place(name)
+    found = site_named(name)
     if transcoder:
-        match = re.fullmatch(r"(?:model\.)?layers[._](\d+)\.mlp", name)
-        if not match:
+        if found is None or found.name != "mlp_out":
             raise ValueError(
-                f"{folder}: the transcoder of a module other than layers.N.mlp has no default sites: pass site=(input, output)"
+                f"{folder}: the transcoder of a module other than layers.N.mlp has no default sites: pass "
+                "site=(input, output)"
             )
-        return Site("mlp_in", int(match[1])), Site("mlp_out", int(match[1]))
+        return (Site("mlp_in", found.layer), found), name
     if found is None:
-        raise common.no_site(folder)
-    return found, found
+        raise no_site(folder)
+    return (found, found), name

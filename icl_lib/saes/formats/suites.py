@@ -1,4 +1,6 @@
-"""Suites: one SAE for each of many sites of a model, read from patterns, lists and folders, written as a folder of folders."""
+"""Suites: one SAE for each of many sites of a model, read from patterns, lists and folders, written as a folder of
+folders.
+"""
 
 import dataclasses
 import re
@@ -10,10 +12,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from icl_lib.files.names import named
+from icl_lib.files.paths import resolve
 from icl_lib.files.processes import to_host
 from icl_lib.models import ModelConfig, Site
 from icl_lib.saes.formats import layer_files, saelens, sparsify
 from icl_lib.saes.formats.load import detect, fetch_suite, is_one, load_sae
+from icl_lib.saes.formats.places import not_ours
 from icl_lib.saes.sae import SAE
 
 _LAYER = re.compile(r"\{layer(?::(\d+)-(\d+))?\}")
@@ -32,24 +37,24 @@ def load_suite(
 ) -> dict[Site, SAE]:
     """SAEs keyed by the site they encode, in the order of sites.
 
-    `source` is a folder, or `owner/repository/path` on the hub (all of whose SAEs are then downloaded, at `revision`), of which all
-    SAEs in any format of `load_sae` are taken; or a name for `load_sae`, of a single SAE or with `{layer}` in it, such as
+    `source` is the name of an embedded model, whose suite it stands for, a folder (relative to the repository's root),
+    or `owner/repository/path` on the hub (all of whose SAEs are then downloaded, at `revision`), of which all SAEs in
+    any format of `load_sae` are taken; or a name for `load_sae`, of a single SAE or with `{layer}` in it, such as
     "google/gemma-scope-2b-pt-res/layer_{layer}/width_16k/canonical"; or a list of these. `layers` are the numbers to
-    put there (default: all of the model; of `{layer:0-16}` those from 0 to 16, where there is no SAE for the others) and in a
-    folder the layers of the sites to keep. `sites` are the names of the sites to
-    keep, such as ["resid_pre"]; others are read and dropped one by one. With a mesh (that of the model: `mesh_of`) each device
-    holds its part of the latents.
+    put there (default: all of the model; of `{layer:0-16}` those from 0 to 16, where there is no SAE for the others)
+    and in a folder the layers of the sites to keep. `sites` are the names of the sites to keep, such as ["resid_pre"];
+    others are read and dropped one by one. With a mesh (that of the model: `mesh_of`) each device holds its part of the
+    latents.
 
-    With `config`, layers and widths are held to that model, and an SAE of the residual behind a block is keyed by the same
-    tensor's other name, "resid_pre" of the next block, if there is one. Raises `FileNotFoundError` if there is no SAE, and
-    `ValueError` if one does not fit the model or two encode the same site, besides what `load_sae` raises.
+    With `config`, layers and widths are held to that model, and an SAE of the residual behind a block is keyed by the
+    same tensor's other name, "resid_pre" of the next block, if there is one. Raises `FileNotFoundError` if there is no
+    SAE, and `ValueError` if one does not fit the model or two encode the same site, besides what `load_sae` raises.
     """
     layers, kept = None if layers is None else tuple(layers), None if sites is None else frozenset(sites)
     sources = [source] if isinstance(source, str | Path) else list(source)
+    sources = [str(named(each, "saes") or resolve(each)) for each in sources]
     suite: dict[Site, SAE] = {}
-    for pattern, name in [
-        (str(each), name) for each in sources for name in _names(str(each), config, layers, revision)
-    ]:
+    for pattern, name in [(each, name) for each in sources for name in _names(each, config, layers, revision)]:
         sae = _renamed(load_sae(name, revision, variant), config)
         if layers is not None and not has_layer(pattern) and sae.site_in.layer not in layers:
             continue
@@ -78,9 +83,9 @@ def save_sae(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
     """Write an SAE so that `load_sae` and SAELens read it; the matrices in `dtype`, the vectors always in float32.
 
     SAELens has no batchtopk, which comes back as the jumprelu it is, and no gated transcoder: one is written as the
-    `jumprelu_transcoder` it folds to. A topk transcoder, which SAELens lacks and which cannot be folded, is written as sparsify
-    does. Files appear whole or not at all. Raises `ValueError` if `dtype` is not float32, float16 or bfloat16, or if a weight is
-    not finite in it, and `OSError` if the disk is full. Of several processes all have to call it.
+    `jumprelu_transcoder` it folds to. A topk transcoder, which SAELens lacks and which cannot be folded, is written as
+    sparsify does. Files appear whole or not at all. Raises `ValueError` if `dtype` is not float32, float16 or bfloat16,
+    or if a weight is not finite in it, and `OSError` if the disk is full. Of several processes all have to call it.
     """
     whole = lambda leaf: leaf if leaf.is_fully_addressable else jnp.asarray(to_host(leaf))  # noqa: E731
     if dtype not in _DTYPES:
@@ -97,19 +102,25 @@ def save_suite(suite: Mapping[Site, SAE], folder: str | Path, dtype: str = "floa
 
 
 def check_fit(sae: SAE, config: ModelConfig, name: str) -> None:
-    """Raises `ValueError` naming the SAE, its site and both sizes if it does not fit the model."""
+    """Raises `ValueError` naming the SAE, its site and both sizes if it does not fit the model, or if it was trained
+    at a module that in this family returns another tensor than our site (`places.not_ours`)."""
     for what, size, site in (("d_in", sae.d_in, sae.site_in), ("d_out", sae.d_out, sae.site_out)):
         if site.layer is not None:
             config.check_layer(site.layer, f"layer of the SAE {name} at {site}")
         if size != config.width(site.name):
             raise ValueError(
                 f"the SAE {name} at {site} has {what} = {size}, but there the model (d_model = {config.d_model}) is "
-                f"{config.width(site.name)} wide: it was trained on another model; pass the suite of this one or train one with train_suite"
+                f"{config.width(site.name)} wide: it was trained on another model; pass the suite of this one or "
+                "train one with train_suite"
             )
+    if reason := not_ours(dict(sae.metadata), (sae.site_in, sae.site_out), config):
+        raise ValueError(f"the SAE {name} at {sae.site_in} does not fit this model: {reason}")
 
 
 def has_layer(pattern: str) -> bool:
-    """Whether a name stands for many: `{layer}` or `{layer:0-16}` is in it. Raises `ValueError` on any other form of it."""
+    """Whether a name stands for many: `{layer}` or `{layer:0-16}` is in it. Raises `ValueError` on any other form of
+    it.
+    """
     match = _LAYER.search(pattern)
     if "{layer" in pattern and (match is None or (match[1] and int(match[1]) > int(match[2]))):
         raise ValueError(
@@ -146,10 +157,12 @@ def _names(source: str, config: ModelConfig | None, layers: tuple[int, ...] | No
     if detect(folder):
         return [str(folder)]
     inside = sorted(path for path in folder.rglob("*") if len(path.relative_to(folder).parts) <= _DEEPEST)
+    inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts)]  # not ours
     found = [path for path in inside if (path.is_dir() and detect(path)) or layer_files.NAME.fullmatch(path.name)]
     if not found:
         raise FileNotFoundError(
-            f"{folder} has no sub-folder with a {saelens.CONFIG} or other files of an SAE: a suite is what save_suite writes"
+            f"{folder} has no sub-folder with a {saelens.CONFIG} or other files of an SAE: a suite is what save_suite "
+            "writes"
         )
     return [str(path) for path in found]
 

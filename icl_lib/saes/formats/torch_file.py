@@ -15,7 +15,8 @@ import numpy as np
 
 _STORAGES = {
     "FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16, "BFloat16Storage": jnp.bfloat16,
-    "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8,
+    "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }  # fmt: skip
 
@@ -87,8 +88,8 @@ class _Reader(pickle.Unpickler):
 def read_torch(path: Path) -> Any:
     """What `torch.save` wrote, tensors as numpy arrays.
 
-    Raises `FileNotFoundError`, or `ValueError` if the file is cut short, is no zip (PyTorch before 1.6), or holds anything
-    but tensors and plain containers, naming what it is.
+    Raises `FileNotFoundError`, or `ValueError` if the file is cut short, is no zip (PyTorch before 1.6), or holds
+    anything but tensors and plain containers, naming what it is.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: it holds the weights of an SAE")
