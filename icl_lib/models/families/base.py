@@ -153,13 +153,14 @@ class Family:
         scaling = config.rope_scaling
         part = 1.0 if config.rotary_dim is None else config.rotary_dim / config.d_head
         raw = {"architectures": [f"{self.hf_class}ForCausalLM"], "model_type": self.name}
-        raw |= {key: getattr(config, ours) for ours, key in _SIZES.items()} | {
-            "num_key_value_heads": config.n_kv_heads,
-            "head_dim": config.d_head,
+        sizes = [(key, getattr(config, ours)) for ours, key in _SIZES.items()]
+        heads = [("num_key_value_heads", config.n_kv_heads), ("head_dim", config.d_head)]
+        raw |= dict([*sizes[:3], *heads, *sizes[3:]]) | {  # in the order of the committed config, whose hash is kept
             "max_position_embeddings": config.n_ctx,
             self.theta: config.rope_theta,
             self.eps: config.norm_eps,
             "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation),
+            "attention_bias": config.out_bias,
             "attention_dropout": 0.0,
             "tie_word_embeddings": config.tied,
             "bos_token_id": config.bos_id,

@@ -22,7 +22,7 @@ def _read(keys: Keys, sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    return {"attention_bias": config.out_bias, "hidden_activation": TANH}
+    return {"hidden_activation": TANH}
 
 
 FAMILY = Family("gemma", "Gemma", DEFAULTS, {}, _read, _write)

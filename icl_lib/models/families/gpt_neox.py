@@ -51,7 +51,7 @@ def _read(keys: Keys, sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    return {"attention_bias": config.out_bias, "use_parallel_residual": config.parallel}
+    return {"use_parallel_residual": config.parallel}
 
 
 FAMILY = Family(

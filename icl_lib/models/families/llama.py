@@ -21,7 +21,7 @@ def _read(keys: Keys, sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    return {"attention_bias": config.out_bias, "mlp_bias": config.mlp_bias}
+    return {"mlp_bias": config.mlp_bias}
 
 
 FAMILY = Family("llama", "Llama", DEFAULTS, TRAITS, _read, _write)
