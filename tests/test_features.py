@@ -344,7 +344,7 @@ def test_active_latents_of_the_tokens_that_count(model, getkey):
     f = [np.asarray(sae.encode(run_with_cache(model, rows, [sae.site_in])[1][sae.site_in])) for rows in prompts.tokens]
     expected = (np.stack(f) > 0)[np.asarray(prompts.real)].any(axis=0)
     assert active_latents(model, sae, prompts.tokens, prompts.real).tolist() == expected.tolist()
-    assert not active_latents(model, sae, prompts.tokens, np.zeros(prompts.tokens.shape, bool)).any()
+    assert not active_latents(model, sae, prompts.tokens, jnp.zeros(prompts.tokens.shape, bool)).any()
 
 
 def test_prompts_longer_than_the_context_are_refused(model, getkey):

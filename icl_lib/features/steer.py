@@ -72,7 +72,7 @@ def random_latents(
     return np.asarray(jax.random.choice(key, jnp.asarray(pool, jnp.int32), (min(n, len(pool)),), replace=False))
 
 
-def percentile_of(control: Float[np.ndarray, "tasks m"], percentile: float) -> Float[np.ndarray, " tasks"]:
+def percentile_of(control: Float[np.ndarray, "tasks m"], percentile: float | int) -> Float[np.ndarray, " tasks"]:
     """The percentile of each task's control; NaN for an empty control, of which nothing is known."""
     return np.percentile(control, percentile, axis=1) if control.shape[1] else np.full(len(control), np.nan)
 
