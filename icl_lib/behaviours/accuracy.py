@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
+from icl_lib.models.cost import fitting, logits_bytes
 from icl_lib.tasks.prompts import PAPER_TEMPLATE, make_prompts
 from icl_lib.tasks.tasks import Task, read_table
 from icl_lib.tasks.template import Role, Template
 
 # Published tables by the name of the model on the hub.
 REFERENCES = {"gemma-2b-it": Path(__file__).parent / "gemma_2b_it_accuracy.tsv"}
-_LOGIT_BYTES = 2**30  # logits of one compiled step stay below this
 
 
 @eqx.filter_jit
@@ -83,7 +83,7 @@ def _accuracy(
         )
     wide = min(-(-seq // 64) * 64, config.n_ctx)  # a few widths in all, so that not every task compiles its own program
     tokens = jnp.pad(prompts.tokens, ((0, 0), (0, wide - seq)), constant_values=prompts.pad_id)
-    rows = max(1, min(n_prompts, _LOGIT_BYTES // (4 * wide * config.d_vocab)))
+    rows = fitting(logits_bytes(config, wide), n_prompts)
     guesses = np.asarray(_guesses(model, tokens, rows))[:, :seq]
     at = np.asarray(prompts.mask(Role.OUTPUT, "first") & (prompts.pair >= 0))[:, 1:]
     return float(_same_start(tokenizer, guesses[:, :-1][at], np.asarray(prompts.tokens)[:, 1:][at]).mean())

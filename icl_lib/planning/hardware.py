@@ -29,7 +29,13 @@ _TWO_CORES = ("v4", "v5p")  # named by cores, of which a device has two
 # What a process can have of it: JAX takes 92 % of a GPU (the Snakefile says so), the runtime keeps the rest. JAX's own default is less.
 _USABLE, _TAKEN = 0.92, 0.75
 # The part of the peak that these experiments reach, by our own benchmarks and by common experience; only the times depend on it.
-EFFICIENCY = 0.35
+# On a CPU it is a part of the matrix product's own rate, measured by `benchmarks/preflight_check.py --hours` on two cores.
+EFFICIENCY, _ON_CPU = 0.35, 0.65
+
+
+def efficiency(kind: str) -> float:
+    """The part of the peak speed of such devices that a notebook reaches."""
+    return _ON_CPU if kind == "cpu" else EFFICIENCY
 
 
 @dataclasses.dataclass(frozen=True)

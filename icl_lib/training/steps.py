@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
 from icl_lib.models import Site
+from icl_lib.models.cost import BUDGET, fitting
 from icl_lib.saes.activations import output_site
 from icl_lib.saes.sae import SAE
 from icl_lib.training import optimiser
@@ -30,7 +31,7 @@ THRESHOLD_DECAY = 0.99  # of the running mean of batchtopk's smallest feature
 PAIRS_FROM = 128  # latents per one kept from which topk goes by pairs on a CPU; dense products are faster below
 _SAMPLE = 4096  # tokens that the start of training looks at
 # On accelerators so many SAEs go side by side that their (batch, d_sae) arrays, about six in float32, stay below this on each device.
-_SIDE_BY_SIDE = 4e9
+_SIDE_BY_SIDE = 16 * BUDGET
 
 Buffer = Mapping[Site, Array]
 
@@ -238,7 +239,7 @@ def _step_stack(stack: Stack, rows, keys, i, suite: Suite, group) -> tuple[Stack
     sparse = suite.recipe.top and _on_cpu() and not by_latent and stack.silent.shape[1] >= PAIRS_FROM * k_max
     one = functools.partial(_step_one, step=i, recipe=suite.recipe, k_max=k_max, sparse=sparse)
     row = suite.recipe.batch_size * stack.silent.shape[1] * 6 * 4 / (suite.mesh.size if by_latent else 1)
-    over = functools.partial(_over_saes, one, suite.recipe, max(1, int(_SIDE_BY_SIDE / row)))
+    over = functools.partial(_over_saes, one, suite.recipe, fitting(row, budget=_SIDE_BY_SIDE))
     if suite.mesh is not None and suite.shard == "sae":
         spec = PartitionSpec(AXIS)
         over = jax.shard_map(over, mesh=suite.mesh, in_specs=spec, out_specs=spec, axis_names={AXIS}, check_vma=False)

@@ -15,12 +15,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from icl_lib.models import Past, Site, Transformer, run_with_cache
+from icl_lib.models.cost import BUDGET, fitting, lane_bytes, turn
 from icl_lib.saes import SAE
 from icl_lib.tasks import Prompts, Role
 from icl_lib.tasks.template import DUMMY
-
-# Work arrays of one compiled step stay below this many bytes; more vectors are done in turns.
-_CHUNK_BYTES = 2**28
 
 
 class Cut(eqx.Module):
@@ -132,16 +130,9 @@ def nll_of_one(model: Transformer, cut: Cut, vector: Array, layer: Array | None 
     return _target_nll(logits, cut.target_position, cut.targets, cut.target_mask)
 
 
-def at_once(model: Transformer, cut: Cut, n_tasks: int, n_vectors: int, limit: int = _CHUNK_BYTES) -> tuple[int, int]:
+def at_once(model: Transformer, cut: Cut, n_tasks: int, n_vectors: int, limit: int = BUDGET) -> tuple[int, int]:
     """How many tasks and vectors fit into `limit` bytes of one compiled step, from the size of logits and MLP activations."""
-    batch, suffix = cut.resid.shape[-3:-1]
-    config = model.config
-    lane = 4 * batch * suffix * (3 * config.d_vocab + 4 * config.d_mlp + 8 * config.d_model)
-    vectors = max(1, min(n_vectors, limit // lane))
-    tasks = max(1, min(n_tasks, limit // (lane * vectors)))
-    # equal turns: a smaller last one would be compiled a second time
-    even = lambda n, most: -(-n // -(-n // most))
-    return even(n_tasks, tasks), even(n_vectors, vectors)
+    return turn(model.config, *cut.resid.shape[-3:-1], n_tasks, n_vectors, limit)
 
 
 def with_task_axis(cut: Cut) -> Cut:
@@ -334,10 +325,10 @@ def negative_steering(
     arrows = np.asarray(prompts.mask(Role.ARROW, "last")) & (np.asarray(prompts.pair) >= 0)
     vectors = -latent_directions(sae, latents, scale)
     tokens = np.asarray(prompts.tokens)
-    lane = 4 * tokens.shape[-2] * tokens.shape[-1] * (2 * model.config.d_vocab + 4 * model.config.d_mlp)
+    lane = lane_bytes(model.config, *tokens.shape[-2:])
     flat = lambda x: jnp.asarray(x).reshape(-1, *x.shape[tokens.ndim - 2 :])
     answers = tuple(flat(x) for x in (targets.astype(np.int32), valid, (position - 1).astype(np.int32)))
-    n = max(1, min(vectors.size // vectors.shape[-1], _CHUNK_BYTES // lane))
+    n = fitting(lane, vectors.size // vectors.shape[-1])
     out = _steer_arrows(
         model, flat(tokens.astype(np.int32)), flat(arrows), answers, vectors.reshape(-1, vectors.shape[-1]), layer, n
     )
