@@ -244,11 +244,9 @@ def test_arithmetic_agrees_with_the_compiler(family):
         effect_prompts=8,
     )
     weights = 4 * n_params(config)
-    kinds = {}
-    for step in steps(card, config, Part()):
-        kinds.setdefault(step.what.split(" at ")[0], step.cost)
-    costs = {what: cost for what, cost in kinds.items() if cost.program is not None}
-    assert len(costs) == 16
+    by_program = {step.cost.program.__qualname__: step for step in steps(card, config, Part()) if step.cost.program}
+    costs = {step.what: step.cost for step in by_program.values()}
+    assert len(costs) == 9
     for what, cost in costs.items():
         compiled = preflight.measured(cost, config, "float32")
         assert (weights + cost.temp) / (weights + compiled.temp) == pytest.approx(1, abs=0.25), what

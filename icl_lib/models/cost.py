@@ -20,6 +20,7 @@ import jax
 
 from icl_lib.models.config import ModelConfig
 from icl_lib.models.families import n_params
+from icl_lib.models.sites import Site, record
 
 # Work arrays of one compiled step stay below this many bytes; more lanes are done in turns.
 BUDGET = 2**28
@@ -142,15 +143,24 @@ def abstract_array(shape: tuple[int, ...], dtype="int32") -> jax.ShapeDtypeStruc
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+def _last_residual(model, tokens):
+    """A pass without logits: what is read from the residual stream comes out of such a one."""
+    cache = {}
+    model(tokens, tap=record([Site("resid_post", model.config.n_layers - 1)], cache))
+    return cache
+
+
 def forward_cost(
     config: ModelConfig, batch: int, seq: int, part: Part = Part(), *, layers: int | None = None, logits: bool = True,
     program: Callable | None = None, other_flops: float | int = 0, other_row: float | int = 0, fixed: float | int = 0,
 ) -> Cost:  # fmt: skip
-    """A pass of whole prompts through `layers` blocks (all by default), to the logits or without.
+    """A pass of whole prompts through `layers` blocks (all by default), to the logits (as `program` computes them) or without.
 
     `other_flops` are of each token; `other_row` and `fixed` are as in `Cost`.
     """
     flops = batch * seq * token_flops(config, seq, logits, layers)
     row = forward_bytes(config, seq, part) if logits else block_bytes(config, seq, part)
     depth = config.n_layers if layers is None else layers
+    if not logits:
+        program = lambda model: (_last_residual, abstract_array((batch, seq)))
     return Cost(batch, seq, depth, flops, row, program, batch * seq * other_flops, other_row, fixed)

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,10 +27,12 @@ import yaml
 
 from icl_lib.cards.card import CardError
 from icl_lib.cards.checks import defaults_of, full_card
+from icl_lib.embedded.catalogue import CATALOGUE
 from icl_lib.files.paths import resolve, root
 from icl_lib.models import load_tokenizer
+from icl_lib.planning.dictionaries import sites_of
 from icl_lib.planning.preflight import sizes_of
-from icl_lib.planning.stand_in import sites_of, write_model, write_saes
+from icl_lib.planning.stand_in import write_model, write_saes
 from icl_lib.saes.formats.suites import has_layer, layers_of, with_layer
 from icl_lib.tasks import Task, Template, load_tasks
 from icl_lib.tasks.tasks import DATA_VARIABLE, URLS
@@ -53,10 +56,8 @@ def small_layers(card: Mapping[str, Any], n_layers: int) -> tuple[dict[str, Any]
     them as far as there is room.
     """
     executor, detector, circuit = card["layer_executor"], card["layer_detector"], card["circuit_layers"]
-    residual = next(p for p in card["saes"] if not has_layer(p) or sites_of(p, 0)[0].name.startswith("resid"))
-    behind = (
-        1 if has_layer(residual) and sites_of(residual, 0)[0].name == "resid_post" else 0
-    )  # such a file serves the next layer
+    residual = next(p for p in card["saes"] if sites_of(p, 0)[0][0].kind == "residual")
+    behind = int(sites_of(residual, 0)[0][0].name == "resid_post")  # such a file serves the next layer
     some = sorted({circuit[0], circuit[-1], *({executor} & set(circuit))})
     kept = sorted({executor - behind, detector - behind, *some} & set(card["sae_layers"]))
     named = sorted({executor, detector, *some, *kept})
@@ -131,22 +132,11 @@ def run(small_card: Path, notebooks: Iterable[str] | None = None, cores: int = 2
     run_dir = Path(yaml.safe_load(small_card.read_text())["run_dir"])
     targets = ["all"] if notebooks is None else [str(run_dir / "notebooks" / f"{name}.ipynb") for name in notebooks]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    environment |= {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"
-    }  # most of the time goes into compiling, which then takes a third
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--configfile",
-        str(small_card),
-        "--cores",
-        str(cores),
-        "--keep-going",
-        "--nolock",
-        "--quiet",
-        "all",
-    ]
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = (
+        "1"  # most of the time goes into compiling, which then takes a third
+    )
+    options = f"--configfile {shlex.quote(str(small_card))} --cores {cores} --keep-going --nolock --quiet all"
+    command = [sys.executable, "-m", "snakemake", *shlex.split(options)]
     done = subprocess.run([*command, "--", *targets], cwd=root(), env=environment, capture_output=True, text=True)
     return done.returncode == 0, done.stdout + done.stderr
 
@@ -159,7 +149,7 @@ def rehearse(name: str, notebooks: Iterable[str] | None = None, **sizes: int) ->
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else root() / "params" / f"{name}.yaml"
     start, folder = time.monotonic(), root() / "runs" / "rehearsal"
     card = defaults_of(full_card(path))
-    if Path(resolve(card["model"])) == root() / "assets" / "icl-tiny":
+    if embedded(card["model"]):
         raise CardError(f"{path} is the embedded model's own card, which runs as it is; {which()}")
     small = prepare(card, folder / card["card"], **sizes)
     good, text = run(small, notebooks)
@@ -173,7 +163,7 @@ def rehearse(name: str, notebooks: Iterable[str] | None = None, **sizes: int) ->
         "card": card["card"],
         "good": good,
         "seconds": seconds,
-        "notebooks": {notebook: int(took) for notebook, took in times},
+        "notebooks": {name: int(took) for name, took in times},
     }
     line |= {"cores": os.cpu_count(), "date": datetime.date.today().isoformat()}
     with open(folder / "times.jsonl", "a") as file:
@@ -181,9 +171,15 @@ def rehearse(name: str, notebooks: Iterable[str] | None = None, **sizes: int) ->
     return good
 
 
+def embedded(model: str) -> bool:
+    """Whether a card's model is one of the catalogue, by its name or by its folder."""
+    return any(model == entry.name or Path(resolve(model)) == entry.model for entry in CATALOGUE.values())
+
+
 def cards() -> list[Path]:
-    """The cards that can be rehearsed: all but that of the embedded model."""
-    return sorted(path for path in (root() / "params").glob("*.yaml") if path.stem != "tiny")
+    """The cards that can be rehearsed: all but those of embedded models."""
+    found = sorted((root() / "params").glob("*.yaml"))
+    return [path for path in found if not embedded(yaml.safe_load(path.read_text()).get("model", ""))]
 
 
 def which() -> str:

@@ -21,7 +21,7 @@ from icl_lib.vectors.cost import ANSWER_TOKENS, cleaning_cost, insertion_cost, s
 # Tokens of a pair with its arrow and newline, of the longest task of each source: prompts are padded to that.
 PAIR_TOKENS = {"embedded": 6, "paper": 16, "function_vectors": 40}
 PREFIX_TOKENS = 12
-TEXT_TOKENS = 128  # of a row on which notebook 01 judges SAEs (those of the embedded model's language are shorter)
+TEXT_TOKENS = 128  # of a row on which notebook 01 judges SAEs, where the context has room
 N_TASKS = {"embedded": 28, "paper": 23, "function_vectors": 53}
 CANDIDATES = 50  # latents that survive cleaning in some task, as far as it can be said beforehand
 SHARE_OF_STEPS = 0.5  # of a cleaning's most steps, that it takes until its last lane has stopped
@@ -72,6 +72,7 @@ def steps(card: Mapping[str, Any], config: ModelConfig, part: Part) -> list[Step
     def clean(layer, rows, n_l1, n_steps, suffix=ANSWER_TOKENS):
         return cleaning_cost(config, rows, suffix, seq(0), behind(layer), tasks, n_l1, SHARE_OF_STEPS * n_steps, part)
 
+    text = min(TEXT_TOKENS, config.n_ctx)
     swept = [d.site.layer for d in saes if d.site.name == "resid_pre" and d.site.layer >= 2]
     of_tvc = (card["tvc_prompts"], card["tvc_steps"])
     dummy = pair + ANSWER_TOKENS  # from the dummy's output to the answer
@@ -82,9 +83,9 @@ def steps(card: Mapping[str, Any], config: ModelConfig, part: Part) -> list[Step
     table = [
         ("00", "accuracy by shots", answers_cost(config, n, seq(card["max_shots"]), part), 3 * tasks),
         ("00", "controls", answers_cost(config, n, seq(5), part), 15 * tasks),
-        ("01", "activations of all SAE sites", recording_cost(config, 16, TEXT_TOKENS, part, len(saes)), card["rate_rows"] / 16),
-        *(("01", "firing rates", encoding_cost(card["rate_rows"], TEXT_TOKENS, sae), 1) for sae in saes),
-        ("01", "quality with each SAE in place", quality_cost(config, 16, TEXT_TOKENS, part, saes), card["quality_rows"] / 16),
+        ("01", "activations of all SAE sites", recording_cost(config, 16, text, part, len(saes)), card["rate_rows"] / 16),
+        *(("01", "firing rates", encoding_cost(card["rate_rows"], text, sae), 1) for sae in saes),
+        ("01", "quality with each SAE in place", quality_cost(config, 16, text, part, saes), card["quality_rows"] / 16),
         ("02", "task vectors", task_vector_cost(config, n, long, part), 8 * tasks),
         # 5 of methods and the choice, 8 by shots, 7 of controls, 3 of differences; all from layer 0 on
         ("02", "vectors inserted at every layer", insert(0, config.n_layers), 23),

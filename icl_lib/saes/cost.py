@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-from icl_lib.models import ModelConfig, Site, record
+from icl_lib.models import ModelConfig, Site
 from icl_lib.models.cost import Cost, Part, abstract_array, forward_cost, logits_bytes
+from icl_lib.saes.quality import cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +53,8 @@ def recording_cost(
 ) -> Cost:
     """A pass without logits that keeps `sites` residuals, some of which `encoders` then encode (`harvest`, `activation_mass`)."""
 
-    def run(model, tokens):
-        cache = {}
-        model(tokens, tap=record([Site("resid_post", model.config.n_layers - 1)], cache))
-        return cache
-
     return forward_cost(
-        config, batch, seq, part, logits=False, program=lambda model: (run, abstract_array((batch, seq))),
+        config, batch, seq, part, logits=False,
         other_flops=sum(d.encode_flops for d in encoders),
         other_row=sites * seq * config.d_model * part.size + latents_bytes(seq, encoders),
     )  # fmt: skip
@@ -73,5 +69,11 @@ def encoding_cost(rows: int, seq: int, sae: Dictionary) -> Cost:
 
 def quality_cost(config: ModelConfig, batch: int, seq: int, part: Part, saes: Sequence[Dictionary]) -> Cost:
     """One batch of `quality_table`: a clean pass and three with each SAE's target replaced; each SAE runs twice."""
-    cost = forward_cost(config, batch, seq, part, other_flops=2 * sum(d.flops for d in saes))
-    return dataclasses.replace(cost, other_row=logits_bytes(config, seq, part), passes=1 + 3 * len(saes))
+
+    def program(model):
+        run = lambda model, tokens, mask: cross_entropy(model(tokens), tokens, mask)
+        return run, abstract_array((batch, seq)), abstract_array((batch, seq), bool)
+
+    kept, flops = logits_bytes(config, seq, part), 2 * sum(d.flops for d in saes)
+    cost = forward_cost(config, batch, seq, part, program=program, other_flops=flops, other_row=kept)
+    return dataclasses.replace(cost, passes=1 + 3 * len(saes))

@@ -1,5 +1,7 @@
 """What task vectors, insertions and cleaning cost, in the turns that these functions take."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 from icl_lib.models import ModelConfig, Past, cost
 from icl_lib.models.cost import Cost, Part, abstract_array
 from icl_lib.vectors.cleaning import _TURN_BYTES
-from icl_lib.vectors.insert import Cut, _all_nll, nll_of_one
+from icl_lib.vectors.insert import Cut, _all_nll, _steer_arrows, nll_of_one
 from icl_lib.vectors.task_vectors import _mean_resid
 
 ANSWER_TOKENS = 2  # rows from the query's arrow to the token that predicts the second of the answer
@@ -25,15 +27,21 @@ def abstract_cut(config: ModelConfig, batch: int, suffix: int, seq: int, dtype, 
     return eqx.filter_eval_shape(build)
 
 
+def _pass_bytes(config: ModelConfig, seq: int, part: Part) -> float | int:
+    """Bytes of one row of one vector's pass: logits of all its tokens, and of those that predict the answer twice more."""
+    logits = cost.logits_bytes(config, seq + 2 * ANSWER_TOKENS, part)
+    return max(logits, cost.block_bytes(config, seq, part))
+
+
 def task_vector_cost(config: ModelConfig, batch: int, seq: int, part: Part) -> Cost:
     """`task_vector` of one task: a pass without logits, of which means are kept."""
 
     def program(model):
         layers = tuple(range(model.config.n_layers))
-        shapes = abstract_array((1, batch, seq)), abstract_array((1, batch, seq), "float32")
-        return (lambda model, tokens, weight: _mean_resid(model, tokens, weight, layers)), *shapes
+        run = lambda model, tokens, weight: _mean_resid(model, tokens, weight, layers)
+        return run, abstract_array((1, batch, seq)), abstract_array((1, batch, seq), "float32")
 
-    return cost.forward_cost(config, batch, seq, part, logits=False, program=program)
+    return dataclasses.replace(cost.forward_cost(config, batch, seq, part, logits=False), program=program)
 
 
 def insertion_cost(
@@ -53,7 +61,7 @@ def insertion_cost(
 
     return Cost(
         batch, suffix, layers, lanes * batch * suffix * cost.token_flops(config, seq, layers=layers),
-        lanes * cost.forward_bytes(config, suffix, part), program, other_row=n_tasks * cost.past_bytes(config, seq - suffix, part),
+        lanes * _pass_bytes(config, suffix, part), program, other_row=n_tasks * cost.past_bytes(config, seq - suffix, part),
         passes=n_tasks * n_vectors / lanes,
     )  # fmt: skip
 
@@ -63,11 +71,17 @@ def steering_cost(
 ) -> Cost:
     """`negative_steering` of whole prompts of all tasks by `n_vectors` latents one after another."""
     lanes = cost.fitting(cost.lane_bytes(config, batch, seq), n_vectors)
-    flops, row = (
-        batch * seq * cost.token_flops(config, seq, layers=layers),
-        lanes * cost.forward_bytes(config, seq, part),
+    flops = lanes * batch * seq * cost.token_flops(config, seq, layers=layers)
+
+    def program(model):
+        tokens, arrows = (abstract_array((1, batch, seq), dtype) for dtype in ("int32", bool))
+        answers = tuple(abstract_array((1, batch, 2), dtype) for dtype in ("int32", bool, "int32"))
+        run = lambda model, *rest: _steer_arrows(model, *rest, 0, lanes)
+        return run, tokens, arrows, answers, abstract_array((lanes, config.d_model), "float32")
+
+    return Cost(
+        batch, seq, layers, flops, lanes * _pass_bytes(config, seq, part), program, passes=n_tasks * n_vectors / lanes
     )
-    return Cost(batch, seq, layers, lanes * flops, row, passes=n_tasks * n_vectors / lanes)
 
 
 def cleaning_cost(
