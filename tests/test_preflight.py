@@ -1,4 +1,5 @@
-"""Preflight: devices as they are written, what fits and what does not, and its figures against the compiler and a real process."""
+"""Preflight: devices as they are written, what fits and what does not, and its figures against the compiler and a real
+process."""
 
 import dataclasses
 import json
@@ -279,7 +280,8 @@ def test_the_flops_of_saes_are_those_of_what_notebooks_compute(what):
 
 
 def test_saes_and_tables_are_counted_beside_what_is_compiled():
-    """They are no part of the compiled function: both figures have them, and the largest batch divides only what goes by rows."""
+    """They are no part of the compiled function: both figures have them, and the largest batch divides only what goes
+    by rows."""
     config = tiny_config(n_layers=4, d_model=32, d_vocab=100, n_ctx=256)
     card = _card("tiny", circuit_layers=[1, 2], layer_executor=3, layer_detector=2, sae_layers=[1, 2], n_prompts=4)
     todo = {step.what: step.cost for step in steps(card, config, Part())}

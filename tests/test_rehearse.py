@@ -185,7 +185,8 @@ def test_a_small_config_keeps_what_makes_its_model():
 # one of each family and set of formats; the other two differ from these in numbers only
 @pytest.mark.parametrize("name", sorted(set(CARDS) - {"gemma-1-2b", "gemma-2-2b-65k"}))
 def test_a_stand_in_goes_through_the_code_of_its_card(name, tmp_path):
-    """Model, tokenizer and SAEs are read back by the readers of the real files, at the sites that the card counts on."""
+    """Model, tokenizer and SAEs are read back by the readers of the real files, at the sites that the card counts
+    on."""
     card = _card(name)
     small = yaml.safe_load(rehearse.prepare(card, tmp_path / name).read_text())
     assert set(small) == set(card), "a rehearsal sets the same keys"
@@ -260,7 +261,8 @@ def test_executors_that_never_fire_have_no_mass_and_are_drawn():
 
 
 def _turn() -> tuple[int, str]:
-    """A number that is the same for the same sources, and what it was taken from: the commit, or the sources where there is no git."""
+    """A number that is the same for the same sources, and what it was taken from: the commit, or the sources where
+    there is no git."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root(), capture_output=True, text=True)
     if done.returncode == 0:
         return int(done.stdout, 16), f"commit {done.stdout[:12]}"
@@ -270,7 +272,8 @@ def _turn() -> tuple[int, str]:
 
 
 def test_a_card_is_rehearsed_by_turns(tmp_path):
-    """One card, 04 with what it needs at one commit and the other notebooks at another (all of all cards: `make rehearse-all`)."""
+    """One card, 04 with what it needs at one commit and the other notebooks at another (all of all cards: `make
+    rehearse-all`)."""
     number, taken_from = _turn()
     turn = number % (2 * len(CARDS))
     name, notebooks = CARDS[turn // 2], (CHAIN[-1:], OTHERS)[turn % 2]

@@ -43,9 +43,11 @@ def _abstract_suite(config: ModelConfig, dtype) -> dict[Site, SAE]:
 def node_effects_cost(
     config: ModelConfig, batch: int, seq: int, layers: int, n_tasks: int, saes: Sequence[Dictionary], part: Part
 ) -> Cost:
-    """`node_effects` on one task: a pass, and its gradient back through the last `layers` layers, below which none is asked for.
+    """`node_effects` on one task: a pass, and its gradient back through the last `layers` layers, below which none is
+    asked for.
 
-    Each SAE runs, and its decoder once more for the gradient by the latents. Tables of two metrics, two each, and a ranking are held.
+    Each SAE runs, and its decoder once more for the gradient by the latents. Tables of two metrics, two each, and a
+    ranking are held.
     """
 
     def program(model):
@@ -63,7 +65,8 @@ def node_effects_cost(
 def ablation_cost(
     config: ModelConfig, batch: int, seq: int, layers: int, n_tasks: int, saes: Sequence[Dictionary], part: Part, whole: bool
 ) -> Cost:  # fmt: skip
-    """One pass of an ablation on one task from the first SAE on, with all latents (`whole`) or a number that costs next to nothing.
+    """One pass of an ablation on one task from the first SAE on, with all latents (`whole`) or a number that costs next
+    to nothing.
 
     Held are tables of effects by two metrics (2 each) and means, a ranking, eight random ones, and one of a setting.
     """

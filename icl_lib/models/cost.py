@@ -1,13 +1,18 @@
-r"""What a pass of a model costs in bytes and FLOPs: the one home of these formulas, for the library's own turns and for preflight.
+r"""What a pass of a model costs in bytes and FLOPs: the one home of these formulas, for the library's own turns and for
+preflight.
 
-With b rows, s tokens, V words, D width, F MLP width, H heads and e bytes a number; what tensor parallelism divides is divided by the
+With b rows, s tokens, V words, D width, F MLP width, H heads and e bytes a number; what tensor parallelism divides is
+divided by the
 m devices of the model's axis:
 
 - logits: b s V 4 a copy; a forward pass has two of them, a gradient three
-- a block without a gradient: 3 b s F e (2 without a gate) or three copies of the scores, 12 b H s^2, whichever is more, and 4 b s D 4
-- a layer that keeps what its gradient needs: 3 b s F e (2 without a gate), 9 b s D 4 and two copies of the scores, 8 b H s^2
+- a block without a gradient: 3 b s F e (2 without a gate) or three copies of the scores, 12 b H s^2, whichever is more,
+and 4 b s D 4
+- a layer that keeps what its gradient needs: 3 b s F e (2 without a gate), 9 b s D 4 and two copies of the scores, 8 b
+H s^2
 
-A token costs 2 FLOPs for each weight of the blocks and of the output matrix, and 4 H d_head s for its scores; a gradient by the
+A token costs 2 FLOPs for each weight of the blocks and of the output matrix, and 4 H d_head s for its scores; a
+gradient by the
 activations costs as much again.
 """
 
@@ -38,10 +43,14 @@ class Part:
 class Cost:
     """What one call of a library function costs, which runs a program on `rows` prompts of `seq` tokens `passes` times.
 
-    `model_flops` are those of the model in one pass, on all devices together; `model_row` are the bytes of its work arrays that a row
-    adds on one device. `program(model)` gives a function of the library and the abstract arguments that follow the model, so that a
-    compiler can be asked in the place of these two; it is None where the model does not run. What that function leaves out is counted
-    beside it: `other_flops` of a call and `other_row` bytes, of SAEs and of what is kept, and `fixed` bytes whatever the rows.
+    `model_flops` are those of the model in one pass, on all devices together; `model_row` are the bytes of its work
+    arrays that a row
+    adds on one device. `program(model)` gives a function of the library and the abstract arguments that follow the
+    model, so that a
+    compiler can be asked in the place of these two; it is None where the model does not run. What that function leaves
+    out is counted
+    beside it: `other_flops` of a call and `other_row` bytes, of SAEs and of what is kept, and `fixed` bytes whatever
+    the rows.
     """
 
     rows: int
@@ -116,7 +125,8 @@ def past_bytes(config: ModelConfig, tokens: int, part: Part = Part()) -> float |
 
 
 def lane_bytes(config: ModelConfig, batch: int, seq: int) -> int:
-    """Bytes of one vector's pass over the last `seq` tokens of `batch` prompts, from the size of logits and MLP activations."""
+    """Bytes of one vector's pass over the last `seq` tokens of `batch` prompts, from the size of logits and MLP
+    activations."""
     return 4 * batch * seq * (3 * config.d_vocab + 4 * config.d_mlp + 8 * config.d_model)
 
 
@@ -154,7 +164,8 @@ def forward_cost(
     config: ModelConfig, batch: int, seq: int, part: Part = Part(), *, layers: int | None = None, logits: bool = True,
     program: Callable | None = None, other_flops: float | int = 0, other_row: float | int = 0, fixed: float | int = 0,
 ) -> Cost:  # fmt: skip
-    """A pass of whole prompts through `layers` blocks (all by default), to the logits (as `program` computes them) or without.
+    """A pass of whole prompts through `layers` blocks (all by default), to the logits (as `program` computes them) or
+    without.
 
     `other_flops` are of each token; `other_row` and `fixed` are as in `Cost`.
     """

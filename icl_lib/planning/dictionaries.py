@@ -1,4 +1,5 @@
-"""The SAEs that a card names, as far as their names tell: where they read, how wide they are, what they hold and cost."""
+"""The SAEs that a card names, as far as their names tell: where they read, how wide they are, what they hold and
+cost."""
 
 import json
 import re
@@ -20,7 +21,8 @@ _OWN = (("resid_pre", "resid_pre"), ("attn_out", "attn_out"), ("mlp_in", "mlp_ou
 def sites_of(pattern: str, layer: int) -> list[tuple[Site, Site]]:
     """Where the SAEs sit, (input, output) of each, that this name stands for with that number in it.
 
-    A name with `{layer}` in it stands for one, which the formats' own readers find; any other for a suite of our own, of three.
+    A name with `{layer}` in it stands for one, which the formats' own readers find; any other for a suite of our own,
+    of three.
     Raises `ValueError` if the name does not say where its SAEs sit.
     """
     if not has_layer(pattern):
@@ -55,7 +57,8 @@ def dictionaries(card: Mapping[str, Any], config: ModelConfig) -> list[Dictionar
 
 
 def _latents(pattern: str, config: ModelConfig) -> int:
-    """Latents of the SAEs that a pattern names; of a suite of our own from its files, and 16 times the width where there are none."""
+    """Latents of the SAEs that a pattern names; of a suite of our own from its files, and 16 times the width where
+    there are none."""
     if scope := re.search(r"width_(\d+)(k|m)", pattern):
         thousands = int(scope[1]) * (1000 if scope[2] == "k" else 1_000_000)
         return 2 ** thousands.bit_length()  # 16k is 2^14, 65k 2^16, 1m 2^20

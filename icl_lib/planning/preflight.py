@@ -2,10 +2,14 @@
 
     python -m icl_lib.commands.preflight params/gemma-2-9b.yaml --devices 8xv5e
 
-Prints parameters, bytes per device, disk, FLOPs and a time estimate per notebook, and the largest batch that fits; exit status 1 and one
-message if the card cannot fit. It needs no network: the sizes of the cards' models are part of the package, those of any other are read
-from its folder. Where the named devices are there, the largest computations are compiled for them (at two depths, from which the full one
-follows: memory and FLOPs are linear in the number of layers) and the compiler's figures take the place of the arithmetic; host memory
+Prints parameters, bytes per device, disk, FLOPs and a time estimate per notebook, and the largest batch that fits; exit
+status 1 and one
+message if the card cannot fit. It needs no network: the sizes of the cards' models are part of the package, those of
+any other are read
+from its folder. Where the named devices are there, the largest computations are compiled for them (at two depths, from
+which the full one
+follows: memory and FLOPs are linear in the number of layers) and the compiler's figures take the place of the
+arithmetic; host memory
 and disk are then this machine's, and have to suffice as well.
 """
 
@@ -93,7 +97,8 @@ def sizes_of(model: str) -> ModelConfig:
 
 
 def estimate(card: Mapping[str, Any], devices: Devices, compile: bool | None = None) -> Estimate:
-    """What the card asks of these devices. `compile` None compiles where they are present. Raises `PreflightError` or `CardError`."""
+    """What the card asks of these devices. `compile` None compiles where they are present. Raises `PreflightError` or
+    `CardError`."""
     config = sizes_of(card["model"])
     check_against_model(card, card["card"])
     split, size = largest_split(config, devices.count), 4 if devices.dtype == "float32" else 2
@@ -113,7 +118,8 @@ def estimate(card: Mapping[str, Any], devices: Devices, compile: bool | None = N
 
 
 def _downloaded(model: str) -> bool:
-    """Whether the model is a folder, or lies in the hub's cache with all its weights; a download that broke off has none or some of them."""
+    """Whether the model is a folder, or lies in the hub's cache with all its weights; a download that broke off has
+    none or some of them."""
     if Path(resolve(model)).is_dir():
         return True
     cached = lambda name: try_to_load_from_cache(model, name)  # noqa: E731
@@ -137,7 +143,8 @@ def _stored(model: str) -> int:
 
 
 def measured(cost: Cost, config: ModelConfig, dtype: str, split: int = 1) -> Cost:
-    """The cost with the compiler's figures for the devices that are there; what the function leaves out stays as in the arithmetic."""
+    """The cost with the compiler's figures for the devices that are there; what the function leaves out stays as in the
+    arithmetic."""
     if cost.program is None:
         return cost
     low, high = (_compiled(cost, _shallow(config, depth), dtype, split) for depth in _DEPTHS)

@@ -3,9 +3,12 @@
     python -m icl_lib.commands.rehearse gemma-2-9b          # or params/gemma-2-9b.yaml
     python -m icl_lib.commands.rehearse --all
 
-Writes `runs/rehearsal/CARD/`: a model of the card's family with few layers and random weights, SAEs in the card's formats, a few tasks, and
-a card with the same keys, whose layers are mapped onto the small model and whose sizes are cut down. Then it runs all notebooks on that
-card through the Snakefile, with the hub switched off, and adds a line with their times to `runs/rehearsal/times.jsonl`. Claims are not
+Writes `runs/rehearsal/CARD/`: a model of the card's family with few layers and random weights, SAEs in the card's
+formats, a few tasks, and
+a card with the same keys, whose layers are mapped onto the small model and whose sizes are cut down. Then it runs all
+notebooks on that
+card through the Snakefile, with the hub switched off, and adds a line with their times to `runs/rehearsal/times.jsonl`.
+Claims are not
 asserted, because nothing is true of random weights; all else is.
 """
 
@@ -38,7 +41,8 @@ from icl_lib.tasks import Task, Template, load_tasks
 from icl_lib.tasks.tasks import DATA_VARIABLE, URLS
 
 MOST_LAYERS = 7
-# Tasks of each kind: shared inputs, shared outputs, several tokens, one of each group. Those that a source has are taken.
+# Tasks of each kind: shared inputs, shared outputs, several tokens, one of each group. Those that a source has are
+# taken.
 _TASKS = (
     "country_capital", "location_language", "antonyms", "present_past", "present_simple_past_simple", "en_es", "es_en", "next_item", "algo_first",
 )  # fmt: skip
@@ -51,8 +55,10 @@ _SIZES = {
 def small_layers(card: Mapping[str, Any], n_layers: int) -> tuple[dict[str, Any], int]:
     """The card's layer keys for a small model, and how many layers that has.
 
-    Kept are the layers of executors and detectors, the first and last of circuits, and the SAEs that these need. They are mapped in
-    proportion and moved apart where they come too close: the order stays, neighbours stay neighbours, and others keep a layer between
+    Kept are the layers of executors and detectors, the first and last of circuits, and the SAEs that these need. They
+    are mapped in
+    proportion and moved apart where they come too close: the order stays, neighbours stay neighbours, and others keep a
+    layer between
     them as far as there is room.
     """
     executor, detector, circuit = card["layer_executor"], card["layer_detector"], card["circuit_layers"]
@@ -93,7 +99,8 @@ def small_tasks(source: str, folder: Path) -> dict[str, Task]:
 
 
 def prepare(card: Mapping[str, Any], folder: Path, **sizes: int) -> Path:
-    """Write the stand-ins of a card and its small card into `folder`, which is emptied first; the path of the small card.
+    """Write the stand-ins of a card and its small card into `folder`, which is emptied first; the path of the small
+    card.
 
     `sizes` changes the cut-down sizes. Raises `CardError` or `PreflightError` where the card does not fit its model.
     """
@@ -128,7 +135,8 @@ def _write_text(tasks: Mapping[str, Task], path: Path) -> Path:
 
 
 def run(small_card: Path, notebooks: Iterable[str] | None = None, cores: int = 2) -> tuple[bool, str]:
-    """Run the notebooks (all, or the named ones with what they need) of a small card; whether all went well, and what was printed."""
+    """Run the notebooks (all, or the named ones with what they need) of a small card; whether all went well, and what
+    was printed."""
     run_dir = Path(yaml.safe_load(small_card.read_text())["run_dir"])
     targets = ["all"] if notebooks is None else [str(run_dir / "notebooks" / f"{name}.ipynb") for name in notebooks]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}

@@ -1,6 +1,7 @@
 """Stand-ins of the models and SAEs that a card names: same family, same file formats, small random weights.
 
-They say nothing about the model. They go through the same code: the family's config and tensor names, its kind of tokenizer with the
+They say nothing about the model. They go through the same code: the family's config and tensor names, its kind of
+tokenizer with the
 special tokens of its template, and SAEs in the format, at the sites and under the folder names that the card gives.
 """
 
@@ -43,7 +44,8 @@ _SPECIAL = {
 
 
 def small_tokenizer(family: str, lines: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of the family's kind trained on `lines`: SentencePiece-like for Gemma and Phi, byte-level for the others."""
+    """A tokenizer of the family's kind trained on `lines`: SentencePiece-like for Gemma and Phi, byte-level for the
+    others."""
     named, others = _SPECIAL[family]
     special = list(dict.fromkeys([*named.values(), *others]))
     if family in ("gemma", "gemma2", "phi3"):
@@ -73,10 +75,12 @@ def small_tokenizer(family: str, lines: list[str]) -> PreTrainedTokenizerFast:
 
 
 def small_config(config: ModelConfig, n_layers: int, tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
-    """The same family with few and narrow layers: shared and separate key heads, rotary part and windows in proportion."""
+    """The same family with few and narrow layers: shared and separate key heads, rotary part and windows in
+    proportion."""
     n_heads = 4
     kv = {1: 1, config.n_heads: n_heads}.get(config.n_kv_heads, 2)
-    # where the heads together are wider or narrower than the residual stream, they are here: SAEs of `z` see the difference
+    # where the heads together are wider or narrower than the residual stream, they are here: SAEs of `z` see the
+    # difference
     d_head = 16 if config.n_heads * config.d_head == config.d_model else 24
     windows = None if config.windows is None else tuple(None if w is None else 48 for w in config.windows[:n_layers])
     token = lambda name, other: other if getattr(tokenizer, name) is None else int(getattr(tokenizer, name))  # noqa: E731
@@ -103,7 +107,8 @@ def write_model(
 def write_saes(
     card: Mapping[str, Any], root: Path, model: Transformer, tasks: Mapping[str, Task], tokenizer, template: Template
 ) -> None:
-    """The SAEs of a card in the format of each of its names, below `root`; thresholds so that about a tenth of the latents fire."""
+    """The SAEs of a card in the format of each of its names, below `root`; thresholds so that about a tenth of the
+    latents fire."""
     # (input, output) -> name and layer
     wanted = {
         sites: (pattern, layer)
@@ -168,7 +173,8 @@ def random_sae(
 
 
 def write_dictionary(sae: SAE, folder: Path) -> None:
-    """`ae.pt` with the tensors of dictionary_learning's AutoEncoder, of which SFC's dictionaries for Pythia are. Needs PyTorch."""
+    """`ae.pt` with the tensors of dictionary_learning's AutoEncoder, of which SFC's dictionaries for Pythia are. Needs
+    PyTorch."""
     try:
         import torch
     except ModuleNotFoundError as error:

@@ -1,6 +1,8 @@
-"""What the notebooks of a card compute: which of the library's costly functions each calls, on what, and how many times.
+"""What the notebooks of a card compute: which of the library's costly functions each calls, on what, and how many
+times.
 
-What one call costs is said where the function is (`cost.py` in the rooms of the library); here is only how often it is called.
+What one call costs is said where the function is (`cost.py` in the rooms of the library); here is only how often it is
+called.
 """
 
 import dataclasses
@@ -54,7 +56,8 @@ def n_tasks(source: str) -> int:
 
 
 def steps(card: Mapping[str, Any], config: ModelConfig, part: Part) -> list[Step]:
-    """The computations of all notebooks that decide memory or time, on one `part` of the devices along the model's axis."""
+    """The computations of all notebooks that decide memory or time, on one `part` of the devices along the model's
+    axis."""
     saes, tasks = dictionaries(card, config), n_tasks(card["tasks"])
     pair = PAIR_TOKENS.get(card["tasks"], PAIR_TOKENS["paper"])  # of a folder's words nothing is known
     seq = lambda shots: min((shots + 1) * pair + PREFIX_TOKENS, config.n_ctx)
@@ -104,7 +107,8 @@ def steps(card: Mapping[str, Any], config: ModelConfig, part: Part) -> list[Step
         ("05", "node effects", node_effects_cost(config, card["effect_prompts"], shots, below, tasks, circuit, part), 2 * tasks),
         # nodes kept, at seven counts and at random, and both ends of three settings
         ("05", "ablation", ablate(True), (2 * 7 + 3 * 2) * tasks),
-        # nodes taken away likewise, two halvings, the matrix and its control, means; and 2 x 200 nodes alone in one task
+        # nodes taken away likewise, two halvings, the matrix and its control, means; and 2 x 200 nodes alone in one
+        # task
         ("05", "ablation of few nodes", ablate(False), (2 * 7 + 2 * 20 + tasks + 1 + 2 * 7) * tasks + 400),
     ]  # fmt: skip
     return [Step(*line) for line in table]

@@ -1,4 +1,5 @@
-"""What SAEs cost: their own sizes, and the passes in which they encode, are recorded for, or stand in the model's place."""
+"""What SAEs cost: their own sizes, and the passes in which they encode, are recorded for, or stand in the model's
+place."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -51,7 +52,8 @@ def latents_bytes(seq: int, saes: Sequence[Dictionary], copies: int = 2) -> int:
 def recording_cost(
     config: ModelConfig, batch: int, seq: int, part: Part, sites: int = 0, encoders: Sequence[Dictionary] = ()
 ) -> Cost:
-    """A pass without logits that keeps `sites` residuals, some of which `encoders` then encode (`harvest`, `activation_mass`)."""
+    """A pass without logits that keeps `sites` residuals, some of which `encoders` then encode (`harvest`,
+    `activation_mass`)."""
 
     return forward_cost(
         config, batch, seq, part, logits=False,

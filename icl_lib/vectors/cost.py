@@ -19,16 +19,17 @@ def abstract_cut(config: ModelConfig, batch: int, suffix: int, seq: int, dtype, 
     """The shapes of a cut at layer 0 of `n_tasks` tasks, which runs the last `suffix` of `seq` tokens."""
 
     def build():
-        lead, keys = (n_tasks, batch), (seq - suffix, config.n_kv_heads, config.d_head)
-        past = tuple(jnp.zeros((*lead, *keys), dtype) for _ in range(config.n_layers))
-        resid, target = jnp.zeros((*lead, suffix, config.d_model), dtype), jnp.zeros((*lead, 2), jnp.int32)
-        return Cut(resid, Past(past, past, target[..., 0]), target, target == 0, target, layer=0)
+        keys = jnp.zeros((batch, seq - suffix, config.n_kv_heads, config.d_head), dtype)
+        resid, target = jnp.zeros((batch, suffix, config.d_model), dtype), jnp.zeros((batch, 2), jnp.int32)
+        past = Past((keys,) * config.n_layers, (keys,) * config.n_layers, target[:, 0])
+        return Cut(resid, past, target, target == 0, target, layer=0)
 
-    return eqx.filter_eval_shape(build)
+    return jax.tree.map(lambda x: abstract_array((n_tasks, *x.shape), x.dtype), eqx.filter_eval_shape(build))
 
 
 def _pass_bytes(config: ModelConfig, seq: int, part: Part) -> float | int:
-    """Bytes of one row of one vector's pass: logits of all its tokens, and of those that predict the answer twice more."""
+    """Bytes of one row of one vector's pass: logits of all its tokens, and of those that predict the answer twice
+    more."""
     logits = cost.logits_bytes(config, seq + 2 * ANSWER_TOKENS, part)
     return max(logits, cost.block_bytes(config, seq, part))
 
@@ -49,7 +50,8 @@ def insertion_cost(
 ) -> Cost:
     """`inserted_nll` of `n_vectors` vectors for each of `n_tasks` tasks, through the last `layers` layers.
 
-    The prompts have `seq` tokens, of which the last `suffix` are run; the keys and values of the others are held for all tasks.
+    The prompts have `seq` tokens, of which the last `suffix` are run; the keys and values of the others are held for
+    all tasks.
     """
     tasks, vectors = cost.turn(config, batch, suffix, n_tasks, n_vectors)
     lanes = tasks * vectors
@@ -87,7 +89,8 @@ def steering_cost(
 def cleaning_cost(
     config: ModelConfig, batch: int, suffix: int, seq: int, layers: int, n_tasks: int, n_l1: int, n_steps: float | int, part: Part
 ) -> Cost:  # fmt: skip
-    """`clean` of every task with `n_l1` penalties in `n_steps` steps each; a step is a pass and its gradient by the vector."""
+    """`clean` of every task with `n_l1` penalties in `n_steps` steps each; a step is a pass and its gradient by the
+    vector."""
     tasks, _ = cost.turn(config, batch, suffix, n_tasks, 2 * n_l1, _TURN_BYTES)
     lanes = tasks * n_l1
 
