@@ -74,6 +74,8 @@ def steering_cost(
     """`negative_steering` of whole prompts of all tasks by `n_vectors` latents one after another."""
     lanes = cost.fitting(cost.lane_bytes(config, batch, seq), n_vectors)
     flops = lanes * batch * seq * cost.token_flops(config, seq, layers=layers)
+    # the compiler keeps a block's arrays beside the logits here
+    row = cost.logits_bytes(config, seq + 2 * ANSWER_TOKENS, part) + cost.block_bytes(config, seq, part)
 
     def program(model):
         tokens, arrows = (abstract_array((1, batch, seq), dtype) for dtype in ("int32", bool))
@@ -81,9 +83,7 @@ def steering_cost(
         run = lambda model, *rest: _steer_arrows(model, *rest, 0, lanes)
         return run, tokens, arrows, answers, abstract_array((lanes, config.d_model), "float32")
 
-    return Cost(
-        batch, seq, layers, flops, lanes * _pass_bytes(config, seq, part), program, passes=n_tasks * n_vectors / lanes
-    )
+    return Cost(batch, seq, layers, flops, lanes * row, program, passes=n_tasks * n_vectors / lanes)
 
 
 def cleaning_cost(
