@@ -1,4 +1,5 @@
-"""Preflight: devices as they are written, what fits and what does not, and its figures against the compiler and a real process."""
+"""Preflight: devices as they are written, what fits and what does not, and its figures against the compiler and a real
+process."""
 
 import dataclasses
 import json
@@ -13,17 +14,22 @@ import pytest
 from icl_lib import circuits
 from icl_lib.cards.card import CardError
 from icl_lib.cards.checks import config_of, defaults_of, full_card
+from icl_lib.circuits.cost import ablation_cost, node_effects_cost
 from icl_lib.commands import preflight as command
 from icl_lib.files.paths import root
 from icl_lib.models import Site, tiny_config
+from icl_lib.models.cost import BUDGET, Part, fitting, lane_bytes, token_flops, turn
 from icl_lib.models.families import FAMILIES, known_config
 from icl_lib.models.tensors import abstract, n_params
-from icl_lib.planning import preflight, workload
+from icl_lib.planning import preflight
 from icl_lib.planning.dictionaries import dictionaries
 from icl_lib.planning.hardware import KINDS, parse_devices, present, with_own_memory
-from icl_lib.planning.workload import n_tasks, steps, token_flops
+from icl_lib.planning.workload import n_tasks, steps
 from icl_lib.saes import SAE
+from icl_lib.saes.cost import Dictionary
 from icl_lib.tasks import Role, pair_logprob
+from icl_lib.vectors import cut
+from icl_lib.vectors.cost import ANSWER_TOKENS
 from tests.planted import planted_prompts
 
 CARDS = sorted(p for p in (root() / "params").glob("*.yaml"))
@@ -92,7 +98,7 @@ def test_devices_that_are_present_have_their_own_memory(monkeypatch):
     devices_here(monkeypatch, "NVIDIA A100-SXM4-40GB", bytes_limit=int(0.75 * 42e9))
     small = with_own_memory(parse_devices("a100"))
     assert small.memory == pytest.approx(0.92 * 42e9) and small.flops == parse_devices("a100").flops
-    monkeypatch.setattr(preflight, "measured", lambda step, *_: step)
+    monkeypatch.setattr(preflight, "measured", lambda cost, *_: cost)
     assert preflight.estimate(_card(), parse_devices("a100")).devices == small
     assert preflight.estimate(_card(), parse_devices("h100")).devices == parse_devices("h100")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # the notebooks will have no more
@@ -196,7 +202,11 @@ def test_dividing_the_model_divides_what_can_be_divided():
 def test_widths_and_places_of_dictionaries_come_from_their_names():
     saes = dictionaries(_card("gemma-2-2b-65k"), known_config("google/gemma-2-2b"))
     widths = {(d.kind, d.d_in, d.d_out, d.d_sae) for d in saes}
-    assert widths == {("resid", 2304, 2304, 65536), ("attn", 2048, 2048, 65536), ("transcoder", 2304, 2304, 16384)}
+    assert widths == {
+        ("residual", 2304, 2304, 65536),
+        ("attention", 2048, 2048, 65536),
+        ("transcoder", 2304, 2304, 16384),
+    }
     assert dictionaries(_card("pythia-70m"), known_config("EleutherAI/pythia-70m-deduped"))[0].d_sae == 32768
     # 302 MB is what the hub shows for one file of 16k
     scope = dictionaries(_card("gemma-2-2b-16k"), known_config("google/gemma-2-2b"))[0]
@@ -236,26 +246,21 @@ def test_arithmetic_agrees_with_the_compiler(family):
         effect_prompts=8,
     )
     weights = 4 * n_params(config)
-    kinds = {step.function.__name__: step for step in steps(card, config, dtype="float32")}
-    assert len(kinds) == 5
-    for step in kinds.values():
-        compiled = preflight.measured(step, config, "float32")
-        assert (weights + step.temp) / (weights + compiled.temp) == pytest.approx(1, abs=0.25), step.what
-        assert step.flops / compiled.flops == pytest.approx(1, abs=0.25), step.what
+    by_program = {step.cost.program.__qualname__: step for step in steps(card, config, Part()) if step.cost.program}
+    costs = {step.what: step.cost for step in by_program.values()}
+    assert len(costs) == 9
+    for what, cost in costs.items():
+        compiled = preflight.measured(cost, config, "float32")
+        assert (weights + cost.temp) / (weights + compiled.temp) == pytest.approx(1, abs=0.25), what
+        assert cost.flops / compiled.flops == pytest.approx(1, abs=0.25), what
 
 
 @pytest.mark.parametrize("what", ["node effects", "ablation"])
 def test_the_flops_of_saes_are_those_of_what_notebooks_compute(what):
     """The whole computation compiled, SAEs and all, on a model that is small beside them."""
     config = tiny_config(n_layers=3, d_vocab=50)
-    names = ["x/layer_{layer}/l_1024", "x/transcoder/layer_{layer}/l_1024"]
-    costs = workload._Costs(
-        {"saes": names, "sae_layers": [1, 2], "circuit_layers": [1, 2], "tasks": "paper"}, config, 1, 4
-    )
-    prompts, suite = (
-        planted_prompts(0, 4, 3),
-        {sae.site_in: sae for layer in (1, 2) for sae in some_saes(layer, costs.latents())},
-    )
+    suite = {sae.site_in: sae for layer in (1, 2) for sae in some_saes(layer, 1024)}
+    sizes, prompts = [Dictionary(site, 16, 16, 1024) for site in suite], planted_prompts(0, 4, 3)
     b, s = prompts.tokens.shape
     roles = circuits.Groups.by_role(prompts)
 
@@ -271,30 +276,63 @@ def test_the_flops_of_saes_are_those_of_what_notebooks_compute(what):
     model = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract(config))
     run = {"node effects": effects, "ablation": ablation}[what]
     found = jax.jit(run).lower(model, suite, jnp.zeros((b, s, config.d_model))).compile().cost_analysis()["flops"]
-    per_token = sum(d.flops for d in costs.circuit)
-    step = {
-        "node effects": lambda: costs.gradient("05", what, b, s, 1, 2),
-        "ablation": lambda: costs.answers("05", what, b, s, 1, layers=2, wide=True, saes=per_token),
+    cost = {
+        "node effects": lambda: node_effects_cost(config, b, s, 2, 1, sizes, Part()),
+        "ablation": lambda: ablation_cost(config, b, s, 2, 1, sizes, Part(), whole=True),
     }[what]()
-    assert step.extra_flops > step.flops / 2
-    assert step.flops / found == pytest.approx(1, abs=0.25)
+    assert cost.other_flops > cost.flops / 2
+    assert cost.flops / found == pytest.approx(1, abs=0.25)
 
 
 def test_saes_and_tables_are_counted_beside_what_is_compiled():
-    """They are no part of the compiled function: both figures have them, and the largest batch divides only what goes by rows."""
+    """They are no part of the compiled function: both figures have them, and the largest batch divides only what goes
+    by rows."""
     config = tiny_config(n_layers=4, d_model=32, d_vocab=100, n_ctx=256)
     card = _card("tiny", circuit_layers=[1, 2], layer_executor=3, layer_detector=2, sae_layers=[1, 2], n_prompts=4)
-    todo = {step.what: step for step in steps(card, config, dtype="float32")}
-    step = todo["ablation"]
-    assert step.fixed == 15 * 4 * 28 * 6 * sum(d.d_sae for d in dictionaries(card, config)) > 0
-    assert 0 < step.per_row < (step.temp - step.fixed) / step.rows * 1.01
-    compiled = preflight.measured(step, config, "float32")
-    assert (compiled.flops - step.extra_flops) / (step.flops - step.extra_flops) == pytest.approx(1, abs=0.25)
-    assert compiled.temp - step.fixed == pytest.approx(compiled.per_row * step.rows, rel=0.01)
+    todo = {step.what: step.cost for step in steps(card, config, Part())}
+    cost = todo["ablation"]
+    circuit = [d for d in dictionaries(card, config) if d.site.layer in (1, 2)]
+    assert cost.fixed == 15 * 4 * 28 * 6 * sum(d.d_sae for d in circuit) > 0
+    assert 0 < cost.per_row < (cost.temp - cost.fixed) / cost.rows * 1.01
+    compiled = preflight.measured(cost, config, "float32")
+    assert compiled.model_flops / cost.model_flops == pytest.approx(1, abs=0.25)
+    assert compiled.temp - cost.fixed == pytest.approx(compiled.per_row * cost.rows, rel=0.01)
     assert preflight.measured(todo["firing rates"], config, "float32") == todo["firing rates"]
-    assert {what for what, step in todo.items() if step.extra_flops} == {
+    assert {what for what, cost in todo.items() if cost.other_flops} == {
         "firing rates", "quality with each SAE in place", "activation mass", "node effects", "ablation"
     }  # fmt: skip
+
+
+def test_cleaning_sweeps_all_penalties_at_every_layer_and_insertions_run_every_layer_from_the_first():
+    """What the sum of hours hangs on: lanes of 03, rows behind the arrow, and that 02 cuts at layer 0."""
+    config, card = known_config("google/gemma-2-2b"), _card("gemma-2-2b-16k")
+    by_name = {step.what: step for step in steps(card, config, Part())}
+    sweeps = [step for what, step in by_name.items() if what.startswith("cleaning at layer")]
+    read = sorted(
+        layer + 1 for layer in card["sae_layers"] if layer + 1 < config.n_layers
+    )  # behind a block: the next one's input
+    assert [step.cost.depth for step in sweeps] == [config.n_layers - layer for layer in read if layer >= 2]
+    one = by_name["cleaning, one penalty"]
+    assert one.times == 3 and all(step.times == 1 for step in sweeps)
+    same = next(step for step in sweeps if step.cost.depth == one.cost.depth)
+    assert same.flops / (one.flops / one.times) == pytest.approx(len(card["tvc_l1"]))
+    assert {step.cost.seq for step in (*sweeps, one, by_name["vectors inserted at every layer"])} == {2}
+    assert by_name["vectors inserted at every layer"].cost.depth == config.n_layers
+
+
+def test_the_tokens_behind_an_arrow_are_those_that_a_cut_keeps():
+    from tests.planted import planted_model
+
+    prompts = planted_prompts(0, 4, 0)
+    assert cut(planted_model(), prompts, 0).resid.shape[-2] <= ANSWER_TOKENS
+
+
+def test_work_is_done_in_the_turns_that_it_was_done_in():
+    """Sizes of turns decide the order of sums: those of the embedded model stay as they were."""
+    config = config_of("assets/icl-tiny")
+    lane = 4 * 16 * 2 * (3 * 1316 + 4 * 512 + 8 * 128)
+    assert lane_bytes(config, 16, 2) == lane and turn(config, 16, 2, 28, 6) == (28, 6)
+    assert turn(config, 12, 2, 28, 10, BUDGET // 4) == (7, 10) and fitting(lane, 10**6) == 2**28 // lane
 
 
 def some_saes(layer, d_sae):
@@ -317,14 +355,11 @@ def preflight_traits(family, config):
 
 def test_the_depth_is_extrapolated_to_what_the_full_depth_gives():
     config = tiny_config(n_layers=7, d_model=64, d_mlp=256, d_vocab=500, n_ctx=256)
-    step = next(
-        s
-        for s in steps(_card("tiny", saes=[], circuit_layers=[0]), config, dtype="float32")
-        if s.what == "node effects"
-    )
-    line = preflight.measured(step, config, "float32")
-    temp, flops = preflight._compiled(step, config, "float32", 1)
-    assert line.temp == pytest.approx(temp, rel=0.1) and line.flops == pytest.approx(flops, rel=0.05)
+    card = _card("tiny", saes=[], circuit_layers=[0])
+    cost = next(step.cost for step in steps(card, config, Part()) if step.what == "node effects")
+    line = preflight.measured(cost, config, "float32")
+    temp, flops = preflight._compiled(cost, config, "float32", 1)
+    assert line.temp - cost.fixed == pytest.approx(temp, rel=0.1) and line.flops == pytest.approx(flops, rel=0.05)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")

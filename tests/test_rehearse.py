@@ -1,22 +1,28 @@
 """Cards held to their models without a network, and run on small stand-ins of them."""
 
-import datetime
+import hashlib
 import os
 import shutil
+import subprocess
 from random import Random
 
+import equinox as eqx
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import yaml
 
+from icl_lib import figures
 from icl_lib.cards.checks import defaults_of, full_card
 from icl_lib.commands import rehearse as command
+from icl_lib.features import activation_mass
 from icl_lib.files.paths import root
 from icl_lib.models import Site, load_model, load_tokenizer, run_with_cache
 from icl_lib.models.families import known_config
 from icl_lib.planning import rehearse, workload
-from icl_lib.planning.dictionaries import dictionaries
-from icl_lib.planning.stand_in import sites_of, small_config, small_tokenizer
+from icl_lib.planning.dictionaries import dictionaries, sites_of
+from icl_lib.planning.stand_in import small_config, small_tokenizer
 from icl_lib.saes import load_suite
 from icl_lib.saes.formats import gemma_scope
 from icl_lib.saes.formats.suites import has_layer, layers_of, with_layer
@@ -46,7 +52,7 @@ def _served(card, n_layers):
     found = set()
     for pattern in card["saes"]:
         for layer in layers_of(pattern, card["sae_layers"]):
-            site = sites_of(pattern, layer)[0] if has_layer(pattern) else Site("resid_pre", layer)
+            site = sites_of(pattern, layer)[0][0]
             after = site.name == "resid_post" and site.layer + 1 < n_layers
             found.add(Site("resid_pre", site.layer + 1) if after else site)
     return found
@@ -179,7 +185,8 @@ def test_a_small_config_keeps_what_makes_its_model():
 # one of each family and set of formats; the other two differ from these in numbers only
 @pytest.mark.parametrize("name", sorted(set(CARDS) - {"gemma-1-2b", "gemma-2-2b-65k"}))
 def test_a_stand_in_goes_through_the_code_of_its_card(name, tmp_path):
-    """Model, tokenizer and SAEs are read back by the readers of the real files, at the sites that the card counts on."""
+    """Model, tokenizer and SAEs are read back by the readers of the real files, at the sites that the card counts
+    on."""
     card = _card(name)
     small = yaml.safe_load(rehearse.prepare(card, tmp_path / name).read_text())
     assert set(small) == set(card), "a rehearsal sets the same keys"
@@ -218,13 +225,63 @@ def test_without_a_card_those_there_are_are_named(capsys):
         assert all(name in said for name in ("make rehearse CARD=", *CARDS)), argv
 
 
-def test_the_card_of_the_day_is_rehearsed(tmp_path):
-    """One card, 04 with what it needs on one day and the other notebooks on the next (all of all cards: `make rehearse-all`)."""
-    day = datetime.date.today().toordinal() % (2 * len(CARDS))
-    name, notebooks = CARDS[day // 2], (CHAIN[-1:], OTHERS)[day % 2]
+def test_the_embedded_models_card_is_known_by_its_model():
+    assert [rehearse.embedded(model) for model in ("icl-tiny", "assets/icl-tiny", "google/gemma-2b")] == [
+        True,
+        True,
+        False,
+    ]
+    assert "tiny" not in CARDS and all(not rehearse.embedded(_card(name)["model"]) for name in CARDS)
+
+
+def test_sites_of_names_are_those_of_the_formats_readers():
+    layer_3 = lambda a, b: [(Site(a, 3), Site(b, 3))]
+    assert sites_of("google/gemma-scope-2b-pt-att/layer_{layer}/width_16k/canonical", 3) == layer_3("z", "z")
+    # a repository whose name holds the words of another kind
+    named = sites_of("someone/transcoder-attempts/resid_out_layer{layer}/10_512", 3)
+    assert named == layer_3("resid_post", "resid_post")
+    assert sites_of("nev/gemma-2b-saex-test/it-l{layer:1-16}-transcoder-test-run-1-8.00E-06", 3) == layer_3(
+        "mlp_in", "mlp_out"
+    )
+    assert [site.kind for site, _ in sites_of("runs/suites/some/saes", 3)] == ["residual", "attention", "transcoder"]
+    with pytest.raises(ValueError, match="does not say where"):
+        sites_of("someone/saes/{layer}", 3)
+
+
+def test_executors_that_never_fire_have_no_mass_and_are_drawn():
+    """A card may meet such prompts: nothing is divided by, and the figure shows the shares as missing."""
+    from tests.planted import N_TASKS, planted_model, planted_sae, planted_stack
+
+    sae = planted_sae(1)
+    silent = eqx.tree_at(lambda s: s.threshold, sae, jnp.full(sae.threshold.shape, jnp.inf))
+    mass = activation_mass(planted_model(), silent, planted_stack(2, 2), np.arange(N_TASKS))
+    assert np.isnan(mass.mass).all() and np.isnan(mass.mean).all() and not mass.total.any()
+    figures.role_mass(mass.mass, [str(latent) for latent in mass.latents], list(Role))
+    plt.close("all")
+
+
+def _turn() -> tuple[int, str]:
+    """A number that is the same for the same sources, and what it was taken from: the commit, or the sources where
+    there is no git."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root(), capture_output=True, text=True)
+    if done.returncode == 0:
+        return int(done.stdout, 16), f"commit {done.stdout[:12]}"
+    sources = sorted(path for part in ("icl_lib", "notebooks") for path in (root() / part).rglob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    return int(digest, 16), f"sources {digest[:12]}"
+
+
+def test_a_card_is_rehearsed_by_turns(tmp_path):
+    """One card, 04 with what it needs at one commit and the other notebooks at another (all of all cards: `make
+    rehearse-all`)."""
+    number, taken_from = _turn()
+    turn = number % (2 * len(CARDS))
+    name, notebooks = CARDS[turn // 2], (CHAIN[-1:], OTHERS)[turn % 2]
+    chosen = f"{name}, {' '.join(notebooks)}, by {taken_from}"
+    print(chosen)
     sizes = {"n_shots": 2, "n_prompts": 2, "max_shots": 2, "effect_prompts": 2, "circuit_shots": 2}
     small = rehearse.prepare(_card(name), tmp_path / name, **sizes)
     good, text = rehearse.run(small, notebooks)
-    assert good, f"{name}: {text[-3000:]}"
+    assert good, f"{chosen}: {text[-3000:]}"
     written = {path.stem for path in (tmp_path / name / "run" / "ledger").glob("*.json")}
-    assert written >= set((CHAIN, OTHERS)[day % 2]), text[-3000:]
+    assert written >= set((CHAIN, OTHERS)[turn % 2]), f"{chosen}: {text[-3000:]}"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
+from icl_lib.models.cost import fitting, logits_bytes
 from icl_lib.tasks.prompts import PAPER_TEMPLATE, make_prompts
 from icl_lib.tasks.tables import read_table
 from icl_lib.tasks.tasks import Task
@@ -16,7 +17,6 @@ from icl_lib.text.tokens import batches
 
 # Published tables by the name of the model on the hub.
 REFERENCES = {"gemma-2b-it": Path(__file__).parent / "gemma_2b_it_accuracy.tsv"}
-_LOGIT_BYTES = 2**30  # logits of one compiled step stay below this
 
 
 @eqx.filter_jit
@@ -79,7 +79,7 @@ def _accuracy(
     prompts, config = make_prompts(task, tokenizer, n_ctx=model.config.n_ctx, **options), model.config
     seq = prompts.tokens.shape[1]
     wide = min(-(-seq // 64) * 64, config.n_ctx)  # a few widths in all, so that not every task compiles its own program
-    rows = max(1, _LOGIT_BYTES // (4 * wide * config.d_vocab))
+    rows = fitting(logits_bytes(config, wide))
     guesses = [_guesses(model, some) for some, _ in batches(prompts.tokens, prompts.real, rows, wide)]
     guesses = np.concatenate(guesses)[:n_prompts, :seq]
     at = np.asarray(prompts.mask(Role.OUTPUT, "first") & (prompts.pair >= 0))[:, 1:]

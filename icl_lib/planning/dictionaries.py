@@ -1,82 +1,71 @@
-"""The SAEs that a card names, as far as their names tell: where they read, how wide they are, what they hold and cost."""
+"""The SAEs that a card names, as far as their names tell: where they read, how wide they are, what they hold and
+cost."""
 
-import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from icl_lib.files.paths import resolve
-from icl_lib.models import ModelConfig
-from icl_lib.saes.formats.suites import has_layer, layers_of
+from icl_lib.models import ModelConfig, Site
+from icl_lib.saes.cost import Dictionary
+from icl_lib.saes.formats import common, gemma_scope, saex
+from icl_lib.saes.formats.suites import has_layer, layers_of, with_layer
 
 _LATENTS = {"nev/gemma-2b-saex-test": 32768, "nev/phi-3-4k-saex-test": 98304}
+# What `train_suite` makes at each layer, all in one folder whose name says nothing.
+_OWN = (("resid_pre", "resid_pre"), ("attn_out", "attn_out"), ("mlp_in", "mlp_out"))
 
 
-@dataclasses.dataclass(frozen=True)
-class Dictionary:
-    """One SAE that a card names: where it reads, and its widths."""
+def sites_of(pattern: str, layer: int) -> list[tuple[Site, Site]]:
+    """Where the SAEs sit, (input, output) of each, that this name stands for with that number in it.
 
-    kind: str  # resid, attn, mlp or transcoder
-    layer: int
-    d_in: int
-    d_out: int
-    d_sae: int
-
-    @property
-    def bytes(self) -> int:
-        """In float32, the form in which SAEs are computed with."""
-        return 4 * (self.d_sae * (self.d_in + self.d_out + 3) + self.d_out)
-
-    @property
-    def encode_flops(self) -> int:
-        """Of one token's latents."""
-        return 2 * self.d_sae * self.d_in
-
-    @property
-    def decode_flops(self) -> int:
-        """Of one token's reconstruction, and of the gradient by its latents."""
-        return 2 * self.d_sae * self.d_out
-
-    @property
-    def flops(self) -> int:
-        """Of encoding and decoding one token."""
-        return self.encode_flops + self.decode_flops
+    A name with `{layer}` in it stands for one, which the formats' own readers find; any other for a suite of our own,
+    of three.
+    Raises `ValueError` if the name does not say where its SAEs sit.
+    """
+    if not has_layer(pattern):
+        return [(Site(a, layer), Site(b, layer)) for a, b in _OWN]
+    name = with_layer(pattern, layer)
+    for reader, path in ((saex, name.replace("*", "1.00E-05")), (gemma_scope, name)):
+        try:
+            sites = reader._sites(Path(path))
+        except ValueError:  # a name of another format
+            continue
+        return [sites]
+    found = next((site for part in reversed(Path(name).parts) if (site := common.place(part))), None)
+    if found is None:
+        raise ValueError(
+            f"the name {pattern!r} does not say where its SAEs sit, so nothing can be counted or made for it"
+        )
+    return [(found, found)]
 
 
 def dictionaries(card: Mapping[str, Any], config: ModelConfig) -> list[Dictionary]:
-    """The SAEs of a card, from their names (or, for a suite of our own, from its files; 16 times the width where there are none)."""
+    """The SAEs of a card, from their names, at the sites by which `load_suite` knows them."""
     found = []
     for pattern in card["saes"]:
         width = _latents(pattern, config)
-        for kind in _kinds(pattern):
-            d_in = config.width("z") if kind == "attn" and "gemma-scope" in pattern else config.d_model
-            d_out = d_in if kind == "attn" else config.d_model
-            found += [Dictionary(kind, layer, d_in, d_out, width) for layer in layers_of(pattern, card["sae_layers"])]
+        for layer in layers_of(pattern, card["sae_layers"]):
+            for read, write in sites_of(pattern, layer):
+                at = read
+                if read.name == "resid_post" and read.layer + 1 < config.n_layers:
+                    at = Site("resid_pre", read.layer + 1)
+                found.append(Dictionary(at, config.width(read.name), config.width(write.name), width))
     return found
 
 
-def _kinds(pattern: str) -> list[str]:
-    if not has_layer(pattern):  # a suite in one folder: what train_suite makes
-        return ["resid", "attn", "transcoder"]
-    for kind, words in (("transcoder", ("transcoder",)), ("attn", ("att",)), ("mlp", ("mlp",)), ("resid", ())):
-        if not words or any(word in pattern for word in words):
-            return [kind]
-    return []
-
-
 def _latents(pattern: str, config: ModelConfig) -> int:
-    """Latents of the SAEs that a pattern names."""
+    """Latents of the SAEs that a pattern names; of a suite of our own from its files, and 16 times the width where
+    there are none."""
     if scope := re.search(r"width_(\d+)(k|m)", pattern):
-        return (
-            2 ** (int(scope[1]) * (1000 if scope[2] == "k" else 1_000_000)).bit_length()
-        )  # 16k is 2^14, 65k 2^16, 1m 2^20
+        thousands = int(scope[1]) * (1000 if scope[2] == "k" else 1_000_000)
+        return 2 ** thousands.bit_length()  # 16k is 2^14, 65k 2^16, 1m 2^20
     if number := re.search(r"_(\d{4,})$", pattern):
         return int(number[1])
     for repo, width in _LATENTS.items():
         if pattern.startswith(repo):
             return width
-    for file in sorted(Path(resolve(pattern)).glob("*/cfg.json")):
-        if text := re.search(r'"d_sae": (\d+)', file.read_text()):
-            return int(text[1])
-    return 16 * config.d_model
+    file = next(iter(sorted(Path(resolve(pattern)).glob("*/cfg.json"))), None)
+    return 16 * config.d_model if file is None else int(json.loads(file.read_text())["d_sae"])

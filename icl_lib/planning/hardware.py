@@ -1,7 +1,9 @@
 """What devices can do: memory and peak speed by kind, and how `--devices` is read.
 
-Numbers are the makers': bytes of memory and dense bfloat16 operations per second of one device as JAX counts them (on TPU v2 to v4
-and v5p a "v4-8" is 8 cores, which are 4 devices). Those of a CPU are measured on this machine; where an accelerator is present,
+Numbers are the makers': bytes of memory and dense bfloat16 operations per second of one device as JAX counts them (on
+TPU v2 to v4
+and v5p a "v4-8" is 8 cores, which are 4 devices). Those of a CPU are measured on this machine; where an accelerator is
+present,
 its memory is what it says itself.
 """
 
@@ -13,7 +15,8 @@ import time
 
 import numpy as np
 
-# kind: (memory in GB, 10^12 operations per second, pattern of JAX's device_kind: an L40S is no L4, and v5p is "TPU v5" there)
+# kind: (memory in GB, 10^12 operations per second, pattern of JAX's device_kind: an L40S is no L4, and v5p is "TPU v5"
+# there)
 KINDS = {
     "v4": (32, 275, r"^TPU v4$"),
     "v5e": (16, 197, r"^TPU v5( lite|e)$"),
@@ -26,10 +29,19 @@ KINDS = {
     "cpu": (None, None, r"^cpu$"),
 }
 _TWO_CORES = ("v4", "v5p")  # named by cores, of which a device has two
-# What a process can have of it: JAX takes 92 % of a GPU (the Snakefile says so), the runtime keeps the rest. JAX's own default is less.
+# What a process can have of it: JAX takes 92 % of a GPU (the Snakefile says so), the runtime keeps the rest. JAX's own
+# default is less.
 _USABLE, _TAKEN = 0.92, 0.75
-# The part of the peak that these experiments reach, by our own benchmarks and by common experience; only the times depend on it.
-EFFICIENCY = 0.35
+# The part of the peak that these experiments reach, by our own benchmarks and by common experience; only the times
+# depend on it.
+# On a CPU it is a part of the matrix product's own rate, measured by `benchmarks/preflight_check.py --hours` on two
+# cores.
+EFFICIENCY, _ON_CPU = 0.35, 0.65
+
+
+def efficiency(kind: str) -> float:
+    """The part of the peak speed of such devices that a notebook reaches."""
+    return _ON_CPU if kind == "cpu" else EFFICIENCY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +63,8 @@ class Devices:
 
 
 def parse_devices(text: str) -> Devices:
-    """`h100`, `8xv5e`, `v5e-8`, `v4-8` (8 cores, 4 devices), `cpu`. Raises `ValueError` on an unknown kind or number."""
+    """`h100`, `8xv5e`, `v5e-8`, `v4-8` (8 cores, 4 devices), `cpu`. Raises `ValueError` on an unknown kind or
+    number."""
     match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*?)(?:-(\d+))?", text.strip().lower())
     if not match or match[2] not in KINDS or (match[1] and match[3]):
         known = ", ".join(KINDS)
@@ -98,9 +111,11 @@ def present(devices: Devices) -> bool:
 
 
 def with_own_memory(devices: Devices) -> Devices:
-    """The same devices, which are present, with the memory that they have: of an A100 there are two sizes, and a slice has less.
+    """The same devices, which are present, with the memory that they have: of an A100 there are two sizes, and a slice
+    has less.
 
-    What a program can have is what JAX says, but on a GPU where nothing was set JAX takes less here than for the notebooks. A CPU
+    What a program can have is what JAX says, but on a GPU where nothing was set JAX takes less here than for the
+    notebooks. A CPU
     says nothing.
     """
     import jax

@@ -2,10 +2,14 @@
 
     python -m icl_lib.commands.preflight params/gemma-2-9b.yaml --devices 8xv5e
 
-Prints parameters, bytes per device, disk, FLOPs and a time estimate per notebook, and the largest batch that fits; exit status 1 and one
-message if the card cannot fit. It needs no network: the sizes of the cards' models are part of the package, those of any other are read
-from its folder. Where the named devices are there, the largest computations are compiled for them (at two depths, from which the full one
-follows: memory and FLOPs are linear in the number of layers) and the compiler's figures take the place of the arithmetic; host memory
+Prints parameters, bytes per device, disk, FLOPs and a time estimate per notebook, and the largest batch that fits; exit
+status 1 and one
+message if the card cannot fit. It needs no network: the sizes of the cards' models are part of the package, those of
+any other are read
+from its folder. Where the named devices are there, the largest computations are compiled for them (at two depths, from
+which the full one
+follows: memory and FLOPs are linear in the number of layers) and the compiler's figures take the place of the
+arithmetic; host memory
 and disk are then this machine's, and have to suffice as well.
 """
 
@@ -25,10 +29,12 @@ from icl_lib.cards.card import LOCAL
 from icl_lib.cards.checks import check_against_model, config_of
 from icl_lib.files.paths import resolve
 from icl_lib.models import ModelConfig
+from icl_lib.models.cost import Cost, Part
 from icl_lib.models.sharding import check_mesh, largest_split, make_mesh, shardings
-from icl_lib.planning.dictionaries import Dictionary, dictionaries
-from icl_lib.planning.hardware import EFFICIENCY, Devices, host_memory, present, with_own_memory
-from icl_lib.planning.workload import Step, parameters, steps
+from icl_lib.planning.dictionaries import dictionaries
+from icl_lib.planning.hardware import Devices, efficiency, host_memory, present, with_own_memory
+from icl_lib.planning.workload import TEXT_TOKENS, Step, steps
+from icl_lib.saes.cost import Dictionary
 
 _DEPTHS = (2, 4)  # layers of the models that are compiled; even, for families whose layers alternate
 
@@ -60,29 +66,25 @@ class Estimate:
         )
 
     def sae_bytes(self, notebook: str) -> int:
-        """SAEs that a notebook holds: residual ones in 02 and 03, those of two layers in 04, all in the others; none in 00."""
-        held = {
-            "00": [],
-            "02": [d for d in self.saes if d.kind == "resid"],
-            "04": [d for d in self.saes if d.kind == "resid"][:2],
-        }
-        return sum(d.bytes for d in held.get("02" if notebook == "03" else notebook, self.saes)) // self.split
+        """SAEs that a notebook holds: none in 00, residual ones in 02 to 04, all in the others."""
+        held = [d for d in self.saes if notebook not in ("02", "03", "04") or d.kind == "residual"]
+        return sum(d.bytes for d in held if notebook != "00") // self.split
 
     def peak(self, step: Step) -> int:
         """Weights, SAEs and work arrays while a step runs."""
-        return self.weights + self.sae_bytes(step.notebook) + step.temp
+        return self.weights + self.sae_bytes(step.notebook) + step.cost.temp
 
-    def hours(self, notebook: str) -> float:
-        """Time of a notebook at the usual part of the peak speed."""
-        return (
-            sum(s.flops * s.times for s in self.steps if s.notebook == notebook)
-            / (self.devices.flops * self.split * EFFICIENCY)
-            / 3600
-        )
+    def hours_of(self, flops: float | int) -> float | int:
+        """Time of so many FLOPs at the usual part of the peak speed."""
+        return flops / (self.devices.flops * self.split * efficiency(self.devices.kind)) / 3600
+
+    def flops(self, notebook: str) -> float | int:
+        """FLOPs of a notebook."""
+        return sum(s.flops for s in self.steps if s.notebook == notebook)
 
     def largest_batch(self, step: Step) -> int:
         """Rows of this step that would fit."""
-        return max(0, step.rows + (self.devices.memory - self.peak(step)) // step.per_row)
+        return max(0, step.cost.rows + (self.devices.memory - self.peak(step)) // step.cost.per_row)
 
 
 def sizes_of(model: str) -> ModelConfig:
@@ -96,27 +98,29 @@ def sizes_of(model: str) -> ModelConfig:
 
 
 def estimate(card: Mapping[str, Any], devices: Devices, compile: bool | None = None) -> Estimate:
-    """What the card asks of these devices. `compile` None compiles where they are present. Raises `PreflightError` or `CardError`."""
+    """What the card asks of these devices. `compile` None compiles where they are present. Raises `PreflightError` or
+    `CardError`."""
     config = sizes_of(card["model"])
     check_against_model(card, card["card"])
     split, size = largest_split(config, devices.count), 4 if devices.dtype == "float32" else 2
-    n = parameters(config)
-    saes, todo = dictionaries(card, config), steps(card, config, split, devices.dtype)
+    n = families.n_params(config)
+    saes, todo = dictionaries(card, config), steps(card, config, Part(size, split))
     if compile is None and (compile := present(devices)):
         devices = with_own_memory(devices)
     if compile:
-        todo = [measured(step, config, devices.dtype, split) for step in todo]
+        todo = [dataclasses.replace(step, cost=measured(step.cost, config, devices.dtype, split)) for step in todo]
     # a matrix that does not divide (words, key-value heads) is whole on every device; it is the embedding that counts
     whole = config.d_vocab * config.d_model * (1 if config.tied else 2) if config.d_vocab % split else 0
     weights = int(size * ((n - whole) / split + whole))
-    rows = max(s.seq for s in todo if s.notebook == "01") * (card["rate_rows"] * len(saes) + 500)
+    rows = TEXT_TOKENS * card["rate_rows"] * len(saes)
     disk = 0 if _downloaded(card["model"]) else n * _stored(card["model"])
     disk += sum(d.bytes for d in saes) if any(not name.startswith(LOCAL) for name in card["saes"]) else 0
     return Estimate(card, config, devices, split, n, weights, saes, todo, disk, rows * config.d_model * 2, compile)
 
 
 def _downloaded(model: str) -> bool:
-    """Whether the model is a folder, or lies in the hub's cache with all its weights; a download that broke off has none or some of them."""
+    """Whether the model is a folder, or lies in the hub's cache with all its weights; a download that broke off has
+    none or some of them."""
     if Path(resolve(model)).is_dir():
         return True
     cached = lambda name: try_to_load_from_cache(model, name)  # noqa: E731
@@ -139,15 +143,16 @@ def _stored(model: str) -> int:
     return 4 if "-it" not in model and known.get(model, {}).get("torch_dtype", "bfloat16") == "float32" else 2
 
 
-def measured(step: Step, config: ModelConfig, dtype: str, split: int = 1) -> Step:
-    """The step with the compiler's figures for the devices that are there; what the function leaves out stays as in the arithmetic."""
-    if step.function is None:
-        return step
-    found = [_compiled(step, _shallow(config, depth), dtype, split) for depth in _DEPTHS]
-    line = lambda i: found[0][i] + (found[1][i] - found[0][i]) / (_DEPTHS[1] - _DEPTHS[0]) * (step.depth - _DEPTHS[0])  # noqa: E731
-    temp = int(line(0)) + step.extra
-    flops = line(1) * split + step.extra_flops
-    return dataclasses.replace(step, temp=temp + step.fixed, per_row=max(1, temp // step.rows), flops=flops)
+def measured(cost: Cost, config: ModelConfig, dtype: str, split: int = 1) -> Cost:
+    """The cost with the compiler's figures for the devices that are there; what the function leaves out stays as in the
+    arithmetic."""
+    if cost.program is None:
+        return cost
+    low, high = (_compiled(cost, _shallow(config, depth), dtype, split) for depth in _DEPTHS)
+    temp, flops = (
+        a + (b - a) / (_DEPTHS[1] - _DEPTHS[0]) * (cost.depth - _DEPTHS[0]) for a, b in zip(low, high, strict=True)
+    )
+    return dataclasses.replace(cost, model_row=temp / cost.rows, model_flops=flops * split)
 
 
 def _shallow(config: ModelConfig, depth: int) -> ModelConfig:
@@ -155,7 +160,7 @@ def _shallow(config: ModelConfig, depth: int) -> ModelConfig:
     return dataclasses.replace(config, n_layers=depth, windows=windows)
 
 
-def _compiled(step: Step, config: ModelConfig, dtype: str, split: int) -> tuple[float, float]:
+def _compiled(cost: Cost, config: ModelConfig, dtype: str, split: int) -> tuple[float, float]:
     """Bytes of work arrays and results, and FLOPs, of one device."""
     model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tensors.abstract(config))
     if split > 1:
@@ -164,8 +169,8 @@ def _compiled(step: Step, config: ModelConfig, dtype: str, split: int) -> tuple[
         model = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place), model, shardings(config, mesh)
         )
-    tokens = jax.ShapeDtypeStruct((step.rows, step.seq), "int32")
-    program = jax.jit(step.function).lower(model, tokens).compile()
+    function, *arguments = cost.program(model)
+    program = jax.jit(function).lower(model, *arguments).compile()
     memory, cost = program.memory_analysis(), program.cost_analysis()
     return float(memory.temp_size_in_bytes + memory.output_size_in_bytes), float(cost["flops"])
 
@@ -192,9 +197,9 @@ def refuse(e: Estimate) -> None:
 
 def _too_large(e: Estimate, worst: Step) -> str:
     """Why the worst step does not fit on a device, and what would."""
-    parts = f"weights {_gb(e.weights)}, SAEs {_gb(e.sae_bytes(worst.notebook))}, work arrays {_gb(worst.temp)}"
+    parts = f"weights {_gb(e.weights)}, SAEs {_gb(e.sae_bytes(worst.notebook))}, work arrays {_gb(worst.cost.temp)}"
     rows = e.largest_batch(worst)
-    advice = [f"{rows} rows of {worst.rows} would fit"] if rows else []
+    advice = [f"{rows} rows of {worst.cost.rows} would fit"] if rows else []
     more = next((n for n in (2, 4, 8, 16, 32, 64) if n > e.devices.count and _fits(e, n)), None)
     advice += [f"{more} x {e.devices.kind} would do"] if more else []
     advice += ["fewer `sae_layers` would need less"] if e.sae_bytes(worst.notebook) > e.weights else []
@@ -226,17 +231,16 @@ def show(e: Estimate) -> str:
         f"disk      {_gb(e.disk)} of weights and SAEs to download{f', {_gb(_free_disk())} free' if e.here else ''}; "
         f"host memory {_gb(e.host)} for the activations of notebook 01",
         f"figures   {'compiled for these devices' if e.here else 'by arithmetic, these devices are not here'}; "
-        f"times at {100 * EFFICIENCY:.0f} % of the peak, without compilation",
+        f"times at {100 * efficiency(e.devices.kind):.0f} % of the peak, without compilation",
         "",
         f"{'notebook':<9} {'largest computation':<32} {'batch':>12} {'a device':>10} {'FLOPs':>9} {'hours':>7} {'largest batch':>14}",
     ]
     for notebook in sorted({s.notebook for s in e.steps}):
         own = [s for s in e.steps if s.notebook == notebook]
         top = max(own, key=e.peak)
-        flops = sum(s.flops * s.times for s in own)
-        batch = f"{top.rows} x {top.seq}"
+        flops, batch = e.flops(notebook), f"{top.cost.rows} x {top.cost.seq}"
         lines.append(
-            f"{notebook:<9} {top.what:<32} {batch:>12} {_gb(e.peak(top)):>10} {flops:9.1e} {e.hours(notebook):7.2f} {e.largest_batch(top):14,}"
+            f"{notebook:<9} {top.what:<32} {batch:>12} {_gb(e.peak(top)):>10} {flops:9.1e} {e.hours_of(flops):7.2f} {e.largest_batch(top):14,}"
         )
-    total = sum(e.hours(n) for n in {s.notebook for s in e.steps})
+    total = e.hours_of(sum(s.flops for s in e.steps))
     return "\n".join([*lines, f"In all about {total:.1f} hours."])

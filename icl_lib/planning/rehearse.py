@@ -3,9 +3,12 @@
     python -m icl_lib.commands.rehearse gemma-2-9b          # or params/gemma-2-9b.yaml
     python -m icl_lib.commands.rehearse --all
 
-Writes `runs/rehearsal/CARD/`: a model of the card's family with few layers and random weights, SAEs in the card's formats, a few tasks, and
-a card with the same keys, whose layers are mapped onto the small model and whose sizes are cut down. Then it runs all notebooks on that
-card through the Snakefile, with the hub switched off, and adds a line with their times to `runs/rehearsal/times.jsonl`. Claims are not
+Writes `runs/rehearsal/CARD/`: a model of the card's family with few layers and random weights, SAEs in the card's
+formats, a few tasks, and
+a card with the same keys, whose layers are mapped onto the small model and whose sizes are cut down. Then it runs all
+notebooks on that
+card through the Snakefile, with the hub switched off, and adds a line with their times to `runs/rehearsal/times.jsonl`.
+Claims are not
 asserted, because nothing is true of random weights; all else is.
 """
 
@@ -14,6 +17,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,14 +33,16 @@ from icl_lib.cards.checks import defaults_of, full_card
 from icl_lib.embedded import entry
 from icl_lib.files.paths import resolve, root
 from icl_lib.models import load_tokenizer
+from icl_lib.planning.dictionaries import sites_of
 from icl_lib.planning.preflight import sizes_of
-from icl_lib.planning.stand_in import sites_of, write_model, write_saes
+from icl_lib.planning.stand_in import write_model, write_saes
 from icl_lib.saes.formats.suites import has_layer, layers_of, with_layer
 from icl_lib.tasks import Task, Template, load_tasks
 from icl_lib.tasks.tasks import DATA_VARIABLE, URLS
 
 MOST_LAYERS = 7
-# Tasks of each kind: shared inputs, shared outputs, several tokens, one of each group. Those that a source has are taken.
+# Tasks of each kind: shared inputs, shared outputs, several tokens, one of each group. Those that a source has are
+# taken.
 _TASKS = (
     "country_capital", "location_language", "antonyms", "present_past", "present_simple_past_simple", "en_es", "es_en", "next_item", "algo_first",
 )  # fmt: skip
@@ -49,15 +55,15 @@ _SIZES = {
 def small_layers(card: Mapping[str, Any], n_layers: int) -> tuple[dict[str, Any], int]:
     """The card's layer keys for a small model, and how many layers that has.
 
-    Kept are the layers of executors and detectors, the first and last of circuits, and the SAEs that these need. They are mapped in
-    proportion and moved apart where they come too close: the order stays, neighbours stay neighbours, and others keep a layer between
+    Kept are the layers of executors and detectors, the first and last of circuits, and the SAEs that these need. They
+    are mapped in
+    proportion and moved apart where they come too close: the order stays, neighbours stay neighbours, and others keep a
+    layer between
     them as far as there is room.
     """
     executor, detector, circuit = card["layer_executor"], card["layer_detector"], card["circuit_layers"]
-    residual = next(p for p in card["saes"] if not has_layer(p) or sites_of(p, 0)[0].name.startswith("resid"))
-    behind = (
-        1 if has_layer(residual) and sites_of(residual, 0)[0].name == "resid_post" else 0
-    )  # such a file serves the next layer
+    residual = next(p for p in card["saes"] if sites_of(p, 0)[0][0].kind == "residual")
+    behind = int(sites_of(residual, 0)[0][0].name == "resid_post")  # such a file serves the next layer
     some = sorted({circuit[0], circuit[-1], *({executor} & set(circuit))})
     kept = sorted({executor - behind, detector - behind, *some} & set(card["sae_layers"]))
     named = sorted({executor, detector, *some, *kept})
@@ -93,7 +99,8 @@ def small_tasks(source: str, folder: Path) -> dict[str, Task]:
 
 
 def prepare(card: Mapping[str, Any], folder: Path, **sizes: int) -> Path:
-    """Write the stand-ins of a card and its small card into `folder`, which is emptied first; the path of the small card.
+    """Write the stand-ins of a card and its small card into `folder`, which is emptied first; the path of the small
+    card.
 
     `sizes` changes the cut-down sizes. Raises `CardError` or `PreflightError` where the card does not fit its model.
     """
@@ -128,26 +135,16 @@ def _write_text(tasks: Mapping[str, Task], path: Path) -> Path:
 
 
 def run(small_card: Path, notebooks: Iterable[str] | None = None, cores: int = 2) -> tuple[bool, str]:
-    """Run the notebooks (all, or the named ones with what they need) of a small card; whether all went well, and what was printed."""
+    """Run the notebooks (all, or the named ones with what they need) of a small card; whether all went well, and what
+    was printed."""
     run_dir = Path(yaml.safe_load(small_card.read_text())["run_dir"])
     targets = ["all"] if notebooks is None else [str(run_dir / "notebooks" / f"{name}.ipynb") for name in notebooks]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    environment |= {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"
-    }  # most of the time goes into compiling, which then takes a third
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--configfile",
-        str(small_card),
-        "--cores",
-        str(cores),
-        "--keep-going",
-        "--nolock",
-        "--quiet",
-        "all",
-    ]
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = (
+        "1"  # most of the time goes into compiling, which then takes a third
+    )
+    options = f"--configfile {shlex.quote(str(small_card))} --cores {cores} --keep-going --nolock --quiet all"
+    command = [sys.executable, "-m", "snakemake", *shlex.split(options)]
     done = subprocess.run([*command, "--", *targets], cwd=root(), env=environment, capture_output=True, text=True)
     return done.returncode == 0, done.stdout + done.stderr
 
@@ -174,7 +171,7 @@ def rehearse(name: str, notebooks: Iterable[str] | None = None, **sizes: int) ->
         "card": card["card"],
         "good": good,
         "seconds": seconds,
-        "notebooks": {notebook: int(took) for notebook, took in times},
+        "notebooks": {name: int(took) for name, took in times},
     }
     line |= {"cores": os.cpu_count(), "date": datetime.date.today().isoformat()}
     with open(folder / "times.jsonl", "a") as file:

@@ -1,6 +1,7 @@
 """Stand-ins of the models and SAEs that a card names: same family, same file formats, small random weights.
 
-They say nothing about the model. They go through the same code: the family's config and tensor names, its kind of tokenizer with the
+They say nothing about the model. They go through the same code: the family's config and tensor names, its kind of
+tokenizer with the
 special tokens of its template, and SAEs in the format, at the sites and under the folder names that the card gives.
 """
 
@@ -16,9 +17,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from icl_lib.models import ModelConfig, Site, Transformer, run_with_cache, save_model
+from icl_lib.planning.dictionaries import sites_of
 from icl_lib.saes import SAE, save_suite
 from icl_lib.saes.formats import dictionary_learning, gemma_scope, saex
-from icl_lib.saes.formats.places import site_named
 from icl_lib.saes.formats.suites import has_layer, layers_of, with_layer
 from icl_lib.tasks import Task, Template, make_prompts, stack_prompts
 
@@ -26,26 +27,26 @@ _D_SAE = 160
 _FIRE = 0.9  # share of a latent's pre-activations that stay below its threshold
 # the first cut of Qwen's and Llama's tokenizers
 _MODERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Each family's special tokens: those with a name in its tokenizer's config, and the others.
+_GEMMA = {"pad": "<pad>", "eos": "<eos>", "bos": "<bos>", "unk": "<unk>"}, ["<start_of_turn>", "<end_of_turn>"]
 _SPECIAL = {
-    "gemma": ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"],
-    "phi3": ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"],
-    "gpt_neox": ["<|endoftext|>"],
-    "qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA,
+    "phi3": (
+        {"unk": "<unk>", "bos": "<s>", "eos": "<|endoftext|>", "pad": "<|endoftext|>"},
+        ["</s>", "<|user|>", "<|assistant|>", "<|end|>"],
+    ),
+    "gpt_neox": ({"bos": "<|endoftext|>", "eos": "<|endoftext|>"}, []),
+    "qwen2": ({"eos": "<|endoftext|>", "pad": "<|endoftext|>"}, ["<|im_start|>", "<|im_end|>"]),
+    "llama": ({"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>"}, []),
 }
-_SPECIAL |= {"gemma2": _SPECIAL["gemma"], "llama": ["<|begin_of_text|>", "<|end_of_text|>"]}
-_NAMED = {  # what each family calls its special tokens
-    "gemma": {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"},
-    "phi3": {"bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<unk>"},
-    "gpt_neox": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
-    "qwen2": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
-    "llama": {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
-}
-_NAMED["gemma2"] = _NAMED["gemma"]
 
 
 def small_tokenizer(family: str, lines: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of the family's kind trained on `lines`: SentencePiece-like for Gemma and Phi, byte-level for the others."""
-    special = _SPECIAL[family]
+    """A tokenizer of the family's kind trained on `lines`: SentencePiece-like for Gemma and Phi, byte-level for the
+    others."""
+    named, others = _SPECIAL[family]
+    special = list(dict.fromkeys([*named.values(), *others]))
     if family in ("gemma", "gemma2", "phi3"):
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         words = pre_tokenizers.Metaspace(prepend_scheme="never")
@@ -68,16 +69,17 @@ def small_tokenizer(family: str, lines: list[str]) -> PreTrainedTokenizerFast:
             vocab_size=1200, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         )
         tokenizer.train_from_iterator(lines, trainer)
-    named = _NAMED[family]
-    others = [token for token in _SPECIAL[family] if token not in named.values()]
+    named = {f"{name}_token": token for name, token in named.items()}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named, additional_special_tokens=others)
 
 
 def small_config(config: ModelConfig, n_layers: int, tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
-    """The same family with few and narrow layers: shared and separate key heads, rotary part and windows in proportion."""
+    """The same family with few and narrow layers: shared and separate key heads, rotary part and windows in
+    proportion."""
     n_heads = 4
     kv = {1: 1, config.n_heads: n_heads}.get(config.n_kv_heads, 2)
-    # where the heads together are wider or narrower than the residual stream, they are here: SAEs of `z` see the difference
+    # where the heads together are wider or narrower than the residual stream, they are here: SAEs of `z` see the
+    # difference
     d_head = 16 if config.n_heads * config.d_head == config.d_model else 24
     windows = None if config.windows is None else tuple(None if w is None else 48 for w in config.windows[:n_layers])
     token = lambda name, other: other if getattr(tokenizer, name) is None else int(getattr(tokenizer, name))  # noqa: E731
@@ -101,34 +103,18 @@ def write_model(
     return model
 
 
-def sites_of(pattern: str, layer: int) -> tuple[Site, Site]:
-    """Where the SAE sits that this name stands for with that number in it: (input, output)."""
-    name = with_layer(pattern, layer)
-    if "saex" in pattern:
-        return saex._sites(Path(name.replace("*", "1.00E-05")))
-    if "gemma-scope" in pattern:
-        return gemma_scope._sites(Path(name))
-    found = next((site for part in reversed(Path(name).parts) if (site := site_named(part))), None)
-    if found is None:
-        raise ValueError(f"the name {pattern!r} does not say where its SAEs sit, and no stand-in can be written for it")
-    return found, found
-
-
 def write_saes(
     card: Mapping[str, Any], root: Path, model: Transformer, tasks: Mapping[str, Task], tokenizer, template: Template
 ) -> None:
-    """The SAEs of a card in the format of each of its names, below `root`; thresholds so that about a tenth of the latents fire."""
-    wanted = {}  # (input, output) -> name and format
-    for pattern in card["saes"]:
-        if has_layer(pattern):
-            wanted |= {sites_of(pattern, layer): (pattern, layer) for layer in layers_of(pattern, card["sae_layers"])}
-        else:
-            kinds = (("resid_pre", "resid_pre"), ("attn_out", "attn_out"), ("mlp_in", "mlp_out"))
-            wanted |= {
-                tuple(Site(name, layer) for name in kind): (pattern, layer)
-                for kind in kinds
-                for layer in card["sae_layers"]
-            }
+    """The SAEs of a card in the format of each of its names, below `root`; thresholds so that about a tenth of the
+    latents fire."""
+    # (input, output) -> name and layer
+    wanted = {
+        sites: (pattern, layer)
+        for pattern in card["saes"]
+        for layer in layers_of(pattern, card["sae_layers"])
+        for sites in sites_of(pattern, layer)
+    }
     prompts = stack_prompts(
         [make_prompts(t, tokenizer, n_prompts=4, n_shots=4, seed=0, template=template) for t in tasks.values()]
     )
@@ -161,12 +147,14 @@ def _folder(pattern: str, layer: int) -> str:
     return gemma_scope.resolve(with_layer(pattern, layer)).replace("*", "3.0e-05")
 
 
-def random_sae(pair: tuple[Site, Site], x: np.ndarray, d_out: int, *, gated: bool, seed: int) -> SAE:
+def random_sae(
+    pair: tuple[Site, Site], x: np.ndarray, d_out: int, *, gated: bool, seed: int, n_latents: int = _D_SAE
+) -> SAE:
     """Random directions of length 1, read and written; a latent fires on a tenth of the tokens `x` (n, d_in)."""
     rng = np.random.default_rng(seed)
     unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)  # noqa: E731
-    read = unit(rng.normal(size=(_D_SAE, x.shape[1])))
-    write = read if pair[0] == pair[1] else unit(rng.normal(size=(_D_SAE, d_out)))
+    read = unit(rng.normal(size=(n_latents, x.shape[1])))
+    write = read if pair[0] == pair[1] else unit(rng.normal(size=(n_latents, d_out)))
     height = np.maximum(np.quantile(x @ read.T, _FIRE, axis=0), 1e-3)
     as_array = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
     weights = {
@@ -180,5 +168,5 @@ def random_sae(pair: tuple[Site, Site], x: np.ndarray, d_out: int, *, gated: boo
         bias = as_array(
             -height
         )  # of gate and magnitude alike, so that the authors' two forms of their SAEs fire on the same tokens
-        return SAE(**weights, b_enc=bias, r_mag=jnp.zeros(_D_SAE), b_mag=bias, architecture="gated")
-    return SAE(**weights, b_enc=jnp.zeros(_D_SAE), threshold=as_array(height), architecture="jumprelu")
+        return SAE(**weights, b_enc=bias, r_mag=jnp.zeros(n_latents), b_mag=bias, architecture="gated")
+    return SAE(**weights, b_enc=jnp.zeros(n_latents), threshold=as_array(height), architecture="jumprelu")

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
 from icl_lib.models import Site
+from icl_lib.models.cost import BUDGET, fitting
 from icl_lib.saes.activations import output_site
 from icl_lib.saes.sae import SAE
 from icl_lib.training import kernels, optimiser
@@ -29,7 +30,7 @@ THRESHOLD_DECAY = 0.99  # of the running mean of batchtopk's smallest feature
 _SAMPLE = 4096  # tokens that the start of training looks at
 # On accelerators so many SAEs go side by side that their (batch, d_sae) arrays, about six in float32, stay below this
 # on each device.
-_SIDE_BY_SIDE = 4e9
+_SIDE_BY_SIDE = 16 * BUDGET
 
 Buffer = Mapping[Site, Array]
 
@@ -216,7 +217,7 @@ def _step_stack(stack: Stack, rows, keys, i, plan: Plan, group) -> tuple[Stack, 
     sparse = plan.recipe.top and not by_latent and kernels.by_pairs(stack.silent.shape[1], k_max)
     one = functools.partial(_step_one, step=i, recipe=plan.recipe, k_max=k_max, sparse=sparse)
     row = plan.recipe.batch_size * stack.silent.shape[1] * 6 * 4 / (plan.mesh.size if by_latent else 1)
-    over = functools.partial(_over_saes, one, plan.recipe, max(1, int(_SIDE_BY_SIDE / row)))
+    over = functools.partial(_over_saes, one, plan.recipe, fitting(row, budget=_SIDE_BY_SIDE))
     if plan.mesh is not None and plan.shard == "sae":
         spec = PartitionSpec(AXIS)
         over = jax.shard_map(over, mesh=plan.mesh, in_specs=spec, out_specs=spec, axis_names={AXIS}, check_vma=False)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from icl_lib.models import Transformer
 from icl_lib.models.batches import map_tasks
+from icl_lib.models.cost import BUDGET
 from icl_lib.saes import SAE
 from icl_lib.vectors.insert import Cut, at_once, check_width, nll_of_one
 from icl_lib.vectors.pursuit import gradient_pursuit
@@ -29,7 +30,7 @@ MONITORS = ("l0", "loss")
 INITS = ("encoder", "pursuit")
 # Tasks run in turns of about this size: a turn lasts as long as its slowest lane, and larger ones are no faster on a
 # CPU.
-_TURN_BYTES = 2**26
+_TURN_BYTES = BUDGET // 4
 
 
 class Cleaned(eqx.Module):

@@ -16,12 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from icl_lib.models import Past, Site, Transformer, run_with_cache
 from icl_lib.models.batches import map_tasks
+from icl_lib.models.cost import BUDGET, turn
 from icl_lib.saes import SAE
 from icl_lib.tasks import Prompts, Role
 from icl_lib.tasks.template import DUMMY
-
-# Work arrays of one compiled step stay below this many bytes; more vectors are done in turns.
-_CHUNK_BYTES = 2**28
 
 
 class Cut(eqx.Module):
@@ -131,19 +129,13 @@ def nll_of_one(model: Transformer, cut: Cut, vector: Array, layer: Array | None 
 
 
 def at_once(
-    model: Transformer, batch: int, seq: int, n_tasks: int, n_vectors: int, limit: int = _CHUNK_BYTES
+    model: Transformer, batch: int, seq: int, n_tasks: int, n_vectors: int, limit: int = BUDGET
 ) -> tuple[int, int]:
     """How many tasks and vectors fit into `limit` bytes of one compiled step, from the size of logits and activations.
 
     `batch` and `seq` are the prompts of a task and the tokens of each that are run.
     """
-    config = model.config
-    lane = 4 * batch * seq * (3 * config.d_vocab + 4 * config.d_mlp + 8 * config.d_model)
-    vectors = max(1, min(n_vectors, limit // lane))
-    tasks = max(1, min(n_tasks, limit // (lane * vectors)))
-    # equal turns: a smaller last one would be compiled a second time
-    even = lambda n, most: -(-n // -(-n // most))
-    return even(n_tasks, tasks), even(n_vectors, vectors)
+    return turn(model.config, batch, seq, n_tasks, n_vectors, limit)
 
 
 @eqx.filter_jit
