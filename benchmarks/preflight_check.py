@@ -137,7 +137,7 @@ def hours() -> bool:
         ),
         "node effects": (
             lambda: node_effects(model, suite, many, layers).metric,
-            node_effects_cost(config, 4, shots, behind(layers[0]), n_tasks, sizes, part), n_tasks,
+            node_effects_cost(config, 4, shots, behind(layers[0]), n_tasks * 6, sizes, part), n_tasks,
         ),
     }  # fmt: skip
     good = True

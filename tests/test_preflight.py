@@ -277,8 +277,8 @@ def test_the_flops_of_saes_are_those_of_what_notebooks_compute(what):
     run = {"node effects": effects, "ablation": ablation}[what]
     found = jax.jit(run).lower(model, suite, jnp.zeros((b, s, config.d_model))).compile().cost_analysis()["flops"]
     cost = {
-        "node effects": lambda: node_effects_cost(config, b, s, 2, 1, sizes, Part()),
-        "ablation": lambda: ablation_cost(config, b, s, 2, 1, sizes, Part(), whole=True),
+        "node effects": lambda: node_effects_cost(config, b, s, 2, len(Role), sizes, Part()),
+        "ablation": lambda: ablation_cost(config, b, s, 2, len(Role), sizes, Part(), whole=True),
     }[what]()
     assert cost.other_flops > cost.flops / 2
     assert cost.flops / found == pytest.approx(1, abs=0.25)

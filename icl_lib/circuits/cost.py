@@ -3,32 +3,37 @@
 from collections.abc import Sequence
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from icl_lib.circuits.effects import clean_pass
 from icl_lib.models import ModelConfig, Site
 from icl_lib.models.cost import Cost, Part, abstract_array, backward_bytes, forward_cost, token_flops
 from icl_lib.saes import SAE
 from icl_lib.saes.cost import Dictionary, latents_bytes
-from icl_lib.tasks import Prompts, Role, Template, token_logprobs
-from icl_lib.tasks.prompts import _Label
 
 
-def _tables(count: int, n_tasks: int, saes: Sequence[Dictionary]) -> int:
-    """Bytes of `count` tables with a number for every task, role and latent. They are whole on the first device."""
-    return 4 * count * n_tasks * len(Role) * sum(d.d_sae for d in saes)
+class _Batch(eqx.Module):
+    """All that a metric of the logits asks of a batch."""
+
+    tokens: Int[Array, "b s"]
 
 
-def _metric(logits, prompts):
-    return token_logprobs(logits, prompts.tokens).mean(axis=-1)
+def _tables(count: int, n_rows: int, saes: Sequence[Dictionary]) -> int:
+    """Bytes of `count` tables with a number for every latent in each of `n_rows` rows. The first device holds them."""
+    return 4 * count * n_rows * sum(d.d_sae for d in saes)
 
 
-def _abstract_prompts(batch: int, seq: int) -> Prompts:
-    def build():
-        zero = jnp.zeros((batch, seq), jnp.int32)
-        return Prompts(zero, zero, zero, zero > 0, n_shots=1, template=Template(), pad_id=0, label=_Label((), ""))
+def _logprobs(logits: Array, tokens: Array) -> Array:
+    """Log-probability of each token after the first."""
+    logits = logits[:, :-1]
+    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-    return eqx.filter_eval_shape(build)
+
+def _metric(logits: Array, cache: dict, batch: _Batch) -> Array:
+    return _logprobs(logits, batch.tokens).mean(axis=-1)
 
 
 def _abstract_suite(config: ModelConfig, dtype) -> dict[Site, SAE]:
@@ -41,10 +46,10 @@ def _abstract_suite(config: ModelConfig, dtype) -> dict[Site, SAE]:
 
 
 def node_effects_cost(
-    config: ModelConfig, batch: int, seq: int, layers: int, n_tasks: int, saes: Sequence[Dictionary], part: Part
+    config: ModelConfig, batch: int, seq: int, layers: int, n_rows: int, saes: Sequence[Dictionary], part: Part
 ) -> Cost:
     """`node_effects` on one task: a pass, and its gradient back through the last `layers` layers, below which none is
-    asked for.
+    asked for. Tables have `n_rows` rows, tasks times groups.
 
     Each SAE runs, and its decoder once more for the gradient by the latents. Tables of two metrics, two each, and a
     ranking are held.
@@ -52,18 +57,18 @@ def node_effects_cost(
 
     def program(model):
         run = lambda model, suite, prompts: clean_pass(model, suite, prompts, _metric)
-        return run, _abstract_suite(model.config, model.embed.dtype), _abstract_prompts(batch, seq)
+        return run, _abstract_suite(model.config, model.embed.dtype), _Batch(abstract_array((batch, seq)))
 
     flops = batch * seq * (token_flops(config, seq) + token_flops(config, seq, layers=layers))
     return Cost(
         batch, seq, layers, flops, backward_bytes(config, seq, layers, part), program,
         other_flops=batch * seq * sum(d.flops + d.decode_flops for d in saes), other_row=latents_bytes(seq, saes),
-        fixed=_tables(5, n_tasks, saes),
+        fixed=_tables(5, n_rows, saes),
     )  # fmt: skip
 
 
 def ablation_cost(
-    config: ModelConfig, batch: int, seq: int, layers: int, n_tasks: int, saes: Sequence[Dictionary], part: Part, whole: bool
+    config: ModelConfig, batch: int, seq: int, layers: int, n_rows: int, saes: Sequence[Dictionary], part: Part, whole: bool
 ) -> Cost:  # fmt: skip
     """One pass of an ablation on one task from the first SAE on, with all latents (`whole`) or a number that costs next
     to nothing.
@@ -72,11 +77,11 @@ def ablation_cost(
     """
 
     def program(model):
-        run = lambda model, resid, tokens: token_logprobs(model.run_from(0, resid), tokens)
+        run = lambda model, resid, tokens: _logprobs(model.run_from(0, resid), tokens)
         resid = abstract_array((batch, seq, model.config.d_model), model.embed.dtype)
         return run, resid, abstract_array((batch, seq))
 
     return forward_cost(
         config, batch, seq, part, layers=layers, program=program, other_flops=sum(d.flops for d in saes) if whole else 0,
-        other_row=latents_bytes(seq, saes, copies=4), fixed=_tables(15, n_tasks, saes),
+        other_row=latents_bytes(seq, saes, copies=4), fixed=_tables(15, n_rows, saes),
     )  # fmt: skip

@@ -17,6 +17,7 @@ from icl_lib.models import ModelConfig
 from icl_lib.models.cost import Cost, Part, forward_cost
 from icl_lib.planning.dictionaries import dictionaries
 from icl_lib.saes.cost import encoding_cost, quality_cost, recording_cost
+from icl_lib.tasks import Role
 from icl_lib.tasks.tasks import task_files
 from icl_lib.vectors.cost import ANSWER_TOKENS, cleaning_cost, insertion_cost, steering_cost, task_vector_cost
 
@@ -82,7 +83,7 @@ def steps(card: Mapping[str, Any], config: ModelConfig, part: Part) -> list[Step
     shots, prompts = seq(card["circuit_shots"]), card["circuit_prompts"]
     circuit = [d for d in saes if d.site.layer in card["circuit_layers"] and d.site.name != "resid_post"]
     below = behind(min(card["circuit_layers"]))
-    ablate = lambda whole: ablation_cost(config, prompts, shots, below, tasks, circuit, part, whole)
+    ablate = lambda whole: ablation_cost(config, prompts, shots, below, tasks * len(Role), circuit, part, whole)
     table = [
         ("00", "accuracy by shots", answers_cost(config, n, seq(card["max_shots"]), part), 3 * tasks),
         ("00", "controls", answers_cost(config, n, seq(5), part), 15 * tasks),
@@ -104,7 +105,7 @@ def steps(card: Mapping[str, Any], config: ModelConfig, part: Part) -> list[Step
         ("04", "detectors one by one", insert(detector, CANDIDATES + 20, dummy), 8),
         # half as many detectors as tasks, at six strengths and in two controls
         ("04", "detectors to executors", forward_cost(config, 6, long, part, layers=executor - detector, logits=False), 4 * tasks**2),
-        ("05", "node effects", node_effects_cost(config, card["effect_prompts"], shots, below, tasks, circuit, part), 2 * tasks),
+        ("05", "node effects", node_effects_cost(config, card["effect_prompts"], shots, below, tasks * len(Role), circuit, part), 2 * tasks),
         # nodes kept, at seven counts and at random, and both ends of three settings
         ("05", "ablation", ablate(True), (2 * 7 + 3 * 2) * tasks),
         # nodes taken away likewise, two halvings, the matrix and its control, means; and 2 x 200 nodes alone in one

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from icl_lib.models import ModelConfig, Past, cost
 from icl_lib.models.cost import Cost, Part, abstract_array
 from icl_lib.vectors.cleaning import _TURN_BYTES
-from icl_lib.vectors.insert import Cut, _all_nll, _steer_arrows, nll_of_one
+from icl_lib.vectors.insert import Cut, _all_nll, nll_of_one
+from icl_lib.vectors.steering import _steer_arrows
 from icl_lib.vectors.task_vectors import _mean_resid
 
 ANSWER_TOKENS = 2  # rows from the query's arrow to the token that predicts the second of the answer
@@ -72,7 +73,7 @@ def steering_cost(
     config: ModelConfig, batch: int, seq: int, layers: int, n_tasks: int, n_vectors: int, part: Part
 ) -> Cost:
     """`negative_steering` of whole prompts of all tasks by `n_vectors` latents one after another."""
-    lanes = cost.fitting(cost.lane_bytes(config, batch, seq), n_vectors)
+    _, lanes = cost.turn(config, batch, seq, 1, n_vectors)
     flops = lanes * batch * seq * cost.token_flops(config, seq, layers=layers)
     # the compiler keeps a block's arrays beside the logits here
     row = cost.logits_bytes(config, seq + 2 * ANSWER_TOKENS, part) + cost.block_bytes(config, seq, part)
@@ -80,7 +81,7 @@ def steering_cost(
     def program(model):
         tokens, arrows = (abstract_array((1, batch, seq), dtype) for dtype in ("int32", bool))
         answers = tuple(abstract_array((1, batch, 2), dtype) for dtype in ("int32", bool, "int32"))
-        run = lambda model, *rest: _steer_arrows(model, *rest, 0, lanes)
+        run = lambda model, *rest: _steer_arrows(model, *rest, 0, (1, lanes))
         return run, tokens, arrows, answers, abstract_array((lanes, config.d_model), "float32")
 
     return Cost(batch, seq, layers, flops, lanes * row, program, passes=n_tasks * n_vectors / lanes)
