@@ -19,7 +19,7 @@ class SuiteCard(pydantic.BaseModel):
     model: str  # folder or hub id
     revision: str | None = None  # of the model on the hub
     dtype: str = "float32"  # of the model and of the activation buffer
-    text: str  # hub id of a data set, a file or folder of text, or "embedded language"
+    text: str  # hub id of a data set, a file or folder of text, or the name of an embedded model, for its language
     subset: str | None = None  # of a data set on the hub
     text_revision: str | None = None  # of a data set on the hub: a commit, so that it stays the text it is
     text_column: str = "text"

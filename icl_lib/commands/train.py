@@ -14,8 +14,7 @@ from jax.sharding import AxisType, Mesh
 
 from icl_lib.cards.card import CardError
 from icl_lib.cards.suite import SuiteCard, job_settings, members, read_suite_card, recipe
-from icl_lib.embedded.icl_tiny.language import LANGUAGE
-from icl_lib.embedded.icl_tiny.stream import LanguageCorpus
+from icl_lib.embedded import endless_language
 from icl_lib.files.paths import resolve, run_folder
 from icl_lib.models import load_config, load_model, load_tokenizer
 from icl_lib.models.sharding import make_mesh
@@ -27,8 +26,8 @@ from icl_lib.training.plan import AXIS
 
 def corpus(card: SuiteCard, bos_id: int | None) -> Corpus:
     """The text of the card, tokenised for its model."""
-    if card.text == LANGUAGE:  # the one branch by a name: `embedded.catalogue.open_corpus(text, ...)` takes its place
-        return LanguageCorpus(card.context, seed=card.seed)
+    if (language := endless_language(card.text, card.context, seed=card.seed)) is not None:
+        return language
     stream = open_text(resolve(card.text), subset=card.subset, revision=card.text_revision)
     tokenizer = load_tokenizer(resolve(card.model), card.revision)
     which = ", ".join(filter(None, (card.subset, card.text_revision)))
@@ -41,7 +40,7 @@ def corpus(card: SuiteCard, bos_id: int | None) -> Corpus:
 def meshes(card: SuiteCard) -> tuple[Mesh | None, Mesh | None]:
     """That of the language model and that of the SAEs, over the same devices in the same order.
 
-    Both are None where there is one device.     Raises `CardError` if the devices do not divide into copies of the
+    Both are None where there is one device. Raises `CardError` if the devices do not divide into copies of the
     model.
     """
     n, each = jax.device_count(), card.devices_per_model

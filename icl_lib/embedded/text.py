@@ -110,3 +110,8 @@ def open_corpus(text: str, tokenizer: Any, seq: int, *, bos_id: int | None, kept
     from icl_lib.text.corpus import TextCorpus, open_text
 
     return TextRows(TextCorpus(open_text(resolve(text)), tokenizer, seq, bos_id=bos_id, name=text), kept)
+
+
+def endless_language(text: str, seq: int, *, seed: int) -> Any:
+    """The language of the embedded model that `text` names, as a corpus without end; None for any other text."""
+    return CATALOGUE[text].part("stream").LanguageCorpus(seq, seed=seed) if text in CATALOGUE else None
