@@ -19,7 +19,6 @@ from icl_lib.files.write import write_json
 from icl_lib.tasks import Task, Template, load_tasks
 from icl_lib.tasks.tables import WORDS, read_table
 
-
 SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>"]
 PAD, EOS, BOS, UNK = range(4)
 
