@@ -39,7 +39,10 @@ TOKENS = np.random.default_rng(0).integers(0, 40, (8, 12))
 
 def config_of(family, **overrides):
     windows = {"windows": (4, None)} if family == "gemma2" else {}
-    return tiny_config(family, **({"n_heads": 8, "n_kv_heads": KV_HEADS[family], "d_mlp": 64} | windows | overrides))
+    heads = {"n_heads": 8, "n_kv_heads": KV_HEADS[family], "d_mlp": 64}
+    if family == "gpt_neox":  # whose heads have no width of their own
+        heads["d_model"] = 64
+    return tiny_config(family, **(heads | windows | overrides))
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from icl_lib.files.processes import is_writer
 from icl_lib.models import Site, gate, load_model, make_mesh, perturb, run_with_cache, save_model, shard_batch
 from icl_lib.runs import devices
 from icl_lib.runs.ledger import Ledger
@@ -55,4 +56,4 @@ weights = {
 }
 sae = SAE(**weights, site_in=Site("resid_pre", 1), site_out=Site("resid_pre", 1), architecture="standard")
 save_suite({sae.site_in: shard_sae(sae, mesh)}, own + "/saes")
-print("writer" if devices.is_writer() else "reader", jax.process_index(), len(jax.local_devices()))
+print("writer" if is_writer() else "reader", jax.process_index(), len(jax.local_devices()))

@@ -12,7 +12,7 @@ import pytest
 from icl_lib.behaviours import accuracy_table, published_accuracy
 from icl_lib.behaviours.accuracy import _same_start
 from icl_lib.files.paths import root
-from icl_lib.models import load_model, load_tokenizer
+from icl_lib.models import ModelConfig, load_model, load_tokenizer, tiny_config
 from icl_lib.tasks import Role, Task, load_tasks, make_prompts
 from tests.tokenizer_files import tokenizer
 
@@ -61,7 +61,7 @@ class Constant(eqx.Module):
     """A model that always expects one token."""
 
     token: jax.Array
-    config: types.SimpleNamespace = eqx.field(static=True)
+    config: ModelConfig = eqx.field(static=True)
 
     def __call__(self, tokens):
         one = jax.nn.one_hot(self.token, self.config.d_vocab)
@@ -72,9 +72,8 @@ def test_a_constant_guess_is_as_good_as_its_frequency_at_all_arrows():
     words = tokenizer("icl_tiny")
     task = load_tasks("embedded")["noun_category"]
     word = task.pairs[0][1]
-    model = Constant(
-        jnp.asarray(words.convert_tokens_to_ids(word)), types.SimpleNamespace(d_vocab=len(words), n_ctx=200)
-    )
+    config = tiny_config(d_vocab=len(words), n_ctx=200)
+    model = Constant(jnp.asarray(words.convert_tokens_to_ids(word)), config)
     found = accuracy_table(model, words, {"t": task}, n_pairs=(20,), n_prompts=30)["acc@20"][0]
     texts = make_prompts(task, words, n_prompts=30, n_shots=19, seed=0).texts
     outputs = [line.split(" -> ")[1] for text in texts for line in text.split("\n")[1:]]

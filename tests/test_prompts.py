@@ -11,8 +11,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from icl_lib.models import ModelConfig, Site, Transformer, tiny_config
-from icl_lib.models.families import hf_config
+from icl_lib.models import Site, Transformer, tiny_config
+from icl_lib.models.families import from_hf, to_hf
 from icl_lib.saes.activations import harvest
 from icl_lib.tasks import (
     Role,
@@ -412,11 +412,8 @@ def test_prompts_longer_than_the_context_are_refused(words):
 def test_padding_counts_nowhere_without_a_padding_id(getkey):
     """A Llama whose config and tokenizer name no padding id, and a tokenizer whose end of text is another than the config's."""
     pieces = dict.fromkeys(["the", "<s>", "</s>", "<unk>", *"".join(CORPUS).replace("\n", " \n ").split(" ")])
-    raw = hf_config(tiny_config("llama", d_vocab=len(pieces), n_ctx=80), "float32") | {
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    config = ModelConfig.from_hf({key: value for key, value in raw.items() if key != "pad_token_id"})
+    raw = to_hf(tiny_config("llama", d_vocab=len(pieces), n_ctx=80), "float32") | {"bos_token_id": 1, "eos_token_id": 2}
+    config = from_hf({key: value for key, value in raw.items() if key != "pad_token_id"})
     model, site = Transformer.init(config, key=getkey()), Site("resid_post", 1)
     for end, n_default in (("</s>", True), ("<unk>", False)):
         backend = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))

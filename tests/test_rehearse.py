@@ -16,6 +16,7 @@ import yaml
 from icl_lib import figures
 from icl_lib.cards.checks import defaults_of, full_card
 from icl_lib.commands import rehearse as command
+from icl_lib.embedded import entry
 from icl_lib.features import activation_mass
 from icl_lib.files.paths import root
 from icl_lib.models import Site, load_model, load_tokenizer, run_with_cache
@@ -226,12 +227,9 @@ def test_without_a_card_those_there_are_are_named(capsys):
 
 
 def test_the_embedded_models_card_is_known_by_its_model():
-    assert [rehearse.embedded(model) for model in ("icl-tiny", "assets/icl-tiny", "google/gemma-2b")] == [
-        True,
-        True,
-        False,
-    ]
-    assert "tiny" not in CARDS and all(not rehearse.embedded(_card(name)["model"]) for name in CARDS)
+    known = [entry(model) is not None for model in ("icl-tiny", "assets/icl-tiny", "google/gemma-2b")]
+    assert known == [True, True, False]
+    assert "tiny" not in CARDS and all(entry(_card(name)["model"]) is None for name in CARDS)
 
 
 def test_sites_of_names_are_those_of_the_formats_readers():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from icl_lib.cards.card import Card, CardError, check_card
-from icl_lib.files.names import named
+from icl_lib.files.names import located
 from icl_lib.files.paths import resolve
 from icl_lib.models import ModelConfig, load_config
 from icl_lib.models.families import known_config
@@ -33,7 +33,7 @@ def config_of(model: str) -> ModelConfig | None:
     """The config of a known model or of a local folder; None for any other hub id. Raises `CardError` if the folder
     has no usable one.
     """
-    folder = named(model, "model") or Path(resolve(model))
+    folder = located(model, "model")
     if not folder.is_dir():
         return known_config(model)
     try:

@@ -17,7 +17,7 @@ from icl_lib.saes.cost import Dictionary, latents_bytes
 class _Batch(eqx.Module):
     """All that a metric of the logits asks of a batch."""
 
-    tokens: Int[Array, "b s"]
+    tokens: Int[Array, "b s"] | jax.ShapeDtypeStruct
 
 
 def _tables(count: int, n_rows: int, saes: Sequence[Dictionary]) -> int:

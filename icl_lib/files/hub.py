@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from icl_lib.files.names import named
-from icl_lib.files.paths import resolve, root
+from icl_lib.files.names import located
+from icl_lib.files.paths import root
 
 
 def fetch_folder(name: str | Path, revision: str | None, patterns: Sequence[str], what: str) -> Path:
@@ -13,7 +13,7 @@ def fetch_folder(name: str | Path, revision: str | None, patterns: Sequence[str]
     `what` says in the errors what the folder holds. Raises `FileNotFoundError` if there is no such folder and the hub
     has no such repository or revision, does not let us in, or cannot be reached.
     """
-    folder = named(name, "model") or Path(resolve(name))
+    folder = located(name, "model")
     if folder.is_dir():
         return folder
     if folder.is_absolute() or str(name).startswith((".", "~")):

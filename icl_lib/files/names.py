@@ -7,6 +7,8 @@ kept, so that readers of models and SAEs need not know any.
 from collections.abc import Callable
 from pathlib import Path
 
+from icl_lib.files.paths import resolve
+
 _FOLDERS: dict[tuple[str, str], Callable[[], Path]] = {}
 
 
@@ -21,3 +23,8 @@ def named(name: str | Path, what: str) -> Path | None:
     """The folder that the name stands for, None for any other text."""
     found = _FOLDERS.get((str(name), what))
     return None if found is None else found()
+
+
+def located(name: str | Path, what: str) -> Path:
+    """Where the folder of a "model" or of its "saes" is: that of the name, or the path, which counts from the root."""
+    return named(name, what) or Path(resolve(str(name)))

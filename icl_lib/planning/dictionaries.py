@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from icl_lib.files.paths import resolve
+from icl_lib.files.names import located
 from icl_lib.models import ModelConfig, Site
 from icl_lib.saes.cost import Dictionary
-from icl_lib.saes.formats import common, gemma_scope, saex
+from icl_lib.saes.formats import gemma_scope, saex
+from icl_lib.saes.formats.places import site_named
 from icl_lib.saes.formats.suites import has_layer, layers_of, with_layer
 
 _LATENTS = {"nev/gemma-2b-saex-test": 32768, "nev/phi-3-4k-saex-test": 98304}
@@ -34,7 +35,7 @@ def sites_of(pattern: str, layer: int) -> list[tuple[Site, Site]]:
         except ValueError:  # a name of another format
             continue
         return [sites]
-    found = next((site for part in reversed(Path(name).parts) if (site := common.place(part))), None)
+    found = next((site for part in reversed(Path(name).parts) if (site := site_named(part))), None)
     if found is None:
         raise ValueError(
             f"the name {pattern!r} does not say where its SAEs sit, so nothing can be counted or made for it"
@@ -67,5 +68,5 @@ def _latents(pattern: str, config: ModelConfig) -> int:
     for repo, width in _LATENTS.items():
         if pattern.startswith(repo):
             return width
-    file = next(iter(sorted(Path(resolve(pattern)).glob("*/cfg.json"))), None)
+    file = next(iter(sorted(located(pattern, "saes").glob("*/cfg.json"))), None)
     return 16 * config.d_model if file is None else int(json.loads(file.read_text())["d_sae"])

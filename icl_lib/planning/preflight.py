@@ -27,7 +27,7 @@ import icl_lib.models.families as families
 import icl_lib.models.tensors as tensors
 from icl_lib.cards.card import LOCAL
 from icl_lib.cards.checks import check_against_model, config_of
-from icl_lib.files.paths import resolve
+from icl_lib.files.names import located
 from icl_lib.models import ModelConfig
 from icl_lib.models.cost import Cost, Part
 from icl_lib.models.sharding import check_mesh, largest_split, make_mesh, shardings
@@ -103,7 +103,7 @@ def estimate(card: Mapping[str, Any], devices: Devices, compile: bool | None = N
     config = sizes_of(card["model"])
     check_against_model(card, card["card"])
     split, size = largest_split(config, devices.count), 4 if devices.dtype == "float32" else 2
-    n = families.n_params(config)
+    n = tensors.n_params(config)
     saes, todo = dictionaries(card, config), steps(card, config, Part(size, split))
     if compile is None and (compile := present(devices)):
         devices = with_own_memory(devices)
@@ -114,14 +114,14 @@ def estimate(card: Mapping[str, Any], devices: Devices, compile: bool | None = N
     weights = int(size * ((n - whole) / split + whole))
     rows = TEXT_TOKENS * card["rate_rows"] * len(saes)
     disk = 0 if _downloaded(card["model"]) else n * _stored(card["model"])
-    disk += sum(d.bytes for d in saes) if any(not name.startswith(LOCAL) for name in card["saes"]) else 0
+    disk += sum(d.bytes for d in saes) if any(_to_be_fetched(name) for name in card["saes"]) else 0
     return Estimate(card, config, devices, split, n, weights, saes, todo, disk, rows * config.d_model * 2, compile)
 
 
 def _downloaded(model: str) -> bool:
     """Whether the model is a folder, or lies in the hub's cache with all its weights; a download that broke off has
     none or some of them."""
-    if Path(resolve(model)).is_dir():
+    if located(model, "model").is_dir():
         return True
     cached = lambda name: try_to_load_from_cache(model, name)  # noqa: E731
     index = cached("model.safetensors.index.json")
@@ -129,6 +129,11 @@ def _downloaded(model: str) -> bool:
         json.loads(Path(index).read_text())["weight_map"].values() if isinstance(index, str) else ["model.safetensors"]
     )
     return all(isinstance(cached(name), str) for name in {"config.json", *weights})
+
+
+def _to_be_fetched(name: str) -> bool:
+    """Whether SAEs of this name come from the hub: not those of an embedded model, of a folder, or made by a run."""
+    return not (name.startswith(LOCAL) or located(name, "saes").is_dir())
 
 
 def _free_disk() -> int:

@@ -29,8 +29,8 @@ import pandas as pd
 import safetensors.numpy
 
 from icl_lib.files.hashes import code_version, fingerprint
-from icl_lib.files.names import named
-from icl_lib.files.paths import resolve, root, run_folder
+from icl_lib.files.names import located
+from icl_lib.files.paths import root, run_folder
 from icl_lib.files.processes import is_writer, to_host, wait_for_all
 from icl_lib.files.write import write_bytes
 from icl_lib.runs.devices import describe
@@ -189,7 +189,7 @@ class Store:
 def _files(card: Mapping[str, Any]) -> dict[str, list[str]]:
     """Fingerprints of the folders that `model` and `saes` name; hub ids and patterns have none."""
     listed = {key: [card[key]] if isinstance(card[key], str) else card[key] for key in ("model", "saes") if key in card}
-    folders = {key: [named(name, key) or Path(resolve(name)) for name in some] for key, some in listed.items()}
+    folders = {key: [located(name, key) for name in some] for key, some in listed.items()}
     return {key: [fingerprint(folder) for folder in some if folder.is_dir()] for key, some in folders.items()}
 
 

@@ -75,8 +75,7 @@ def steering_cost(
     """`negative_steering` of whole prompts of all tasks by `n_vectors` latents one after another."""
     _, lanes = cost.turn(config, batch, seq, 1, n_vectors)
     flops = lanes * batch * seq * cost.token_flops(config, seq, layers=layers)
-    # the compiler keeps a block's arrays beside the logits here
-    row = cost.logits_bytes(config, seq + 2 * ANSWER_TOKENS, part) + cost.block_bytes(config, seq, part)
+    row = _pass_bytes(config, seq, part)
 
     def program(model):
         tokens, arrows = (abstract_array((1, batch, seq), dtype) for dtype in ("int32", bool))
