@@ -741,7 +741,7 @@ for what, sae, latents in (
     ("detectors", sae_detector, np.unique(detectors)),
 ):
     there = peaks(sae, latents, *in_prompts)
-    ratio = peaks(sae, latents, text)[there > 0] / there[there > 0]
+    ratio = peaks(sae, latents, plain)[there > 0] / there[there > 0]
     unknown = f", without {latents[there == 0].tolist()}, which never fire in prompts" if (there == 0).any() else ""
     print(f"{what}: peak in text / peak in prompts, median {middle(ratio):.2f}{unknown}")
 
