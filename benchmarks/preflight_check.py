@@ -93,14 +93,14 @@ def hours() -> bool:
     import numpy as np
     from common import write_line
 
-    from icl_lib.circuits import node_effects
+    from icl_lib.circuits import OnLogits, node_effects
     from icl_lib.circuits.cost import node_effects_cost
     from icl_lib.models import Site, Transformer, tiny_config
     from icl_lib.models.cost import Part
     from icl_lib.planning.hardware import efficiency, matmul_rate
     from icl_lib.planning.stand_in import random_sae, small_tokenizer
     from icl_lib.saes.cost import Dictionary
-    from icl_lib.tasks import load_tasks, make_prompts, stack_prompts
+    from icl_lib.tasks import load_tasks, make_prompts, pair_logprob, stack_prompts
     from icl_lib.vectors import clean, cut, inserted_nll_by_layer
     from icl_lib.vectors.cost import ANSWER_TOKENS, cleaning_cost, insertion_cost
 
@@ -136,7 +136,7 @@ def hours() -> bool:
             cleaning_cost(config, 12, ANSWER_TOKENS, seq, behind(layers[1]), n_tasks, n_l1, n_steps, part), 1,
         ),
         "node effects": (
-            lambda: node_effects(model, suite, many, layers).metric,
+            lambda: node_effects(model, suite, many, layers, metric=OnLogits(pair_logprob)).metric,
             node_effects_cost(config, 4, shots, behind(layers[0]), n_tasks * 6, sizes, part), n_tasks,
         ),
     }  # fmt: skip
