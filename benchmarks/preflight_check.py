@@ -4,15 +4,12 @@ takes; and hours.
     python benchmarks/preflight_check.py [--small | --hours]
 
 For each model and computation a fresh process compiles, makes the weights, runs, and reads its resident-set high-water
-mark from
-/proc (Linux). One JSON line each; `arithmetic` and `compiler` are ratios to the measured bytes, which should lie within
-25 % of 1.
+mark from /proc (Linux). One JSON line each; `arithmetic` and `compiler` are ratios to the measured bytes, which should
+lie within 25 % of 1.
 
 `--hours` runs three steps of a random Llama with the sizes of SmolLM2-135M and SAEs at four layers, and compares the
-seconds with those
-that preflight takes for them, at this machine's own rate of matrix products; `ratio` is predicted to measured, and
-should lie within
-1.5 of 1, either way. `share` is the part of that rate which the step reached.
+seconds with those that preflight takes for them, at this machine's own rate of matrix products; `ratio` is predicted to
+measured, and should lie within 1.5 of 1, either way. `share` is the part of that rate which the step reached.
 """
 
 import argparse

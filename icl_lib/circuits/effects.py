@@ -83,9 +83,8 @@ def suite_in_layers(model: Transformer, suite: Suite, layers: Iterable[int]) -> 
     for site in sites:
         if suite[site].d_in != model.config.width(site.name):
             raise ValueError(
-                f"the SAE at {site} reads d_in = {suite[site].d_in}, but the model has "
-                f"{model.config.width(site.name)} there: "
-                "was it trained on another model?"
+                f"the SAE at {site} reads d_in = {suite[site].d_in}, but the model has {model.config.width(site.name)} "
+                "there: was it trained on another model?"
             )
         if (twin := kinds.setdefault((site.layer, site.kind), site)) != site:
             raise ValueError(

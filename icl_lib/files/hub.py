@@ -19,8 +19,7 @@ def fetch_folder(name: str | Path, revision: str | None, patterns: Sequence[str]
     if folder.is_absolute() or str(name).startswith((".", "~")):
         raise FileNotFoundError(
             f"no folder {str(name)!r} here, where {root() / folder.expanduser()} would be (paths count from the "
-            "repository "
-            f"root): correct it, or pass a folder with {what}"
+            f"repository root): correct it, or pass a folder with {what}"
         )
     from huggingface_hub import errors, snapshot_download
 

@@ -62,8 +62,8 @@ class ModelConfig:
     def __post_init__(self):
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
-                f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} and {self.n_kv_heads}: "
-                "each key-value head serves an equal group of query heads"
+                f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} and {self.n_kv_heads}: each key-value "
+                "head serves an equal group of query heads"
             )
         if self.d_head % 2:
             raise ValueError(f"d_head must be even for rotary embeddings, got {self.d_head}")
@@ -106,7 +106,7 @@ class ModelConfig:
         """`n` itself. Raises `ValueError` where it is more tokens than the context that the model was trained on."""
         if n > self.n_ctx:
             raise ValueError(
-                f"{what} of {n} tokens is longer than the context of this model, {self.n_ctx}: "
-                "take fewer examples or shorter rows"
+                f"{what} of {n} tokens is longer than the context of this model, {self.n_ctx}: take fewer examples or "
+                "shorter rows"
             )
         return n

@@ -2,8 +2,7 @@ r"""What a pass of a model costs in bytes and FLOPs: the one home of these formu
 preflight.
 
 With b rows, s tokens, V words, D width, F MLP width, H heads and e bytes a number; what tensor parallelism divides is
-divided by the
-m devices of the model's axis:
+divided by the m devices of the model's axis:
 
 - logits: b s V 4 a copy; a forward pass has two of them, a gradient three
 - a block without a gradient: 3 b s F e (2 without a gate) or three copies of the scores, 12 b H s^2, whichever is more,
@@ -12,8 +11,7 @@ and 4 b s D 4
 H s^2
 
 A token costs 2 FLOPs for each weight of the blocks and of the output matrix, and 4 H d_head s for its scores; a
-gradient by the
-activations costs as much again.
+gradient by the activations costs as much again.
 """
 
 import dataclasses
@@ -44,13 +42,10 @@ class Cost:
     """What one call of a library function costs, which runs a program on `rows` prompts of `seq` tokens `passes` times.
 
     `model_flops` are those of the model in one pass, on all devices together; `model_row` are the bytes of its work
-    arrays that a row
-    adds on one device. `program(model)` gives a function of the library and the abstract arguments that follow the
-    model, so that a
-    compiler can be asked in the place of these two; it is None where the model does not run. What that function leaves
-    out is counted
-    beside it: `other_flops` of a call and `other_row` bytes, of SAEs and of what is kept, and `fixed` bytes whatever
-    the rows.
+    arrays that a row adds on one device. `program(model)` gives a function of the library and the abstract arguments
+    that follow the model, so that a compiler can be asked in the place of these two; it is None where the model does
+    not run. What that function leaves out is counted beside it: `other_flops` of a call and `other_row` bytes, of SAEs
+    and of what is kept, and `fixed` bytes whatever the rows.
     """
 
     rows: int

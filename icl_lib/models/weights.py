@@ -160,8 +160,8 @@ def load_tokenizer(name: str | Path, revision: str | None = None):
     if not tokenizer.is_fast:
         raise ValueError(
             f"{folder} has only a slow tokenizer ({type(tokenizer).__name__}), which does not tell where in the text a "
-            "token "
-            "came from: add the tokenizer.json of the model, or one converted by transformers.convert_slow_tokenizer"
+            "token came from: add the tokenizer.json of the model, or one converted by "
+            "transformers.convert_slow_tokenizer"
         )
     return tokenizer
 

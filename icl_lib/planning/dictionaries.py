@@ -23,8 +23,7 @@ def sites_of(pattern: str, layer: int) -> list[tuple[Site, Site]]:
     """Where the SAEs sit, (input, output) of each, that this name stands for with that number in it.
 
     A name with `{layer}` in it stands for one, which the formats' own readers find; any other for a suite of our own,
-    of three.
-    Raises `ValueError` if the name does not say where its SAEs sit.
+    of three. Raises `ValueError` if the name does not say where its SAEs sit.
     """
     if not has_layer(pattern):
         return [(Site(a, layer), Site(b, layer)) for a, b in _OWN]

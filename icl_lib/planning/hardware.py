@@ -1,10 +1,8 @@
 """What devices can do: memory and peak speed by kind, and how `--devices` is read.
 
 Numbers are the makers': bytes of memory and dense bfloat16 operations per second of one device as JAX counts them (on
-TPU v2 to v4
-and v5p a "v4-8" is 8 cores, which are 4 devices). Those of a CPU are measured on this machine; where an accelerator is
-present,
-its memory is what it says itself.
+TPU v2 to v4 and v5p a "v4-8" is 8 cores, which are 4 devices). Those of a CPU are measured on this machine; where an
+accelerator is present, its memory is what it says itself.
 """
 
 import dataclasses
@@ -115,8 +113,7 @@ def with_own_memory(devices: Devices) -> Devices:
     has less.
 
     What a program can have is what JAX says, but on a GPU where nothing was set JAX takes less here than for the
-    notebooks. A CPU
-    says nothing.
+    notebooks. A CPU says nothing.
     """
     import jax
 

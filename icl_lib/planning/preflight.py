@@ -3,14 +3,11 @@
     python -m icl_lib.commands.preflight params/gemma-2-9b.yaml --devices 8xv5e
 
 Prints parameters, bytes per device, disk, FLOPs and a time estimate per notebook, and the largest batch that fits; exit
-status 1 and one
-message if the card cannot fit. It needs no network: the sizes of the cards' models are part of the package, those of
-any other are read
-from its folder. Where the named devices are there, the largest computations are compiled for them (at two depths, from
-which the full one
-follows: memory and FLOPs are linear in the number of layers) and the compiler's figures take the place of the
-arithmetic; host memory
-and disk are then this machine's, and have to suffice as well.
+status 1 and one message if the card cannot fit. It needs no network: the sizes of the cards' models are part of the
+package, those of any other are read from its folder. Where the named devices are there, the largest computations are
+compiled for them (at two depths, from which the full one follows: memory and FLOPs are linear in the number of layers)
+and the compiler's figures take the place of the arithmetic; host memory and disk are then this machine's, and have to
+suffice as well.
 """
 
 import dataclasses

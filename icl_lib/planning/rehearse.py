@@ -4,12 +4,10 @@
     python -m icl_lib.commands.rehearse --all
 
 Writes `runs/rehearsal/CARD/`: a model of the card's family with few layers and random weights, SAEs in the card's
-formats, a few tasks, and
-a card with the same keys, whose layers are mapped onto the small model and whose sizes are cut down. Then it runs all
-notebooks on that
-card through the Snakefile, with the hub switched off, and adds a line with their times to `runs/rehearsal/times.jsonl`.
-Claims are not
-asserted, because nothing is true of random weights; all else is.
+formats, a few tasks, and a card with the same keys, whose layers are mapped onto the small model and whose sizes are
+cut down. Then it runs all notebooks on that card through the Snakefile, with the hub switched off, and adds a line with
+their times to `runs/rehearsal/times.jsonl`. Claims are not asserted, because nothing is true of random weights; all
+else is.
 """
 
 import datetime
@@ -56,10 +54,8 @@ def small_layers(card: Mapping[str, Any], n_layers: int) -> tuple[dict[str, Any]
     """The card's layer keys for a small model, and how many layers that has.
 
     Kept are the layers of executors and detectors, the first and last of circuits, and the SAEs that these need. They
-    are mapped in
-    proportion and moved apart where they come too close: the order stays, neighbours stay neighbours, and others keep a
-    layer between
-    them as far as there is room.
+    are mapped in proportion and moved apart where they come too close: the order stays, neighbours stay neighbours, and
+    others keep a layer between them as far as there is room.
     """
     executor, detector, circuit = card["layer_executor"], card["layer_detector"], card["circuit_layers"]
     residual = next(p for p in card["saes"] if sites_of(p, 0)[0][0].kind == "residual")

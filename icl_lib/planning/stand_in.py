@@ -1,8 +1,8 @@
 """Stand-ins of the models and SAEs that a card names: same family, same file formats, small random weights.
 
 They say nothing about the model. They go through the same code: the family's config and tensor names, its kind of
-tokenizer with the
-special tokens of its template, and SAEs in the format, at the sites and under the folder names that the card gives.
+tokenizer with the special tokens of its template, and SAEs in the format, at the sites and under the folder names that
+the card gives.
 """
 
 import dataclasses

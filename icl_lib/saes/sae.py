@@ -200,8 +200,7 @@ class SAE(eqx.Module):
         if self.architecture == "topk":
             raise ValueError(
                 f"the topk SAE at {self.site_in} has no jumprelu form, since its latents compete for {self.k} places: "
-                "methods that fold "
-                "(cleaning, ablation, links) need an SAE whose latents are on or off by themselves"
+                "methods that fold (cleaning, ablation, links) need an SAE whose latents are on or off by themselves"
             )
         parts: dict[str, Any] = {"r_mag": None, "b_mag": None, "threshold": self._magnitude_threshold()}
         if self.architecture == "gated":
@@ -211,8 +210,8 @@ class SAE(eqx.Module):
     def _project(self, x):
         if x.ndim == 0 or x.shape[-1] != self.d_in:
             raise ValueError(
-                f"this SAE takes activations with last axis d_in = {self.d_in}, got shape {x.shape}; "
-                f"it was trained at {self.site_in}: was x taken from another site or model?"
+                f"this SAE takes activations with last axis d_in = {self.d_in}, got shape {x.shape}; it was trained at "
+                f"{self.site_in}: was x taken from another site or model?"
             )
         return x.astype(self.W_enc.dtype) @ self.W_enc
 

@@ -30,11 +30,10 @@ class Template:
     r"""The words around the pairs: the prefix, then `pair` for every pair, `newline` between, an output at the end.
 
     The default is the paper's. A chat model's special tokens go into the prefix, "<start_of_turn>user\nFollow the ...";
-    a tokenizer that has them encodes them as such. Hendel et al. (2023) is
-    `Template(prefix="", pair="example:{x}->{y}")`, Todd et al. (2024) is
-    `Template(prefix="", pair="Q: {x}\nA: {y}", newline="\n\n")`. What stands before `{x}` is part of the prefix in
-    the first pair and of the newline in the others; what stands after `{y}` is part of the newline, and left out after
-    the query. `dummy` is a pair of stand-ins put before the examples,
+    a tokenizer that has them encodes them as such. Hendel et al. (2023) is `Template(prefix="",
+    pair="example:{x}->{y}")`, Todd et al. (2024) is `Template(prefix="", pair="Q: {x}\nA: {y}", newline="\n\n")`. What
+    stands before `{x}` is part of the prefix in the first pair and of the newline in the others; what stands after
+    `{y}` is part of the newline, and left out after the query. `dummy` is a pair of stand-ins put before the examples,
     ("X", "Y") for the line "X -> Y".
 
     Raises `ValueError` if `pair` is not a text with one {x} and then one {y}, or if there are only blanks between {x}
@@ -63,8 +62,8 @@ class Template:
             ) from error
         if fields != [("x", "", None), ("y", "", None)]:
             raise ValueError(
-                "the pair of a template is a text with one {x} and then one {y}, such as '{x} -> {y}'; "
-                f"got {self.pair!r}"
+                "the pair of a template is a text with one {x} and then one {y}, such as '{x} -> {y}'; got "
+                f"{self.pair!r}"
             )
         before, between, after = self.pair.format(x="\0", y="\0").split("\0")
         return before, between, after
@@ -141,9 +140,8 @@ def _owners(layout: Sequence[Span], text: str, offsets: Sequence[tuple[int, int]
             roles = [layout[k].role.name for k in np.unique(owner[inside])]
             raise ValueError(
                 f"the token {text[start:end]!r} of {_name(tokenizer)} spans {' and '.join(roles)} in "
-                f"{text[max(0, start - 20) : end + 20]!r}: this tokenizer merges the separator or newline with "
-                "its neighbour; choose a Template whose separator it "
-                "keeps apart, for instance with spaces around it"
+                f"{text[max(0, start - 20) : end + 20]!r}: this tokenizer merges the separator or newline with its "
+                "neighbour; choose a Template whose separator it keeps apart, for instance with spaces around it"
             )
         if not len(inside):
             inside = no_blank[np.searchsorted(no_blank, start) :]

@@ -22,8 +22,8 @@ def check_tokens(tokens: np.ndarray | Array, config) -> None:
     low, high = int(np.min(tokens)), int(np.max(tokens))
     if low < 0 or high >= config.d_vocab:
         raise ValueError(
-            f"token ids must be in 0..{config.d_vocab - 1}, got {low}..{high}: "
-            "were they made with another model's tokenizer?"
+            f"token ids must be in 0..{config.d_vocab - 1}, got {low}..{high}: were they made with another model's "
+            "tokenizer?"
         )
 
 

@@ -70,8 +70,7 @@ class Checkpoints:
         if differing := differences(job["config"], self.config):
             raise CheckpointError(
                 f"the checkpoint in {self.folder} (step {step}) was made with another configuration: "
-                f"{'; '.join(differing)}. "
-                "Set these back to go on with it, or choose another folder to start anew"
+                f"{'; '.join(differing)}. Set these back to go on with it, or choose another folder to start anew"
             )
         return step, self._read(step, "arrays", ocp.args.StandardRestore(abstract)), job["data"]
 
@@ -96,9 +95,9 @@ class Checkpoints:
         except Exception as err:  # orbax and tensorstore raise many kinds
             earlier = [other for other in self._manager.all_steps() if other < step]
             raise CheckpointError(
-                f"could not read step {step} of {self.folder}: {_brief(err)}. If it stays so, the checkpoint "
-                f"is damaged: delete the folder {self.folder / f'{step:09d}'} and start again "
-                "with the same settings: the job goes on "
+                f"could not read step {step} of {self.folder}: {_brief(err)}. If it stays so, the checkpoint is "
+                f"damaged: delete the folder {self.folder / f'{step:09d}'} and start again with the same settings: the "
+                "job goes on "
                 + (f"from step {max(earlier)}" if earlier else "from the beginning, for there is none before it")
             ) from err
 
@@ -114,10 +113,9 @@ class Checkpoints:
                 else []
             )
             raise CheckpointError(
-                f"could not {what} {self.folder}: {_brief(err)}. "
-                f"Whole checkpoints there: {', '.join(map(str, kept)) or 'none'}. "
-                "Is the disk full? Make room and start again with the same settings: "
-                "the job goes on from the last of them"
+                f"could not {what} {self.folder}: {_brief(err)}. Whole checkpoints there: "
+                f"{', '.join(map(str, kept)) or 'none'}. Is the disk full? Make room and start again with the same "
+                "settings: the job goes on from the last of them"
             ) from err
 
 

@@ -61,8 +61,8 @@ class JobSettings:
         counts = {name: getattr(self, name) for name in ("keep", "steps_per_pass", "save_every")}
         if min(counts.values()) < 1 or self.held_out < 0:
             raise TrainingError(
-                "keep, steps_per_pass and save_every must be at least 1 and held_out at least 0, "
-                f"got {counts} and {self.held_out}"
+                f"keep, steps_per_pass and save_every must be at least 1 and held_out at least 0, got {counts} and "
+                f"{self.held_out}"
             )
 
 
@@ -91,8 +91,8 @@ def train_suite(
     """
     if corpus.seq > model.config.n_ctx:
         raise TrainingError(
-            f"contexts of {corpus.seq} tokens are longer than the model's {model.config.n_ctx}: "
-            "make the corpus with a shorter seq"
+            f"contexts of {corpus.seq} tokens are longer than the model's {model.config.n_ctx}: make the corpus with a "
+            "shorter seq"
         )
     settings = JobSettings() if settings is None else settings
     settings = dataclasses.replace(settings, dtype=settings.dtype or str(model.embed.dtype))
@@ -176,8 +176,8 @@ class _Job:
             if (bad := np.flatnonzero(~np.asarray(finite))).size:
                 site = self.plan.members[group[bad[0]]].site
                 raise TrainingError(
-                    f"a weight of the SAE at {site} is not finite after step {self.step - 1}: "
-                    f"lower the learning rate; {self.kept()}"
+                    f"a weight of the SAE at {site} is not finite after step {self.step - 1}: lower the learning rate; "
+                    f"{self.kept()}"
                 )
         data, tokens = self.buffer.state()
         self.checkpoints.save(
@@ -208,8 +208,8 @@ class _Job:
             site, step = bad
             dtype = self.buffer.rows[site].dtype
             raise TrainingError(
-                f"activations at {site} are not finite in {dtype}, from the pass at step {step} on: "
-                f"check the model's weights, or take a dtype of wider range (float16 overflows at 65504); {self.kept()}"
+                f"activations at {site} are not finite in {dtype}, from the pass at step {step} on: check the model's "
+                f"weights, or take a dtype of wider range (float16 overflows at 65504); {self.kept()}"
             )
 
     def kept(self) -> str:
@@ -228,8 +228,8 @@ class _Job:
         if self.checkpoints.latest() is None:
             return ": give more text, more epochs or fewer steps"
         return (
-            ", and with more epochs the same call goes on from it. "
-            "With another text or fewer steps, choose another folder to start anew"
+            ", and with more epochs the same call goes on from it. With another text or fewer steps, choose another "
+            "folder to start anew"
         )
 
 

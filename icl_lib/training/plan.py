@@ -46,8 +46,8 @@ class Plan:
         object.__setattr__(self, "widths", tuple(sorted(dict(self.widths).items())))
         if not self.members or len(set(self.members)) != len(self.members):
             raise TrainingError(
-                f"sites must be different and at least one (or their d_sae or sparsity), "
-                f"got {[str(m.site) for m in self.members]}"
+                "sites must be different and at least one (or their d_sae or sparsity), got "
+                f"{[str(m.site) for m in self.members]}"
             )
         if missing := [str(s) for s in self.sites if s not in dict(self.widths)]:
             raise TrainingError(

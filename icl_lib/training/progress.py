@@ -34,8 +34,8 @@ class Progress:
     def __str__(self) -> str:
         left = datetime.timedelta(seconds=round(self.seconds_left)) if math.isfinite(self.seconds_left) else "?"
         return (
-            f"step {self.step} / {self.n_steps}  {self.tokens_per_second:.0f} tokens/s  ETA {left}  "
-            f"L0 {_span(self.l0, 1)}  FVU {_span(self.fvu, 3)}  dead {_span(self.dead, 3)}"
+            f"step {self.step} / {self.n_steps}  {self.tokens_per_second:.0f} tokens/s  ETA {left}  L0 "
+            f"{_span(self.l0, 1)}  FVU {_span(self.fvu, 3)}  dead {_span(self.dead, 3)}"
         )
 
 

@@ -154,8 +154,7 @@ def _nll(model: Transformer, cut: Cut, vectors: Array, layers: Array | None = No
     if vectors.shape[-1] != model.config.d_model or vectors.shape[: len(lead)] != lead or vectors.ndim <= len(lead):
         raise ValueError(
             f"vectors must have shape {(*lead, '...', model.config.d_model)}: the task axis of the cut, any other "
-            "axes, "
-            f"d_model; got {vectors.shape}"
+            f"axes, d_model; got {vectors.shape}"
         )
     batch, suffix = cut.resid.shape[-3:-1]
     if vectors.size == 0:

@@ -1,9 +1,8 @@
 """Golden files made by sae-lens 6.54: SAEs saved by it, and public formats that it loads, each with what it computes.
 
-Run where sae-lens is installed, from anywhere: `python tests/golden/from_sae_lens.py`, or with `more` or `short` for those of
-`more()` or `short()` alone.
-Beside each SAE lies `expected.npz`: inputs x, features f and reconstructions x_hat. Weights are random; biases are large enough that
-leaving one out shows.
+Run where sae-lens is installed, from anywhere: `python tests/golden/from_sae_lens.py`, or with `more` or `short` for
+those of `more()` or `short()` alone. Beside each SAE lies `expected.npz`: inputs x, features f and reconstructions
+x_hat. Weights are random; biases are large enough that leaving one out shows.
 """
 
 import json

@@ -69,8 +69,7 @@ class Keys:
             wanted = " or ".join(map(reprlib.repr, computed))
             raise ValueError(
                 f"{self.source}: {key} = {reprlib.repr(self[key])} is another computation than ours, which needs "
-                f"{wanted}: "
-                "this model is not supported"
+                f"{wanted}: this model is not supported"
             )
 
     def agree(self, value: Any, **others: Any) -> Any:
@@ -104,8 +103,7 @@ class Keys:
             if not isinstance(kinds, list) or len(kinds) != len(slides) or any(kind not in known for kind in kinds):
                 raise ValueError(
                     f"{self.source}: layer_types must name {' or '.join(known)} for each of the {len(slides)} layers "
-                    "of "
-                    f"num_hidden_layers, got {kinds!r}"
+                    f"of num_hidden_layers, got {kinds!r}"
                 )
             slides = [kind == "sliding_attention" for kind in kinds]
         return tuple(size if slide else None for slide in slides) if size is not None and any(slides) else None
@@ -177,8 +175,8 @@ class Family:
             return keys.number("head_dim", whole=True)
         if sizes["d_model"] % sizes["n_heads"]:
             raise ValueError(
-                f"{keys.source}: without head_dim, hidden_size must be a multiple of num_attention_heads, "
-                f"got {sizes['d_model']} and {sizes['n_heads']}"
+                f"{keys.source}: without head_dim, hidden_size must be a multiple of num_attention_heads, got "
+                f"{sizes['d_model']} and {sizes['n_heads']}"
             )
         return sizes["d_model"] // sizes["n_heads"]
 
@@ -188,8 +186,7 @@ class Family:
             if not isinstance(value, dict) or any(isinstance(part, dict) for part in value.values()):
                 raise ValueError(
                     f"{keys.source}: {field} must be an object with rope_type and its numbers, the same for all "
-                    "layers, "
-                    f"or null, got {value!r}"
+                    f"layers, or null, got {value!r}"
                 )
         if new and old:
             keys.agree(new, rope_scaling={"rope_theta": new.get("rope_theta")} | old if "rope_theta" in new else old)
@@ -199,8 +196,8 @@ class Family:
         )
         if kind not in ("default", "llama3"):
             raise ValueError(
-                f"{keys.source}: rotary scaling of type {kind!r} is not supported, only none and 'llama3'; "
-                f"the config asks for {rope}"
+                f"{keys.source}: rotary scaling of type {kind!r} is not supported, only none and 'llama3'; the config "
+                f"asks for {rope}"
             )
         scaled = {"rope_scaling": _llama3(rope, keys)} if kind == "llama3" else {}
         theta = new.get("rope_theta", rope.get("rope_theta", keys.raw.get(self.theta, 10_000.0)))

@@ -136,8 +136,8 @@ def _state(file: Path) -> dict[str, np.ndarray]:
     if isinstance(found, dict) and "ae" in found:
         raise ValueError(
             f"{file} is the backup of a training run (at step {found.get('step')}) that was stopped before it wrote "
-            "its SAE: take one of "
-            f"its checkpoints/ae_*.pt, or the state under 'ae' if the activations were not normalised in training"
+            "its SAE: take one of its checkpoints/ae_*.pt, or the state under 'ae' if the activations were not "
+            "normalised in training"
         )
     if not isinstance(found, dict) or not all(isinstance(value, np.ndarray) for value in found.values()):
         raise ValueError(f"{file} holds no state dict (names and tensors) but {type(found).__name__}")
@@ -168,8 +168,7 @@ def _with_threshold(w: Weights, name: str, file: Path) -> Weights:
     if w["threshold"] < 0:
         raise ValueError(
             f"{file}: its threshold was never set ({float(w['threshold'])}), because training stopped before "
-            f"threshold_start_step; a {name} "
-            "cannot be evaluated token by token without one"
+            f"threshold_start_step; a {name} cannot be evaluated token by token without one"
         )
     return w | {"threshold": np.full(len(w["b_enc"]), w["threshold"])}
 

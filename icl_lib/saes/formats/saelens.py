@@ -136,8 +136,8 @@ def _new_style(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} has the activation function {activation!r}; we read relu and topk")
     if cfg.get("architecture") not in _LAYOUTS:
         raise ValueError(
-            f"{path} has architecture {cfg.get('architecture')!r}; we read {', '.join(_LAYOUTS)}. "
-            "sae-lens writes its other training SAEs as jumprelu with save_inference_model"
+            f"{path} has architecture {cfg.get('architecture')!r}; we read {', '.join(_LAYOUTS)}. sae-lens writes its "
+            "other training SAEs as jumprelu with save_inference_model"
         )
     if cfg["metadata"].get("hook_head_index") is not None:
         raise ValueError(
@@ -177,9 +177,8 @@ def _unscaled(w: Weights, cfg: dict[str, Any], folder: Path) -> Weights:
         return w
     if how in ("layer_norm", "constant_norm_rescale"):
         raise ValueError(
-            f"{folder / CONFIG} has normalize_activations = {how!r}: the SAE sees each token rescaled by its own "
-            "norm, which no "
-            "fixed weights do; we read none and expected_average_only_in"
+            f"{folder / CONFIG} has normalize_activations = {how!r}: the SAE sees each token rescaled by its own norm, "
+            "which no fixed weights do; we read none and expected_average_only_in"
         )
     if how not in (True, "expected_average_only_in"):
         raise ValueError(
