@@ -102,8 +102,17 @@ def hours() -> bool:
     from icl_lib.vectors.cost import ANSWER_TOKENS, cleaning_cost, insertion_cost
 
     config = tiny_config(
-        "llama", n_layers=30, d_model=576, n_heads=9, n_kv_heads=3, d_head=64, d_mlp=1536, d_vocab=49152, n_ctx=2048, tied=True
-    )  # fmt: skip
+        "llama",
+        n_layers=30,
+        d_model=576,
+        n_heads=9,
+        n_kv_heads=3,
+        d_head=64,
+        d_mlp=1536,
+        d_vocab=49152,
+        n_ctx=2048,
+        tied=True,
+    )
     layers, n_latents, n_tasks, n_l1, n_steps, part = (10, 15, 20, 25), 4096, 2, 5, 10, Part()
     model, rng = Transformer.init(config, key=jax.random.key(0)), np.random.default_rng(0)
     suite = {

@@ -1,7 +1,9 @@
-"""One training step of one SAE by this library, by sae-lens or by dictionary_learning, told what to do through standard input.
+"""One training step of one SAE by this library, by sae-lens or by dictionary_learning, told what to do through standard
+input.
 
-`python sae_peers.py LIBRARY OBJECTIVE D_MODEL,D_SAE,BATCH` prints "ready", then for each line N takes N steps and prints their wall
-and processor seconds. Apart from it and sae_step.py nothing imports the peers, so that they may live in another environment.
+`python sae_peers.py LIBRARY OBJECTIVE D_MODEL,D_SAE,BATCH` prints "ready", then for each line N takes N steps and
+prints their wall and processor seconds. Apart from it and sae_step.py nothing imports the peers, so that they may live
+in another environment.
 """
 
 import itertools
@@ -69,9 +71,12 @@ def dictionary_learning(objective: str, d: int, d_sae: int, batch: int):
     from dictionary_learning.trainers import batch_top_k, gdm, jumprelu, standard, top_k
 
     trainers = {
-        "standard": standard.StandardTrainerAprilUpdate, "gated": gdm.GatedSAETrainer, "jumprelu": jumprelu.JumpReluTrainer,
-        "topk": top_k.TopKTrainer, "batchtopk": batch_top_k.BatchTopKTrainer,
-    }  # fmt: skip
+        "standard": standard.StandardTrainerAprilUpdate,
+        "gated": gdm.GatedSAETrainer,
+        "jumprelu": jumprelu.JumpReluTrainer,
+        "topk": top_k.TopKTrainer,
+        "batchtopk": batch_top_k.BatchTopKTrainer,
+    }
     sparsity = {"k": K} if "topk" in objective else {}
     trainer = trainers[objective](
         steps=10_000,
@@ -93,7 +98,9 @@ def dictionary_learning(objective: str, d: int, d_sae: int, batch: int):
 
 
 def matmul(_, d: int, d_sae: int, batch: int):
-    """The product of the encoder alone, by JAX, into memory that is there already: fresh pages would cost up to half of the rate."""
+    """The product of the encoder alone, by JAX, into memory that is there already: fresh pages would cost up to half of
+    the rate.
+    """
     import jax
 
     x, w = jax.random.normal(jax.random.key(0), (batch, d)), jax.random.normal(jax.random.key(1), (d, d_sae))

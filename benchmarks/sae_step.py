@@ -1,14 +1,16 @@
-"""Tokens per second of one SAE training step on stored activations, beside sae-lens and dictionary_learning, float32, in one run.
+"""Tokens per second of one SAE training step on stored activations, beside sae-lens and dictionary_learning, float32,
+in one run.
 
     pip install -e '.[bench]'
     python benchmarks/sae_step.py                                   # all objectives, three shapes
     python benchmarks/sae_step.py --shapes 2048,16384,1024 --objectives topk --peers /path/to/other/python
 
-Libraries take turns of four steps or more, each figure is the median of `--repeats`, over rows drawn from a buffer in memory. PyTorch's
-MKL takes its AVX2 path on AMD processors; "+avx512" are the same libraries with a preloaded answer to MKL's question for the maker,
-which needs gcc: `avx512` says whether it was there. `ratio` is ours over the fastest of the others. `limit_share` is what 12 x
-batch x d_model x d_sae operations would take at the rate of the encoder's product, measured in the same run, over the time taken.
-`cpu` is the same by processor seconds, which other programs on the machine disturb less.
+Libraries take turns of four steps or more, each figure is the median of `--repeats`, over rows drawn from a buffer in
+memory. PyTorch's MKL takes its AVX2 path on AMD processors; "+avx512" are the same libraries with a preloaded answer to
+MKL's question for the maker, which needs gcc: `avx512` says whether it was there. `ratio` is ours over the fastest of
+the others. `limit_share` is what 12 x batch x d_model x d_sae operations would take at the rate of the encoder's
+product, measured in the same run, over the time taken. `cpu` is the same by processor seconds, which other programs on
+the machine disturb less.
 """
 
 import argparse

@@ -1,12 +1,14 @@
-"""What a suite of 18 equal SAEs costs per step: beside 18 single ones, with one language-model pass, and its peak memory.
+"""What a suite of 18 equal SAEs costs per step: beside 18 single ones, with one language-model pass, and its peak
+memory.
 
     python benchmarks/sae_suite.py
     python benchmarks/sae_suite.py --d-model 512 --d-sae 4096 --batch 1024 --objective topk --sparsity 32
 
-The suite has the residual, attention-output and MLP-output SAEs of six layers. The single SAE and the suite take turns, on buffers of
-random numbers, medians of `--repeats`. The pass is one of a six-layer Gemma of that width over as many tokens as a step takes rows, with
-the suite's 18 sites recorded. `ratio` is the suite's step over 18 single steps; `ratio_with_pass` adds the pass to both: its bar is 1.1.
-`peak_mb` is of a process of its own that makes the buffer and trains the suite for two steps.
+The suite has the residual, attention-output and MLP-output SAEs of six layers. The single SAE and the suite take turns,
+on buffers of random numbers, medians of `--repeats`. The pass is one of a six-layer Gemma of that width over as many
+tokens as a step takes rows, with the suite's 18 sites recorded. `ratio` is the suite's step over 18 single steps;
+`ratio_with_pass` adds the pass to both: its bar is 1.1. `peak_mb` is of a process of its own that makes the buffer and
+trains the suite for two steps.
 """
 
 import argparse
@@ -91,11 +93,20 @@ def main():
     times = [(timed(single, N) / N, timed(suite, 1), timed(model)) for _ in range(args.repeats)]
     one, all_, passed = (statistics.median(t) for t in zip(*times, strict=True))
     write_line(
-        "sae_suite", objective=args.objective, d_model=args.d_model, d_sae=args.d_sae, batch=args.batch, repeats=args.repeats,
-        single_ms=round(1e3 * one, 1), suite_ms=round(1e3 * all_, 1), pass_ms=round(1e3 * passed, 1),
-        ratio=round(all_ / (N * one), 3), ratio_with_pass=round((all_ + passed) / (N * one + passed), 3),
-        state_and_buffer_mb=round(size / 1e6), peak_mb=round(memory / 1e6),
-    )  # fmt: skip
+        "sae_suite",
+        objective=args.objective,
+        d_model=args.d_model,
+        d_sae=args.d_sae,
+        batch=args.batch,
+        repeats=args.repeats,
+        single_ms=round(1e3 * one, 1),
+        suite_ms=round(1e3 * all_, 1),
+        pass_ms=round(1e3 * passed, 1),
+        ratio=round(all_ / (N * one), 3),
+        ratio_with_pass=round((all_ + passed) / (N * one + passed), 3),
+        state_and_buffer_mb=round(size / 1e6),
+        peak_mb=round(memory / 1e6),
+    )
 
 
 if __name__ == "__main__":

@@ -31,8 +31,16 @@ def config_of(stored: str):
 
     layers, words = {"bfloat16": (5, 256_000), "float32": (3, 128_000)}[stored]
     return ModelConfig(
-        family="gemma", d_model=2048, n_layers=layers, n_heads=8, n_kv_heads=1, d_head=256, d_mlp=16384, d_vocab=words, n_ctx=8192
-    )  # fmt: skip
+        family="gemma",
+        d_model=2048,
+        n_layers=layers,
+        n_heads=8,
+        n_kv_heads=1,
+        d_head=256,
+        d_mlp=16384,
+        d_vocab=words,
+        n_ctx=8192,
+    )
 
 
 def write_checkpoint(folder: Path, stored: str) -> int:

@@ -1,7 +1,8 @@
 """icl_lib: how language models learn in context, in JAX and Equinox.
 
-The rooms, from the ground up: `files`; `text`, `tasks`, `models`, and beside them `figures` and `runs`; `saes`; `training`,
-`vectors`, `circuits`, `behaviours`; `features`; `cards`, `embedded`; `planning`; `commands`. A room imports rooms below it.
+The rooms, from the ground up: `files`; `text`, `tasks`, `models`, and beside them `figures` and `runs`; `saes`;
+`training`, `vectors`, `circuits`, `behaviours`; `features`; `cards`, `embedded`; `planning`; `commands`. A room imports
+rooms below it.
 """
 
 import warnings

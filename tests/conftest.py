@@ -1,4 +1,6 @@
-"""What all tests share: strict promotion, so that no dtype or rank changes silently, quick compilation, and a source of fresh PRNG keys."""
+"""What all tests share: strict promotion, so that no dtype or rank changes silently, quick compilation, and a source of
+fresh PRNG keys.
+"""
 
 import itertools
 

@@ -1,4 +1,6 @@
-"""What `test_sharding.py` starts twice: one of two processes of two devices each, which share a model and write one store."""
+"""What `test_sharding.py` starts twice: one of two processes of two devices each, which share a model and write one
+store.
+"""
 
 import sys
 

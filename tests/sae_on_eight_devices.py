@@ -2,7 +2,8 @@
 
 import os
 
-# Compiled to run once, and each device on its own thread: with Eigen's threads too, eight devices on two cores can wait for each other for good.
+# Compiled to run once, and each device on its own thread: with Eigen's threads too, eight devices on two cores can wait
+# for each other for good.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false"
 )

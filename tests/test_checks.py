@@ -1,4 +1,6 @@
-"""What a card asks of its model and its tasks is checked before anything runs: by the library, the command and snakemake."""
+"""What a card asks of its model and its tasks is checked before anything runs: by the library, the command and
+snakemake.
+"""
 
 import json
 import subprocess

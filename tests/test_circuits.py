@@ -412,7 +412,8 @@ def seen_with(model, tokens, shift, at, wanted):
 def check_edges(world, drawn, kinds, layers=LAYERS, every=2):
     """Move the residual by eps times what the source writes, and watch the target's activation through its own module.
 
-    `kinds` gives for each kind of node, in the order of computation, the site its SAE reads and the residual it is fed by.
+    `kinds` gives for each kind of node, in the order of computation, the site its SAE reads and the residual it is fed
+    by.
     """
     model, suite, prompts = world
     prompts = first_task(prompts)
@@ -472,7 +473,7 @@ def test_edges_agree_with_a_change_along_the_residual_stream(world, drawn):
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_neox"])
 def test_edges_of_mixed_values_and_of_parallel_blocks(family):
-    """SAEs as Gemma Scope has them (z, the normalised MLP input) and as Pythia's (MLP output, both branches fed alike)."""
+    """SAEs as Gemma Scope has them (z, normalised MLP input) and as Pythia's (MLP output, both branches fed alike)."""
     config, layers = tiny_config(family, n_heads=2, n_kv_heads=2, d_head=6, rotary_dim=4), (0, 1)
     keys = iter(jax.random.split(jax.random.key(5), 9))
     model = jax.tree.map(lambda w: w * 1.5 if w.ndim == 2 else w, Transformer.init(config, key=next(keys)))

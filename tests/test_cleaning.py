@@ -1,4 +1,4 @@
-"""Task vector cleaning: step by step against a plain loop, its published properties, and recovery of planted latents."""
+"""Task vector cleaning: step by step against a plain loop, published properties, and recovery of planted latents."""
 
 import dataclasses
 

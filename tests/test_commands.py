@@ -44,7 +44,8 @@ def test_a_notebook_runs_below_any_folder(folder, capsys):
 
 def test_a_lock_goes_with_the_process_that_holds_it_however_it_ends(folder):
     code = "import sys, time; from pathlib import Path; from icl_lib.files import lock; "
-    code += "lock.root = lambda: Path(sys.argv[1]); held = lock.say_that_one_runs(); print('held', flush=True); time.sleep(60)"
+    code += "lock.root = lambda: Path(sys.argv[1]); held = lock.say_that_one_runs()"
+    code += "; print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         assert lock.someone_runs()

@@ -1,4 +1,6 @@
-"""Text as packed contexts: what is in them, that a saved state goes on with the next token, shards, and texts that cannot serve."""
+"""Text as packed contexts: what is in them, that a saved state goes on with the next token, shards, and texts that
+cannot serve.
+"""
 
 import json
 
@@ -42,7 +44,7 @@ def folder(tmp_path):
 
 
 def packed(texts: list[str], seq: int) -> np.ndarray:
-    """The contexts by the definition: every token in order, a BOS after each document, rows behind a BOS, no BOS twice."""
+    """The contexts by the definition: tokens in order, a BOS after each document, rows behind a BOS, no BOS twice."""
     rows, row = [], [2]
     for token in [token for text in texts for token in [*(int(w[1:]) + 3 for w in text.split()), 2]]:
         row += [token] * (token != 2 or row[-1] != 2)

@@ -1,4 +1,4 @@
-"""Features against plain NumPy sums, a corpus scored by hand, and a detector that drives an executor by construction."""
+"""Features against plain NumPy sums, a corpus scored by hand, a detector that drives an executor by construction."""
 
 import dataclasses
 
@@ -136,7 +136,8 @@ def planted(getkey):
     silent = lambda m: (m.blocks[0].attn.o, m.blocks[0].mlp.down)
     model = eqx.tree_at(silent, model, tuple(jnp.zeros_like(w) for w in silent(model)))
     prompts = stack_prompts([make(0), make(1)])
-    # Tokens 30 and above are outputs and carry direction 15; no token has anything in direction 14; all have some in 13.
+    # Tokens 30 and above are outputs and carry direction 15; no token has anything in direction 14; all have some in
+    # 13.
     tokens = jnp.where(prompts.roles == Y, 30 + prompts.tokens % 10, prompts.tokens % 27 + 3)
     prompts = eqx.tree_at(lambda p: p.tokens, prompts, tokens)
     embed = (model.embed * 0.01).at[:, 13:].set(0.0).at[30:, 15].set(0.5).at[:, 13].set(0.25)

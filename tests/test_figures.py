@@ -67,13 +67,18 @@ def edges(n_nodes: int) -> pd.DataFrame:
 K = np.array([5, 10, 50, 100, 500])
 DRAWINGS = {
     "accuracy_vs_shots": (40, lambda: figures.accuracy_vs_shots(range(6), curves(6), GROUPS, chance=0.1)),
-    "training_curve": (40, lambda: figures.training_curve(range(1, 50), {"train": 5 / np.arange(1, 50), "test": np.ones(49)})),
+    "training_curve": (
+        40,
+        lambda: figures.training_curve(range(1, 50), {"train": 5 / np.arange(1, 50), "test": np.ones(49)}),
+    ),
     "sae_quality": (60, lambda: figures.sae_quality(suite_table(), bar=0.95)),
     "width_lines": (40, lambda: figures.width_lines(sweep_table(), "fvu")),
     "group_bars": (40, lambda: figures.group_bars(curves(1)[:, 0], GROUPS, ylabel="accuracy")),
     "layer_curves": (
         45,
-        lambda: figures.layer_curves(range(6), {m: -curves(6) for m in ("TVC", "task vector", "ITO(5)", "new")}, mark=3),
+        lambda: figures.layer_curves(
+            range(6), {m: -curves(6) for m in ("TVC", "task vector", "ITO(5)", "new")}, mark=3
+        ),
     ),
     "l0_bars": (40, lambda: figures.l0_bars({"SAE encoding": K, "TVC": [1, 2, 3]}, published={"TVC": 3.78})),
     "sweep_scatter": (45, lambda: figures.sweep_scatter({"ITO": (rng.uniform(0, 3, 99), rng.normal(size=99))})),
@@ -84,22 +89,39 @@ DRAWINGS = {
     "task_latent_heatmap": (
         80,
         lambda: figures.task_latent_heatmap(
-            rng.normal(size=(N, 43)), TASKS, np.arange(43).tolist(), normalised=False,
-            encoded=rng.random((N, 43)) < 0.2, survives=rng.random((N, 43)) < 0.1, what="executor of layer 3",
+            rng.normal(size=(N, 43)),
+            TASKS,
+            np.arange(43).tolist(),
+            normalised=False,
+            encoded=rng.random((N, 43)) < 0.2,
+            survives=rng.random((N, 43)) < 0.1,
+            what="executor of layer 3",
         ),
     ),
-    "role_mass": (50, lambda: figures.role_mass(rng.dirichlet([1.0] * 5, N), TASKS, ROLES, published=[0, 0, 0.9, 0.1, 0])),
+    "role_mass": (
+        50,
+        lambda: figures.role_mass(rng.dirichlet([1.0] * 5, N), TASKS, ROLES, published=[0, 0, 0.9, 0.1, 0]),
+    ),
     "link_heatmap": (80, lambda: figures.link_heatmap(rng.random((N, 20)), TASKS, TASKS[:20], same_task=np.eye(N, 20))),
-    "latent_control": (55, lambda: figures.latent_control(curves(1)[:, 0], 0.1 * rng.normal(size=(N, 50)), TASKS, bar=0.2)),
-    "scale_sweep": (50, lambda: figures.scale_sweep([1, 4, 16, 64], {"best": curves(4), "random": curves(4)}, chosen=16)),
+    "latent_control": (
+        55,
+        lambda: figures.latent_control(curves(1)[:, 0], 0.1 * rng.normal(size=(N, 50)), TASKS, bar=0.2),
+    ),
+    "scale_sweep": (
+        50,
+        lambda: figures.scale_sweep([1, 4, 16, 64], {"best": curves(4), "random": curves(4)}, chosen=16),
+    ),
     "faithfulness_curve": (45, lambda: figures.faithfulness_curve(K, curves(5), mode="ablate", control=curves(5))),
     "faithfulness_panels": (60, lambda: figures.faithfulness_panels(K, curves(5), curves(5), keep_control=curves(5))),
     "ablation_matrix": (80, lambda: figures.ablation_matrix(-rng.random((N, N)), TASKS, GROUPS)),
-    "ie_scatter": (45, lambda: figures.ie_scatter(rng.normal(size=200), rng.normal(size=200), ["residual", "transcoder"] * 100)),
+    "ie_scatter": (
+        45,
+        lambda: figures.ie_scatter(rng.normal(size=200), rng.normal(size=200), ["residual", "transcoder"] * 100),
+    ),
     "node_counts": (40, lambda: figures.node_counts(circuit(200))),
     "halving_bars": (50, lambda: figures.halving_bars([np.nan, *range(10, 250, 10)], TASKS, bar=300)),
     "circuit_graph": (160, lambda: figures.circuit_graph(circuit(80), edges(80), title="a task")),
-}  # fmt: skip
+}
 
 
 def panels(drawn: object) -> tuple[Figure, list]:

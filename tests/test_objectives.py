@@ -1,4 +1,6 @@
-"""Each published loss against its equations by hand, gradients against differences or the straight-through formulas, the optimiser."""
+"""Each published loss against its equations by hand, gradients against differences or the straight-through formulas,
+the optimiser.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -105,7 +107,7 @@ def test_loss_is_the_equation(getkey, objective, sparse_path):
 
 @pytest.mark.parametrize("objective, sparse_path", PATHS)
 def test_gradients_are_differences(getkey, objective, sparse_path):
-    """Central differences of the reference; the threshold of jumprelu has its own test, since its true gradient is 0."""
+    """Central differences of the reference; jumprelu's threshold has its own test, since its true gradient is 0."""
     p, x, y = problem(getkey, objective, skip=objective != "gated")
     sparsity = 3.0 if objective in TOP else 0.3
     r = recipe(objective)
@@ -127,7 +129,9 @@ def test_gradients_are_differences(getkey, objective, sparse_path):
 
 
 def test_threshold_has_the_straight_through_gradient(getkey):
-    """Jumping Ahead, Eqs. (11) and (12), written out: latents whose pre-activation is within half a bandwidth of their threshold."""
+    """Jumping Ahead, Eqs. (11) and (12), written out: latents whose pre-activation is within half a bandwidth of their
+    threshold.
+    """
     p, x, y = problem(getkey, "jumprelu")
     r, lam = recipe("jumprelu", bandwidth=0.5), 0.3
     grads = jax.grad(lambda p: loss_of("jumprelu", p, x, y, lam, r)[0])(p)

@@ -82,10 +82,18 @@ def devices_here(monkeypatch, kind, platform="gpu", bytes_limit=None, count=1):
 @pytest.mark.parametrize(
     ("kind", "is_a"),
     [
-        ("NVIDIA A100-SXM4-40GB", "a100"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA L4", "l4"), ("NVIDIA L40S", None),
-        ("NVIDIA GH200 480GB", None), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v5 lite", "v5e"), ("TPU v6 lite", "v6e"), ("cpu", "cpu"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", None),
+        ("NVIDIA GH200 480GB", None),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v6 lite", "v6e"),
+        ("cpu", "cpu"),
     ],
-)  # fmt: skip
+)
 def test_devices_are_known_by_jaxs_names(kind, is_a, monkeypatch):
     devices_here(monkeypatch, kind)
     assert [name for name in KINDS if present(parse_devices(name))] == ([] if is_a is None else [is_a])

@@ -410,7 +410,9 @@ def test_prompts_longer_than_the_context_are_refused(words):
 
 
 def test_padding_counts_nowhere_without_a_padding_id(getkey):
-    """A Llama whose config and tokenizer name no padding id, and a tokenizer whose end of text is another than the config's."""
+    """A Llama whose config and tokenizer name no padding id, and a tokenizer whose end of text is another than the
+    config's.
+    """
     pieces = dict.fromkeys(["the", "<s>", "</s>", "<unk>", *"".join(CORPUS).replace("\n", " \n ").split(" ")])
     raw = to_hf(tiny_config("llama", d_vocab=len(pieces), n_ctx=80), "float32") | {"bos_token_id": 1, "eos_token_id": 2}
     config = from_hf({key: value for key, value in raw.items() if key != "pad_token_id"})

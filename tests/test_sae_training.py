@@ -1,4 +1,6 @@
-"""Training of stacked SAEs on planted features, folding, sharding, errors; the objective of ICL-SFC and its ghost gradients."""
+"""Training of stacked SAEs on planted features, folding, sharding, errors; the objective of ICL-SFC and its ghost
+gradients.
+"""
 
 import os
 import subprocess
@@ -219,7 +221,9 @@ def test_a_latent_is_dead_by_its_silence_or_by_its_rate(getkey):
 
 
 def test_accelerators_and_cpus_take_the_same_steps(getkey, monkeypatch):
-    """`vmap`, two SAEs at a time, and dense products against one SAE after the other and pairs; with dead latents, so that both branches are taken."""
+    """`vmap`, two SAEs at a time, and dense products against one SAE after the other and pairs; with dead latents, so
+    that both branches are taken.
+    """
     for objective, levels in (("icl-sfc", [0.1]), ("batchtopk", [2, 3])):
         plan, buffer, state, _ = prepared(
             getkey, objective, levels, n_tokens=300, batch_size=32, n_steps=100, dead_after=1
@@ -303,8 +307,9 @@ def test_eight_devices_train_as_one():
         + ["--xla_force_host_platform_device_count=8"]
     )
     command = [sys.executable, str(Path(__file__).parent / "sae_on_eight_devices.py")]
-    # NPROC sets the number of XLA's threads. With one for each device it happens on two cores that a device finds none free, and the
-    # others wait for it in a sum until XLA (jaxlib 0.10.2) gives up after 40 s: a fault of the simulation, for which there is a second try.
+    # NPROC sets the number of XLA's threads. With one for each device it happens on two cores that a device finds none
+    # free, and the others wait for it in a sum until XLA (jaxlib 0.10.2) gives up after 40 s: a fault of the
+    # simulation, for which there is a second try.
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": "32"}
     for _ in range(2):
         run = subprocess.run(command, env=environment, capture_output=True, text=True)

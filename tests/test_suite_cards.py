@@ -1,4 +1,6 @@
-"""Cards of suites: those of the repository, one run from a folder of text to a folder of SAEs, and cards that cannot be."""
+"""Cards of suites: those of the repository, one run from a folder of text to a folder of SAEs, and cards that cannot
+be.
+"""
 
 import dataclasses
 import json
@@ -57,17 +59,37 @@ def test_the_papers_suite():
         "bfloat16",
     )
     assert how == Recipe(
-        objective="icl-sfc", n_steps=150_000, batch_size=2048, learning_rate=1e-3, beta1=0.0, beta2=0.99, warmup=128, decay="cosine",
-        period=300_000, sparsity_warmup=0, clip=1.0, norm_decay=0.99, dead_after=2000, dead_rate=5e-6, resample_every=0, unit_norm=False, k_aux=0,
-        skip=False, dtype="bfloat16", centred_start=False, loss_scale=100.0,
-    )  # fmt: skip
+        objective="icl-sfc",
+        n_steps=150_000,
+        batch_size=2048,
+        learning_rate=1e-3,
+        beta1=0.0,
+        beta2=0.99,
+        warmup=128,
+        decay="cosine",
+        period=300_000,
+        sparsity_warmup=0,
+        clip=1.0,
+        norm_decay=0.99,
+        dead_after=2000,
+        dead_rate=5e-6,
+        resample_every=0,
+        unit_norm=False,
+        k_aux=0,
+        skip=False,
+        dtype="bfloat16",
+        centred_start=False,
+        loss_scale=100.0,
+    )
     rates = [float(how.rate(jnp.asarray(step))) for step in (0, 127, 149_999)]
     np.testing.assert_allclose(rates, [1e-3 / 128, 1e-3, 0.55e-3], rtol=1e-3)
     assert make_recipe("icl-sfc", n_steps=1000, batch_size=8).period == 100_000
 
 
 def test_the_papers_start_and_scale():
-    """Orthogonal encoder, its transpose with rows of norm 1, no biases, softplus(0); the loss is a mean over components, times 100."""
+    """Orthogonal encoder, its transpose with rows of norm 1, no biases, softplus(0); the loss is a mean over
+    components, times 100.
+    """
     how = make_recipe("icl-sfc", n_steps=10, batch_size=8, dtype="bfloat16")
     x = jax.random.normal(jax.random.key(1), (20, 16))
     p = OBJECTIVES["icl-sfc"].init(x, x, 64, how, key=jax.random.key(0))
@@ -109,10 +131,22 @@ def card_file(tmp_path):
     texts = [" ".join(rng.choice(WORDS, 30)) for _ in range(80)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     values = {
-        "model": str(tmp_path / "model"), "text": str(tmp_path / "text.jsonl"), "context": 16, "run_dir": str(tmp_path / "run"),
-        "sparsity": {"resid_pre": [0.01, 1]}, "d_sae": [24, 32], "layers": [1], "recipe": "standard", "steps": 12, "batch_size": 32,
-        "contexts": 4, "passes": 2, "steps_per_pass": 2, "held_out": 8, "changes": {"learning_rate": 1e-2},
-    }  # fmt: skip
+        "model": str(tmp_path / "model"),
+        "text": str(tmp_path / "text.jsonl"),
+        "context": 16,
+        "run_dir": str(tmp_path / "run"),
+        "sparsity": {"resid_pre": [0.01, 1]},
+        "d_sae": [24, 32],
+        "layers": [1],
+        "recipe": "standard",
+        "steps": 12,
+        "batch_size": 32,
+        "contexts": 4,
+        "passes": 2,
+        "steps_per_pass": 2,
+        "held_out": 8,
+        "changes": {"learning_rate": 1e-2},
+    }
 
     def write(**changes):
         path = tmp_path / "card.yaml"
@@ -178,7 +212,7 @@ def test_cards_that_cannot_be(card_file):
         run(read_suite_card(card_file(text_column="body")))
     with pytest.raises(
         CorpusError,
-        match="text.jsonl ended after .* contexts are needed next .read 1 time.; there is no checkpoint yet: .*more epochs",
+        match="text.jsonl ended after .* needed next .read 1 time.; there is no checkpoint yet: .*more epochs",
     ):
         run(read_suite_card(card_file(steps=10_000)))
     with pytest.raises(CardError, match="`devices_per_model`: Input should be greater than 0"):

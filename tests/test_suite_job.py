@@ -1,4 +1,6 @@
-"""The suite job: what is in its buffer, that it learns, goes on after being killed to the same bits, and stops where it must."""
+"""The suite job: what is in its buffer, that it learns, goes on after being killed to the same bits, and stops where it
+must.
+"""
 
 import dataclasses
 import io
@@ -48,7 +50,9 @@ SIZES = dict(contexts=4, passes=3, steps_per_pass=2, save_every=10)
 
 
 class Numbers:
-    """A corpus of random tokens, padded at the end of some rows; from pass `poison` on it holds the last token of the vocabulary."""
+    """A corpus of random tokens, padded at the end of some rows; from pass `poison` on it holds the last token of the
+    vocabulary.
+    """
 
     def __init__(self, seq: int = 10, poison: int = 10**9):
         self.seq, self.poison, self.passes = seq, poison, 0
@@ -284,7 +288,8 @@ def test_bad_loss_stops_the_job_and_keeps_the_checkpoint(tmp_path):
             run(tmp_path / "b", corpus=Numbers(poison=16), model=model, recipe=recipe)
         said.append(str(caught.value))
     found = re.match(
-        r"the loss of the SAE at blocks.1.hook_resid_pre is not finite at step (\d+).*last good checkpoint, of step (\d+), is in",
+        r"the loss of the SAE at blocks.1.hook_resid_pre is not finite at step (\d+)"
+        r".*last good checkpoint, of step (\d+), is in",
         said[0],
     )
     assert said[0] == said[1] and found, said
@@ -440,7 +445,9 @@ def test_a_stopped_job_on_text_ends_with_the_same_bits(objective, tmp_path):
 
 
 def test_text_that_ends_can_be_read_once_more(tmp_path):
-    """What the message advises works: more epochs go on from the checkpoint, to the bits of a run that had them from the start."""
+    """What the message advises works: more epochs go on from the checkpoint, to the bits of a run that had them from
+    the start.
+    """
     with pytest.raises(
         CorpusEnded, match=r"read 1 time\); there is no checkpoint yet: give more text, more epochs or fewer steps"
     ):
@@ -478,7 +485,9 @@ def test_impossible_jobs(tmp_path):
 
 
 def run_both(folder) -> None:
-    """Two jobs after each other, of 120 and 40 steps, that print what step of all they are at; then the second one anew, at once."""
+    """Two jobs after each other, of 120 and 40 steps, that print what step of all they are at; then the second one
+    anew, at once.
+    """
     run(folder / "numbers", log=lambda progress: print("step", progress.step, flush=True), log_seconds=0.0)
     run_on_text(
         folder / "text", make_text(folder), "topk", log=lambda progress: print("step", 120 + progress.step, flush=True)

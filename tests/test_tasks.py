@@ -342,7 +342,9 @@ def test_repeated_pairs_are_read_once_and_told(tmp_path, kind, recwarn):
 
 
 def test_published_pairs_are_as_they_were(published, recwarn):
-    """Only product-company.json has pairs twice that were kept so far: 20 of 522. Nobody can mend these files: no warning."""
+    """Only product-company.json has pairs twice that were kept so far: 20 of 522. Nobody can mend these files: no
+    warning.
+    """
     for source in ("paper", "function_vectors"):
         for name, task in load_tasks(source).items():
             if task.group in ("algorithmic",) and source == "paper":

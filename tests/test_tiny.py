@@ -1,4 +1,6 @@
-"""The embedded language, a reduced retraining, and the committed assets: what they are, and that they are what they say."""
+"""The embedded language, a reduced retraining, and the committed assets: what they are, and that they are what they
+say.
+"""
 
 import hashlib
 import json
@@ -22,8 +24,18 @@ from icl_lib.text.tokens import token_windows
 
 ASSETS = root() / "assets" / "icl-tiny"
 SMALL = PretrainConfig(
-    n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_head=16, d_mlp=64, seq=40, batch=8, steps=30, residual_from=15, residual_ramp=10
-)  # fmt: skip
+    n_layers=2,
+    d_model=32,
+    n_heads=2,
+    n_kv_heads=1,
+    d_head=16,
+    d_mlp=64,
+    seq=40,
+    batch=8,
+    steps=30,
+    residual_from=15,
+    residual_ramp=10,
+)
 
 
 @pytest.fixture(scope="module")

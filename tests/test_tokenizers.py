@@ -38,7 +38,8 @@ HENDEL = Template(prefix="", pair="example:{x}->{y}")
 TODD = Template(prefix="", pair="Q: {x}\nA: {y}", newline="\n\n")
 GEMMA_2 = Template(prefix="<start_of_turn>user\nFollow the pattern:\n")
 PHI_3 = Template(prefix="<|user|>\nFollow the pattern:\n")
-# A tokenizer that makes one <unk> of all unknown neighbours needs known marks between them; its vocabulary has no line end and no ">".
+# A tokenizer that makes one <unk> of all unknown neighbours needs known marks between them; its vocabulary has no line
+# end and no ">".
 UNKNOWING = Template(prefix="Follow the pattern, ", pair="{x} , {y}", newline=" ; ")
 
 
@@ -210,9 +211,15 @@ def merging():
 def test_template_parts_and_errors():
     assert Template().parts == ("", " -> ", "") and Template().separator == " -> "
     assert TODD.layout([("a", "b"), ("c", "d")]) == [
-        Span("Q: ", Role.PROMPT, -1), Span("a", Role.INPUT, 0), Span("\nA: ", Role.ARROW, 0), Span("b", Role.OUTPUT, 0),
-        Span("\n\nQ: ", Role.NEWLINE, 0), Span("c", Role.INPUT, 1), Span("\nA: ", Role.ARROW, 1), Span("d", Role.OUTPUT, 1),
-    ]  # fmt: skip
+        Span("Q: ", Role.PROMPT, -1),
+        Span("a", Role.INPUT, 0),
+        Span("\nA: ", Role.ARROW, 0),
+        Span("b", Role.OUTPUT, 0),
+        Span("\n\nQ: ", Role.NEWLINE, 0),
+        Span("c", Role.INPUT, 1),
+        Span("\nA: ", Role.ARROW, 1),
+        Span("d", Role.OUTPUT, 1),
+    ]
     text = lambda template, pairs: "".join(span.text for span in template.layout(pairs))
     assert text(HENDEL, [("a", "b"), ("c", "d")]) == "example:a->b\nexample:c->d"
     braces = Template(prefix="", pair="{{{x}}} -> [{y}]", newline="\n")

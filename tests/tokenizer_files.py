@@ -1,4 +1,4 @@
-"""Tokenizers of every kind that our models have: real ones where a copy is at hand, and small ones trained on the spot."""
+"""Tokenizers of every kind that our models have: real ones where a copy is at hand, small ones trained on the spot."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def mistral_v1_sentencepiece():
 
 
 def sentencepiece_test():
-    """SentencePiece unigram of 1,000 pieces without bytes: neighbours that it does not know become one unknown token."""
+    """SentencePiece unigram of 1,000 pieces without bytes: neighbours that it does not know become one token."""
     proto = sentencepiece("sentencepiece_test/test_model.model")
     tokenizer = Tokenizer(models.Unigram([(p.piece, p.score) for p in proto.pieces], unk_id=0))
     tokenizer.normalizer = normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap)

@@ -68,8 +68,15 @@ def node_effects_cost(
 
 
 def ablation_cost(
-    config: ModelConfig, batch: int, seq: int, layers: int, n_rows: int, saes: Sequence[Dictionary], part: Part, whole: bool
-) -> Cost:  # fmt: skip
+    config: ModelConfig,
+    batch: int,
+    seq: int,
+    layers: int,
+    n_rows: int,
+    saes: Sequence[Dictionary],
+    part: Part,
+    whole: bool,
+) -> Cost:
     """One pass of an ablation on one task from the first SAE on, with all latents (`whole`) or a number that costs next
     to nothing.
 
@@ -82,6 +89,13 @@ def ablation_cost(
         return run, resid, abstract_array((batch, seq))
 
     return forward_cost(
-        config, batch, seq, part, layers=layers, program=program, other_flops=sum(d.flops for d in saes) if whole else 0,
-        other_row=latents_bytes(seq, saes, copies=4), fixed=_tables(15, n_rows, saes),
-    )  # fmt: skip
+        config,
+        batch,
+        seq,
+        part,
+        layers=layers,
+        program=program,
+        other_flops=sum(d.flops for d in saes) if whole else 0,
+        other_row=latents_bytes(seq, saes, copies=4),
+        fixed=_tables(15, n_rows, saes),
+    )

@@ -187,12 +187,15 @@ def refuse(e: Estimate) -> None:
     worst, room = max(e.steps, key=e.host_bytes), host_memory()
     if e.host_bytes(worst) > room:
         raise PreflightError(
-            f"{e.card['card']} does not fit into the memory of this machine: notebook {worst.notebook} ({worst.what}) needs "
-            f"{_gb(e.host_bytes(worst))}, and {_gb(room)} can be used; fewer `rate_rows` or `sae_layers` would need less"
+            f"{e.card['card']} does not fit into the memory of this machine: notebook {worst.notebook} "
+            f"({worst.what}) needs "
+            f"{_gb(e.host_bytes(worst))}, and {_gb(room)} can be used; fewer `rate_rows` or `sae_layers` would need "
+            "less"
         )
     if e.disk > (free := _free_disk()):
         raise PreflightError(
-            f"{e.card['card']} downloads {_gb(e.disk)} of weights and SAEs, and {_gb(free)} are free in {constants.HF_HUB_CACHE}: "
+            f"{e.card['card']} downloads {_gb(e.disk)} of weights and SAEs, and {_gb(free)} are free in "
+            f"{constants.HF_HUB_CACHE}: "
             "make room, or set HF_HUB_CACHE to a folder on another disk"
         )
 
@@ -206,7 +209,8 @@ def _too_large(e: Estimate, worst: Step) -> str:
     advice += [f"{more} x {e.devices.kind} would do"] if more else []
     advice += ["fewer `sae_layers` would need less"] if e.sae_bytes(worst.notebook) > e.weights else []
     return (
-        f"{e.card['card']} does not fit on {e.devices}: notebook {worst.notebook} ({worst.what}) needs {_gb(e.peak(worst))} a device "
+        f"{e.card['card']} does not fit on {e.devices}: notebook {worst.notebook} ({worst.what}) needs "
+        f"{_gb(e.peak(worst))} a device "
         f"({parts}), and there are {_gb(e.devices.memory)}. {'; '.join(advice) or 'Take devices with more memory'}."
     )
 
@@ -228,21 +232,24 @@ def show(e: Estimate) -> str:
     lines = [
         f"{e.card['card']} on {e.devices}: {_gb(e.devices.memory)} usable each, {used}",
         f"model     {e.card['model']}: {e.n_params:,} parameters, {_gb(e.weights)} a device in {e.devices.dtype}",
-        f"SAEs      {len(e.saes)} at {len(e.card['sae_layers'])} layers, {max((d.d_sae for d in e.saes), default=0):,} latents: "
+        f"SAEs      {len(e.saes)} at {len(e.card['sae_layers'])} layers, "
+        f"{max((d.d_sae for d in e.saes), default=0):,} latents: "
         f"{_gb(e.sae_bytes('05'))} a device in float32 when all are loaded",
         f"disk      {_gb(e.disk)} of weights and SAEs to download{f', {_gb(_free_disk())} free' if e.here else ''}; "
         f"host memory {_gb(e.host)} for the activations of notebook 01",
         f"figures   {'compiled for these devices' if e.here else 'by arithmetic, these devices are not here'}; "
         f"times at {100 * efficiency(e.devices.kind):.0f} % of the peak, without compilation",
         "",
-        f"{'notebook':<9} {'largest computation':<32} {'batch':>12} {'a device':>10} {'FLOPs':>9} {'hours':>7} {'largest batch':>14}",
+        f"{'notebook':<9} {'largest computation':<32} {'batch':>12} {'a device':>10} {'FLOPs':>9} {'hours':>7} "
+        f"{'largest batch':>14}",
     ]
     for notebook in sorted({s.notebook for s in e.steps}):
         own = [s for s in e.steps if s.notebook == notebook]
         top = max(own, key=e.peak)
         flops, batch = e.flops(notebook), f"{top.cost.rows} x {top.cost.seq}"
         lines.append(
-            f"{notebook:<9} {top.what:<32} {batch:>12} {_gb(e.peak(top)):>10} {flops:9.1e} {e.hours_of(flops):7.2f} {e.largest_batch(top):14,}"
+            f"{notebook:<9} {top.what:<32} {batch:>12} {_gb(e.peak(top)):>10} {flops:9.1e} {e.hours_of(flops):7.2f} "
+            f"{e.largest_batch(top):14,}"
         )
     total = e.hours_of(sum(s.flops for s in e.steps))
     return "\n".join([*lines, f"In all about {total:.1f} hours."])

@@ -84,11 +84,23 @@ def small_config(config: ModelConfig, n_layers: int, tokenizer: PreTrainedTokeni
     windows = None if config.windows is None else tuple(None if w is None else 48 for w in config.windows[:n_layers])
     token = lambda name, other: other if getattr(tokenizer, name) is None else int(getattr(tokenizer, name))  # noqa: E731
     return dataclasses.replace(
-        config, d_model=64, n_layers=n_layers, n_heads=n_heads, n_kv_heads=kv, d_head=d_head, d_mlp=128, d_vocab=len(tokenizer), n_ctx=512,
-        rotary_dim=None if config.rotary_dim is None else d_head * config.rotary_dim // config.d_head, windows=windows,
-        attn_scale=None if config.attn_scale is None else d_head**-0.5, bos_id=token("bos_token_id", None),
-        eos_id=token("eos_token_id", 0), more_eos=(), pad_id=token("pad_token_id", 0),
-    )  # fmt: skip
+        config,
+        d_model=64,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=kv,
+        d_head=d_head,
+        d_mlp=128,
+        d_vocab=len(tokenizer),
+        n_ctx=512,
+        rotary_dim=None if config.rotary_dim is None else d_head * config.rotary_dim // config.d_head,
+        windows=windows,
+        attn_scale=None if config.attn_scale is None else d_head**-0.5,
+        bos_id=token("bos_token_id", None),
+        eos_id=token("eos_token_id", 0),
+        more_eos=(),
+        pad_id=token("pad_token_id", 0),
+    )
 
 
 def write_model(

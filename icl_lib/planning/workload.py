@@ -87,15 +87,28 @@ def steps(card: Mapping[str, Any], config: ModelConfig, part: Part) -> list[Step
     table = [
         ("00", "accuracy by shots", answers_cost(config, n, seq(card["max_shots"]), part), 3 * tasks),
         ("00", "controls", answers_cost(config, n, seq(5), part), 15 * tasks),
-        ("01", "activations of all SAE sites", recording_cost(config, 16, text, part, len(saes)), card["rate_rows"] / 16),
+        (
+            "01",
+            "activations of all SAE sites",
+            recording_cost(config, 16, text, part, len(saes)),
+            card["rate_rows"] / 16,
+        ),
         *(("01", "firing rates", encoding_cost(card["rate_rows"], text, sae), 1) for sae in saes),
         ("01", "quality with each SAE in place", quality_cost(config, 16, text, part, saes), card["quality_rows"] / 16),
         ("02", "task vectors", task_vector_cost(config, n, long, part), 8 * tasks),
         # 5 of methods and the choice, 8 by shots, 7 of controls, 3 of differences; all from layer 0 on
         ("02", "vectors inserted at every layer", insert(0, config.n_layers), 23),
-        *(("03", f"cleaning at layer {layer}", clean(layer, of_tvc[0], len(card["tvc_l1"]), of_tvc[1]), 1) for layer in swept),
+        *(
+            ("03", f"cleaning at layer {layer}", clean(layer, of_tvc[0], len(card["tvc_l1"]), of_tvc[1]), 1)
+            for layer in swept
+        ),
         # stability, and the SAEs that notebook 01 trained
-        ("03", "cleaning, one penalty", clean(executor, of_tvc[0], 1, of_tvc[1]), 3 + len(card["sweep_widths"]) * len(card["sweep_sparsity"])),
+        (
+            "03",
+            "cleaning, one penalty",
+            clean(executor, of_tvc[0], 1, of_tvc[1]),
+            3 + len(card["sweep_widths"]) * len(card["sweep_sparsity"]),
+        ),
         # at five lengths with the control of 100, on either pool, and at each latent's own lengths
         ("04", "latents one by one", insert(executor, CANDIDATES + 100), 7 + len(card["latent_scales"])),
         ("04", "latents that fire", answers_cost(config, n, long, part), 2 * tasks),
@@ -104,12 +117,22 @@ def steps(card: Mapping[str, Any], config: ModelConfig, part: Part) -> list[Step
         ("04", "detectors cleaned", clean(detector, n, 1, card["detector_steps"], dummy), 1),
         ("04", "detectors one by one", insert(detector, CANDIDATES + 20, dummy), 8),
         # half as many detectors as tasks, at six strengths and in two controls
-        ("04", "detectors to executors", forward_cost(config, 6, long, part, layers=executor - detector, logits=False), 4 * tasks**2),
-        ("05", "node effects", node_effects_cost(config, card["effect_prompts"], shots, below, tasks * len(Role), circuit, part), 2 * tasks),
+        (
+            "04",
+            "detectors to executors",
+            forward_cost(config, 6, long, part, layers=executor - detector, logits=False),
+            4 * tasks**2,
+        ),
+        (
+            "05",
+            "node effects",
+            node_effects_cost(config, card["effect_prompts"], shots, below, tasks * len(Role), circuit, part),
+            2 * tasks,
+        ),
         # nodes kept, at seven counts and at random, and both ends of three settings
         ("05", "ablation", ablate(True), (2 * 7 + 3 * 2) * tasks),
         # nodes taken away likewise, two halvings, the matrix and its control, means; and 2 x 200 nodes alone in one
         # task
         ("05", "ablation of few nodes", ablate(False), (2 * 7 + 2 * 20 + tasks + 1 + 2 * 7) * tasks + 400),
-    ]  # fmt: skip
+    ]
     return [Step(*line) for line in table]

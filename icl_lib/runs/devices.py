@@ -105,7 +105,8 @@ def _initialize(**given) -> None:
         pods = " (`pip install 'jax[k8s]'` lets JAX ask Kubernetes)" if _in_indexed_job() else ""
         raise ValueError(
             f"this process seems to be one of several, but not which of how many ({error}): set "
-            "JAX_COORDINATOR_ADDRESS to host:port of the first, JAX_NUM_PROCESSES, and JAX_PROCESS_ID from 0 on, in each "
+            "JAX_COORDINATOR_ADDRESS to host:port of the first, JAX_NUM_PROCESSES, and JAX_PROCESS_ID from 0 on, in "
+            "each "
             f"of them{pods}; JAX_NUM_PROCESSES=1 if it is the only one"
         ) from error
     except RuntimeError as error:

@@ -1,8 +1,9 @@
 """A golden file of the per-layer transcoders that circuit-tracer reads, with a skip matrix: `layer_4.safetensors`.
 
-circuit-tracer is no package to install; its formulas (`SingleLayerTranscoder.encode`, `decode` and `compute_skip`) are written out here for
-one token at a time. There, W_enc and W_dec are (d_sae, d_model) and W_skip is (output, input). W_skip is far from symmetric and as
-large as the rest, so that its transpose gives other numbers, not another shape. Run anywhere: `python tests/golden/from_circuit_tracer.py`.
+circuit-tracer is no package to install; its formulas (`SingleLayerTranscoder.encode`, `decode` and `compute_skip`) are
+written out here for one token at a time. There, W_enc and W_dec are (d_sae, d_model) and W_skip is (output, input).
+W_skip is far from symmetric and as large as the rest, so that its transpose gives other numbers, not another shape. Run
+anywhere: `python tests/golden/from_circuit_tracer.py`.
 """
 
 from pathlib import Path

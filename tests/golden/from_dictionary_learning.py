@@ -1,8 +1,9 @@
 """Golden files made by dictionary_learning 0.1: one folder for each of its classes, with what the class computes.
 
-Run where it is installed: `python tests/golden/from_dictionary_learning.py`. The folders are as its `trainSAE` leaves them; `backup` is as an
-interrupted run of its main branch leaves them, with an optimiser in `ae.pt`; `AutoEncoderTopK_early` as its first version did, whose
-TopK had no threshold. Features are those of `from_pretrained`. With `early` only the last is made.
+Run where it is installed: `python tests/golden/from_dictionary_learning.py`. The folders are as its `trainSAE` leaves
+them; `backup` is as an interrupted run of its main branch leaves them, with an optimiser in `ae.pt`;
+`AutoEncoderTopK_early` as its first version did, whose TopK had no threshold. Features are those of `from_pretrained`.
+With `early` only the last is made.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""Golden files in saex' format. saex cannot be installed any more (it pins a JAX of 2024), so its formulas are written out here.
+"""Golden files in saex' format. saex cannot be installed any more (it pins a JAX of 2024), so its formulas are written
+out here.
 
-Trained form: `encode` and `forward` of neverix/saex, saex/sae.py. Form of the ICL-SFC experiments: `sae_encode_gated` in
-neverix/micrlhf-progress, micrlhf/utils/load_sae.py. Numpy in float64: `python tests/golden/from_saex.py`.
+Trained form: `encode` and `forward` of neverix/saex, saex/sae.py. Form of the ICL-SFC experiments: `sae_encode_gated`
+in neverix/micrlhf-progress, micrlhf/utils/load_sae.py. Numpy in float64: `python tests/golden/from_saex.py`.
 """
 
 import json

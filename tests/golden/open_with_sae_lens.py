@@ -2,8 +2,8 @@
 
 Two steps, since sae-lens and JAX need not be installed together:
 
-    python tests/golden/open_with_sae_lens.py write     # where icl_lib is installed: every architecture and kind of site
-    python tests/golden/open_with_sae_lens.py check     # where sae-lens is installed: its numbers, and how far ours are from them
+    python tests/golden/open_with_sae_lens.py write     # where icl_lib is installed: every form and kind of site
+    python tests/golden/open_with_sae_lens.py check     # where sae-lens is installed: its numbers, how far ours are
 
 test_golden.py holds what our SAEs compute to these numbers, and what `save_sae` writes to these files.
 """
@@ -57,7 +57,8 @@ def check() -> None:
             f, x_hat = sae.encode(heads).numpy(), sae(heads).numpy().reshape(TOKENS, -1)
         worst = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in ((ours["f"], f), (ours["x_hat"], x_hat))]
         print(
-            f"{path.name:20} as {sae.cfg.architecture():26} at {sae.cfg.metadata.hook_name:24} f {worst[0]:.1e} x_hat {worst[1]:.1e}"
+            f"{path.name:20} as {sae.cfg.architecture():26} at {sae.cfg.metadata.hook_name:24} "
+            f"f {worst[0]:.1e} x_hat {worst[1]:.1e}"
         )
         assert max(worst) < 1e-5, path
         np.savez_compressed(path / "expected.npz", x=x.numpy(), f=f, x_hat=x_hat)
