@@ -173,7 +173,7 @@ def effect(v, where=at_held_out, zero=base):
 
 
 change = {method: effect(v) for method, v in methods.items()}
-by_choosing = effect(vectors, at_choosing, base_nll(lm, at_choosing)).mean(axis=0)
+by_choosing = np.nanmean(effect(vectors, at_choosing, base_nll(lm, at_choosing)), axis=0)
 best = min(
     (site.layer for site in suite), key=lambda i: by_choosing[i]
 )  # of those with an SAE; on other words than reported
@@ -183,16 +183,20 @@ figures.layer_curves(layers, change, mark=best)
 plt.show()
 
 # %% tags=["nbval-check-output"]
-mean = {method: values.mean(axis=0) for method, values in change.items()}
+has_loss = np.asarray(base.mean(axis=-1)) > 0  # without a loss to lose there is no relative change
+if not has_loss.all():
+    print("no loss with nothing inserted, left out of means:", ", ".join(np.array(names)[~has_loss]))
+mean = {method: values[has_loss].mean(axis=0) for method, values in change.items()}
+lowest = lambda values: int(np.nanargmin(values)) if np.isfinite(values).any() else 0
 tv = mean["task vector"]
 elbow = int(np.diff(tv).argmin())
 for method in change:
     print(
-        f"{method:18s} layer {best}: {mean[method][best]:+.2f}   best over layers: {np.nanmin(mean[method]):+.2f} at {np.nanargmin(mean[method])}"
+        f"{method:18s} layer {best}: {mean[method][best]:+.2f}   best over layers: {np.nanmin(mean[method]):+.2f} at {lowest(mean[method])}"
     )
 for method in list(change)[1:]:
-    less = change[method][:, best] - change["task vector"][:, best]
-    error = less.std(ddof=1) / np.sqrt(len(names))
+    less = (change[method][:, best] - change["task vector"][:, best])[has_loss]
+    error = less.std(ddof=1) / np.sqrt(len(less)) if len(less) > 1 else np.nan
     print(f"{method:18s} minus task vector: {less.mean().round(2) + 0.0:+.2f}, standard error over tasks {error:.2f}")
 print(f"elbow between layers {elbow} and {elbow + 1}: {tv[elbow]:+.2f} to {tv[elbow + 1]:+.2f}")
 
@@ -217,7 +221,7 @@ def paired(offset):
     drawn, zero = task_vector(lm, prompts("extraction", n_shots, offset)), prompts("evaluation", 0, offset + 2)
     where, sae, v = cut(lm, zero, best), suite[Site("resid_pre", best)], drawn[:, best]
     zero_nll = base_nll(lm, where)
-    mean_change = lambda inserted: float(relative_change(inserted_nll(lm, where, inserted), zero_nll).mean())
+    mean_change = lambda inserted: float(jnp.nanmean(relative_change(inserted_nll(lm, where, inserted), zero_nll)))
     of_vector = mean_change(v)
     return {method: mean_change(code(sae, v)) - of_vector for method, code in written.items()}
 
@@ -291,7 +295,10 @@ plt.show()
 
 # %% tags=["nbval-check-output"]
 for line, values in lines.items():
-    print(f"{line:16s} " + ", ".join(f"{k} shots {x:+.2f}" for k, x in zip(shots, values.mean(axis=0), strict=True)))
+    print(
+        f"{line:16s} "
+        + ", ".join(f"{k} shots {x:+.2f}" for k, x in zip(shots, values[has_loss].mean(axis=0), strict=True))
+    )
 
 # %% [markdown]
 """
@@ -319,10 +326,13 @@ def random_like(v, key):
 
 
 draws = [effect(random_like(vectors, k)) for k in jax.random.split(key, 3)]
-others = [effect(jnp.roll(vectors, by, axis=0)) for by in (1, len(names) // 3, len(names) // 2)]
+shifts = [by for by in (1, len(names) // 3, len(names) // 2) if by % len(names)]  # no task is another than itself
+others = [effect(jnp.roll(vectors, by, axis=0)) for by in shifts]
+if not others:
+    print("there is one task only, and so no vector of another")
 controls = {
     "task vector": change["task vector"],
-    "another task's vector": np.mean(others, axis=0),
+    "another task's vector": np.mean(others, axis=0) if others else np.full_like(change["task vector"], np.nan),
     "mean over tasks": effect(jnp.broadcast_to(vectors.mean(axis=0, keepdims=True), vectors.shape)),
     "random direction": np.mean(draws, axis=0),
 }
@@ -333,7 +343,7 @@ plt.show()
 for control, values in controls.items():
     helps = (values[:, best] < 0).sum()
     print(
-        f"{control:22s} layer {best}: {values[:, best].mean():+.2f}, lowers the loss on {helps} of {len(names)} tasks"
+        f"{control:22s} layer {best}: {values[has_loss, best].mean():+.2f}, lowers the loss on {helps} of {len(names)} tasks"
     )
 
 # %% [markdown]
@@ -366,7 +376,7 @@ plt.show()
 
 # %% tags=["nbval-check-output"]
 for baseline, values in baselines.items():
-    print(f"{baseline:16s} layer {best}: {values[:, best].mean():+.2f}")
+    print(f"{baseline:16s} layer {best}: {values[has_loss, best].mean():+.2f}")
 
 # %% [markdown]
 """
@@ -407,8 +417,9 @@ store.save("task_vectors", arrays, meta=meta)
 
 # %% tags=["nbval-check-output"]
 at_best = {method: float(values[best]) for method, values in mean.items()}
-step = float(tv[elbow] - tv[elbow + 1]) / float(tv.max() - tv.min())
-tv_best, control = at_best["task vector"], float(controls["another task's vector"][:, best].mean())
+span = float(tv.max() - tv.min())
+step = float(tv[elbow] - tv[elbow + 1]) / span if span else np.nan
+tv_best, control = at_best["task vector"], float(controls["another task's vector"][has_loss, best].mean())
 numbers = [
     ("task_vector_best_layer", "Fig 3a", -0.546, tv_best, "at most -0.40", tv_best <= -0.4),
     (

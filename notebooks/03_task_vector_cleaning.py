@@ -176,6 +176,8 @@ finds a plateau, then a collapse where the penalty outweighs the loss.
 
 # %%
 zero_choose, zero_test = (np.asarray(base_nll(lm, where).mean(axis=-1)) for where in (choose_cut, test_cut))
+if no_loss := [name for name, *zero in zip(names, zero_choose, zero_test, strict=True) if not min(zero) > 0]:
+    print("no loss with nothing inserted, so that no relative change of it is known:", ", ".join(no_loss))
 # of losses (task, ...) and those with nothing inserted (task,); NaN where these are 0
 relative = lambda loss, zero: (loss.T / np.where(zero > 0, zero, np.nan) - 1).T
 fraction = per_latent(cleaned.l0)
@@ -250,7 +252,7 @@ n_steps = 24
 codes = pursuit_path(vector, sae.W_dec, n_steps)
 ito_l0 = np.asarray((codes > 0).sum(axis=-1)).T
 ito_test = loss(test_cut, jnp.moveaxis(codes @ sae.W_dec, 0, 1))
-gain = lambda values: (tv_test[:, None] - values) / zero_test[:, None]
+gain = lambda values: (tv_test[:, None] - values) / np.where(zero_test > 0, zero_test, np.nan)[:, None]
 ito_points = (per_latent(ito_l0).ravel(), gain(ito_test).ravel())
 figures.sweep_scatter({"ITO": ito_points, "TVC": (fraction.ravel(), gain(tvc_test).ravel())})
 plt.show()

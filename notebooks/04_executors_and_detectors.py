@@ -32,8 +32,8 @@ import pandas as pd
 
 from icl_lib import embedded, figures
 from icl_lib.features import (
-    activation_mass, active_latents, best_lengths, detector_executor, display_strength, latent_decrease, length_sweep, loss_decrease, mean_strength,
-    percentile_of, random_latents, serves_one, stands_out, top_examples,
+    activation_mass, active_latents, best_lengths, detector_executor, display_strength, first_candidates, latent_decrease, length_sweep,
+    loss_decrease, mean_strength, percentile_of, random_latents, serves_one, stands_out, top_examples,
 )  # fmt: skip
 from icl_lib.figures.style import heatmap
 from icl_lib.cards.notebook import open_run
@@ -115,14 +115,14 @@ much shorter changes nothing, much longer breaks everything.
 # %%
 cleaned, meta = store.load("cleaned", expect={"tasks": names})
 survives, encoded = cleaned["f"] > 0, cleaned["encoded"] > 0
-candidates = np.flatnonzero(
-    (survives if survives.any() else encoded).any(axis=0)
-)  # cleaning may have left nothing but the bias
 choosing, testing = (
     cut(lm, prompts(pool, 0, offset), layer_executor) for pool, offset in (("optimisation", 1), ("evaluation", 2))
 )
 many_shots = prompts("evaluation", n_shots, 3)
 alive = active_latents(lm, sae_executor, many_shots.tokens)
+candidates = first_candidates(survives, encoded, alive)  # cleaning may have left nothing but the bias
+if not survives.any():
+    print("no latent survived cleaning: candidates are those that encode task vectors, or fire in the prompts")
 others = random_latents(alive, 100, candidates, key=keys["executors"])
 print(
     f"{len(candidates)} candidates of {sae_executor.d_sae} latents; {alive.sum()} fire in the prompts, {len(others)} serve as control"
@@ -206,8 +206,10 @@ alone, in_group = serves_one(brightest, names), serves_one(brightest, groups)
 translating = np.array(groups) == "translation"
 directions_shared = ~serves_one(executors[translating], np.array(names)[translating])
 print(
-    f"{len(served(executors))} executors serve {n_tasks} tasks; mean decrease by the executor alone {own_effect.mean():.2f}"
+    f"{len(served(executors))} executors serve {n_tasks} tasks; mean decrease by the executor alone {np.nanmean(own_effect):.2f}"
 )
+if np.isnan(own_effect).any():
+    print("no loss to lose, and so no effect:", ", ".join(np.array(names)[np.isnan(own_effect)]))
 print(
     f"brightest latent of a row: brightest of no other in {alone.sum()}, of rows of one group in {in_group.sum()} of {n_tasks}"
 )
@@ -305,15 +307,18 @@ if sweep_widths:
     random_few = np.split(
         loss_decrease(lm, testing_few, jnp.concatenate([drawn for _, drawn in pairs])), ends_drawn, axis=1
     )
-    picked = jnp.stack(
-        [found[scores.argmax(axis=1)] for (found, _), scores in zip(pairs, on_choosing, strict=True)], axis=1
-    )
+    # a dictionary in which nothing survived cleaning has no executor, and no effect of one
+    nothing = jnp.zeros((n_tasks, lm.config.d_model))
+    own_of = lambda found, scores: found[scores.argmax(axis=1)] if len(found) else nothing
+    picked = jnp.stack([own_of(found, scores) for (found, _), scores in zip(pairs, on_choosing, strict=True)], axis=1)
     own_few = loss_decrease(lm, testing_few, picked)
     dictionaries["tasks"] = [
         int(stands_out(own, drawn).sum()) for own, drawn in zip(own_few.T, random_few, strict=True)
     ]
-    dictionaries["effect"] = own_few.mean(axis=0)
     dictionaries["candidates"] = [len(found) for found, _ in pairs]
+    dictionaries["effect"] = np.where(dictionaries["candidates"] > 0, np.nanmean(own_few, axis=0), np.nan)
+    if (dictionaries["candidates"] == 0).any():
+        print("nothing survived cleaning in", ", ".join(dictionaries["folder"][dictionaries["candidates"] == 0]))
 
 # %%
 if sweep_widths:
@@ -535,8 +540,10 @@ of them there, and the figures show other pairs.
 """
 
 # %%
-detector_candidates = np.flatnonzero(np.asarray(found.f > 0).any(axis=0))
 alive_d = active_latents(lm, sae_detector, many_shots.tokens)
+detector_candidates = first_candidates(np.asarray(found.f > 0), alive_d)
+if not (found.f > 0).any():
+    print("no latent survived the cleaning of outputs: candidates are some that fire in the prompts")
 others_d = random_latents(alive_d, 50, detector_candidates, key=keys["detectors"])
 lengths_d = length_sweep(lm, sae_detector, fitting, detector_candidates, others_d[:20], (2.0, 4.0, 8.0, 16.0, 32.0))
 chosen_d = scale_detector if scale_detector > 0 else lengths_d.clearest
@@ -594,7 +601,7 @@ detectors = detector_candidates[
 ]
 own_effect_d = effect_d[np.arange(n_tasks), np.searchsorted(detector_candidates, detectors)]
 print(
-    f"{len(served(detectors))} detectors serve {n_tasks} tasks; mean decrease by the detector alone {own_effect_d.mean():.2f}"
+    f"{len(served(detectors))} detectors serve {n_tasks} tasks; mean decrease by the detector alone {np.nanmean(own_effect_d):.2f}"
 )
 print("shared:", "; ".join(f"{i} {', '.join(of)}" for i, of in served(detectors).items() if len(of) > 1))
 
@@ -961,9 +968,9 @@ numbers += [
         "best_executor",
         "App F",
         0.867,
-        float(own_effect.max()),
+        float(np.nanmax(own_effect)),
         "loss decrease of at least 0.5",
-        own_effect.max() >= 0.5,
+        np.nanmax(own_effect) >= 0.5,
     ),
     (
         "negative_steering",

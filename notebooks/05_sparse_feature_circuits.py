@@ -114,8 +114,11 @@ used.
 # %%
 top = [circuits.Circuit.from_effects(effects.task(i), n=100).nodes for i in range(len(names))]
 nodes = pd.concat(top, keys=names, names=["task", "node"]).reset_index(level="task")
-figures.node_counts(nodes)
-plt.show()
+if len(nodes):
+    figures.node_counts(nodes)
+    plt.show()
+else:
+    print("no node has a positive effect in any task: there are no circuits")
 
 # %% tags=["nbval-check-output"]
 share = nodes.groupby("group")["effect"].sum() / nodes["effect"].sum()
@@ -165,6 +168,10 @@ plain = circuits.node_effects(lm, suite, stack_prompts(found), circuit_layers, m
 agree, figure = {}, plt.figure(figsize=(9, 4.2), layout="constrained")
 for k, (metric, source) in enumerate({on_logit: effects, on_logprob: plain}.items()):
     every = circuits.Circuit.from_effects(source.task(shown)).nodes
+    if every.empty:
+        print(f"no node of {names[shown]} has an effect: nothing to compare with")
+        agree[metric.function.__name__] = np.nan
+        continue
     strong = every.loc[every.effect.abs().nlargest(100).index]
     weak = every.drop(strong.index)
     some = pd.concat([strong, weak.sample(min(100, len(weak)), random_state=seed)])
@@ -428,6 +435,9 @@ middle = lambda tasks: int(tasks[len(tasks) // 2])  # the median circuit among t
 def draw_circuit(task: int) -> circuits.Circuit:
     """Draw the 40 strongest nodes and 80 edges of a task; effects and edges are those on the logit."""
     circuit = circuits.Circuit.from_effects(effects.task(task), n=40)
+    if circuit.nodes.empty:
+        print(f"no node of {names[task]} has a positive effect: there is no circuit to draw")
+        return circuit
     edges = circuits.edge_effects(lm, suite, found[task], circuit, metric=on_logit)
     circuit = circuit.with_edges(edges[edges.source.isin(circuit.nodes.index)], per_node=2)  # error nodes are not drawn
     figures.circuit_graph(circuit.nodes, circuit.edges, title=f"{names[task]}: m is the logit")

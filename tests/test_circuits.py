@@ -545,3 +545,14 @@ def test_bad_requests_end_with_one_message(world, effects, setting):
         brute_force_effects(setting, Circuit.from_effects(effects.task(0), 3).nodes)
     with pytest.raises(ValueError, match="belongs to one task"):
         Circuit.from_effects(effects)
+
+
+def test_nodes_without_any_edge_have_an_empty_table(world, drawn):
+    """The fault: where no node had an effect on another one, there was nothing to join, and an error."""
+    model, suite, prompts = world[:3]
+    silent = lambda sae: eqx.tree_at(lambda s: (s.W_enc, s.b_enc), sae, (sae.W_enc * 0, sae.b_enc * 0 - 1))
+    dead = {site: silent(sae) for site, sae in suite.items()}
+    edges = edge_effects(model, dead, first_task(prompts), drawn, metric=LOGPROB)
+    edges = edges[~edges.source.str.contains("error")]
+    assert list(edges.columns) == ["source", "target", "effect"] and edges.empty
+    assert drawn.with_edges(edges).edges.empty

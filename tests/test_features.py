@@ -16,6 +16,7 @@ from icl_lib.features import (
     best_lengths,
     detector_executor,
     display_strength,
+    first_candidates,
     latent_decrease,
     length_sweep,
     loss_decrease,
@@ -375,3 +376,21 @@ def test_bad_requests_end_with_one_message(model, getkey):
         detector_executor(model, low, make_sae(getkey(), 5), prompts, [0], [0])
     with pytest.raises(ValueError, match="fewer than the 10"):
         top_examples(model, low, np.zeros((3, 5), np.int32), [0])
+
+
+def test_there_is_always_a_candidate():
+    """The fault: with none that survived cleaning or encoded a vector, the choice of executors ended in an error."""
+    some, none = np.zeros((3, 300), bool), np.zeros((3, 300), bool)
+    some[:, 100:250] = True
+    assert first_candidates(some, none, ~none).tolist() == list(range(100, 250))  # of the wanted kind all
+    assert first_candidates(none, some, ~none).tolist() == list(range(100, 200))  # of a stand-in a hundred
+    assert first_candidates(none, none, some[0]).tolist() == list(range(100, 200))
+    assert first_candidates(none, none, none[0]).tolist() == list(range(100))
+    assert first_candidates(none[:, :7]).tolist() == list(range(7))
+
+
+def test_links_without_detectors_are_none(planted):
+    """A control may find no latent to draw."""
+    model, detector, executor, prompts = planted
+    links = detector_executor(model, detector, executor, prompts, np.zeros(0, int), [0], strengths=(1.0, 2.0))
+    assert links.effect.shape[0] == 2 and links.effect.shape[2:] == (0, 1)

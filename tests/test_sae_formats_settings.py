@@ -277,3 +277,71 @@ def test_sfcs_dictionaries_are_written_by_the_one_writer(getkey, tmp_path):
     np.testing.assert_allclose(again(x), sae(x), atol=2e-4)
     with pytest.raises(ValueError, match="AutoEncoder is for standard SAEs, got a gated"):
         dictionary_learning.write(make(getkey, "gated"), tmp_path, "AutoEncoder")
+
+
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "topk", "batchtopk"])
+def test_our_own_suite_at_every_site_of_the_residual_width(architecture, getkey, tmp_path):
+    """The fault: what was saved at final_norm was refused, for it was written by TransformerLens' name."""
+    layered = ("resid_pre", "resid_mid", "resid_post", "attn_in", "attn_out", "mlp_in", "mlp_out", "mlp_normalized")
+    sites = [Site("embed"), *(Site(name, 1) for name in layered), Site("final_norm")]
+    save_suite({site: make(getkey, architecture, site) for site in sites}, tmp_path)
+    for site in sites:
+        assert load_sae(tmp_path / str(site.name + (".1" if site.layer else ""))).site_in == site
+    (tmp_path / "resid_post.1").rename(tmp_path / ".resid_post.1")  # the same tensor as resid_pre of block 2
+    for family in ("gemma", "gemma2", "llama", "qwen2", "phi3", "gpt_neox"):
+        assert Site("final_norm") in load_suite(tmp_path, tiny_config(family))
+
+
+def test_every_writer_names_final_norm_as_its_reader_does(getkey, tmp_path):
+    site = Site("final_norm")
+    folders = [
+        sparsify.write(make(getkey, "topk", site), tmp_path / "a"),
+        llama_scope.write(make(getkey, "standard", site), tmp_path / "b", threshold=0.0),
+        dictionary_learning.write(make(getkey, "standard", site), tmp_path / "c"),
+    ]
+    assert [load_sae(folder).site_in for folder in folders] == [site] * 3
+
+
+def test_the_flat_form_of_saelens_tells_which_weights_were_moved(getkey, tmp_path):
+    """The fault: version 6 was refused, and the form before it taken."""
+    folder = save_sae(make(getkey, "standard"), tmp_path)
+    flat = {"metadata": None, "hook_point": "blocks.1.hook_resid_pre", "activation_fn_str": "relu"}
+    edit_config(folder, **flat, model_from_pretrained_kwargs={"center_writing_weights": False})
+    check_fit(load_sae(folder), tiny_config("gpt_neox"), "it")
+    edit_config(folder, **flat, model_from_pretrained_kwargs={"center_writing_weights": True})
+    check_fit(load_sae(folder), tiny_config("llama"), "it")
+    with pytest.raises(ValueError, match="center_writing_weights"):
+        check_fit(load_sae(folder), tiny_config("gpt_neox"), "it")
+
+
+def test_hooks_and_normalisation_wherever_a_config_has_them(getkey, tmp_path):
+    """A hook in the settings of saex and of a dictionary_learning trainer; a normalisation beside the trainer."""
+    folder, file = write("saex", getkey, tmp_path / "a")
+    edit_config(folder, file, hook_point_in="blocks.3.hook_resid_post", hook_point_out="blocks.3.hook_resid_post")
+    assert load_sae(folder).site_in == Site("resid_post", 3)
+    folder = dictionary_learning.write(make(getkey, "standard"), tmp_path / "resid_out_layer1")
+    trainer = {"dict_class": "AutoEncoderNew", "hook_name": "blocks.2.hook_mlp_out"}
+    edit_config(folder, "config.json", trainer=trainer)
+    assert load_sae(folder).site_in == Site("mlp_out", 2)
+    edit_config(folder, "config.json", trainer=trainer | {"feature_output_hook": "blocks.3.hook_mlp_out"})
+    with pytest.raises(ValueError, match="is for one site, but names"):
+        load_sae(folder)
+    edit_config(folder, "config.json", trainer=trainer, normalize_activations=True)
+    with pytest.raises(ValueError, match="normalize_activations True; we read none"):
+        load_sae(folder)
+
+
+def test_a_pattern_passes_hidden_folders_over(getkey, tmp_path):
+    save_sae(make(getkey, "standard", Site("resid_pre", 2)), tmp_path / ".cache")
+    save_sae(make(getkey), tmp_path / "resid_pre.1")
+    assert load_sae(tmp_path / "*").site_in == Site("resid_pre", 1)
+
+
+@pytest.mark.parametrize("module, neox", [("model.norm", False), ("gpt_neox.final_layer_norm", True)])
+def test_the_last_norm_as_a_module_is_ours_in_its_family(module, neox, getkey, tmp_path):
+    folder = save_sae(make(getkey, "standard"), tmp_path)
+    edit_config(folder, metadata={"hook_name": module})
+    assert load_sae(folder).site_in == Site("final_norm")
+    check_fit(load_sae(folder), tiny_config("gpt_neox" if neox else "llama"), "it")
+    with pytest.raises(ValueError, match=f"{module} is no module of the family"):
+        check_fit(load_sae(folder), tiny_config("llama" if neox else "gpt_neox"), "it")

@@ -168,7 +168,8 @@ def edge_effects(
     to_arrays = lambda tree: jax.tree.map(arrays, tree, is_leaf=lambda node: isinstance(node, pd.DataFrame))
     values = _edges(model, suite, batch, groups, metric, to_arrays(targets), to_arrays(sources))
     parts = [_frame(targets[t], sources[t][s], values[t][s]) for t in targets for s in sources[t]]
-    return pd.concat([part for part in parts if len(part)], ignore_index=True)
+    parts = [part for part in parts if len(part)]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=EDGE_COLUMNS)
 
 
 def _frame(targets: pd.DataFrame, sources: pd.DataFrame, values: Float[Array, "n_targets n_sources"]) -> pd.DataFrame:

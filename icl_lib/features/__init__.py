@@ -9,6 +9,7 @@ from icl_lib.features.steer import (
     LengthSweep,
     active_latents,
     best_lengths,
+    first_candidates,
     latent_decrease,
     length_sweep,
     loss_decrease,
@@ -20,6 +21,6 @@ from icl_lib.features.steer import (
 
 __all__ = [
     "Examples", "LengthSweep", "Links", "Mass", "activation_mass", "active_latents", "best_lengths",
-    "detector_executor", "display_strength", "latent_decrease", "length_sweep", "loss_decrease", "mean_strength",
-    "percentile_of", "random_latents", "serves_one", "stands_out", "top_examples",
+    "detector_executor", "display_strength", "first_candidates", "latent_decrease", "length_sweep", "loss_decrease",
+    "mean_strength", "percentile_of", "random_latents", "serves_one", "stands_out", "top_examples",
 ]  # fmt: skip

@@ -111,10 +111,10 @@ def detector_executor(
 ) -> Links:
     """The effect of every detector on every executor in every task of stacked prompts, in one compiled program.
 
-    Both SAEs are residual ones, the executors' later than the detectors'. `positions` are all tokens of outputs, or all
-    tokens; `strengths` are multiples of the detector's mean activation (the paper has 50) and are not used by "ablate".
-    Raises `ValueError` on other sites, an order that cannot act, unknown latents, or prompts that are not stacked or
-    too long.
+    Both SAEs are residual ones, the executors' later than the detectors'. There may be no detectors. `positions` are
+    all tokens of outputs, or all tokens; `strengths` are multiples of the detector's mean activation (the paper has 50)
+    and are not used by "ablate". Raises `ValueError` on other sites, an order that cannot act, unknown latents, or
+    prompts that are not stacked or too long.
     """
     first, last = sae_detector.site_in, sae_executor.site_in
     for what, site in (("detectors", first), ("executors", last)):
@@ -136,6 +136,9 @@ def detector_executor(
     check_latents(sae_executor, executors)
     scales = jnp.asarray([1.0] if mode == "ablate" else list(strengths), jnp.float32)
     roles = jnp.asarray(prompts.roles)
+    if not len(detectors):  # a control for which no latent was left
+        none, unknown = (len(scales), len(roles), 0, len(executors)), np.full((len(roles), len(executors)), np.nan)
+        return Links(np.zeros(none), np.zeros(none), np.zeros((len(roles), 0)), unknown)
     where = roles == Role.OUTPUT if positions == "outputs" else jnp.ones(roles.shape, bool)
     d, e = sae_detector.fold().take(jnp.asarray(detectors)), sae_executor.fold().take(jnp.asarray(executors))
     arrows = jnp.asarray(prompts.mask(Role.ARROW, "last"))  # where the output is predicted from

@@ -72,6 +72,18 @@ def random_latents(
     return np.asarray(jax.random.choice(key, jnp.asarray(pool, jnp.int32), (min(n, len(pool)),), replace=False))
 
 
+def first_candidates(*kinds: Bool[np.ndarray, "... d_sae"], most: int = 100) -> Int[np.ndarray, " n"]:
+    """The latents that are on in any row of the first of `kinds` that has one: those that survive, or else encode, ...
+
+    All of the first kind; of a later one, which only stands in for it, the first `most`. Without any it is those of
+    the dictionary, so that there is always something to try.
+    """
+    found = [np.flatnonzero(np.asarray(kind).reshape(-1, kind.shape[-1]).any(axis=0)) for kind in kinds]
+    if len(found[0]):
+        return found[0]
+    return next((latents for latents in found if len(latents)), np.arange(kinds[0].shape[-1]))[:most]
+
+
 def percentile_of(control: Float[np.ndarray, "tasks m"], percentile: float | int) -> Float[np.ndarray, " tasks"]:
     """The percentile of each task's control; NaN for an empty control, of which nothing is known."""
     return np.percentile(control, percentile, axis=1) if control.shape[1] else np.full(len(control), np.nan)

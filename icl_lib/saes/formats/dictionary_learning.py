@@ -16,7 +16,7 @@ from icl_lib.files.write import replace_file, write_json
 from icl_lib.models import Site
 from icl_lib.saes.formats import common
 from icl_lib.saes.formats.common import Weights
-from icl_lib.saes.formats.places import Sites, locate, no_site, site_named
+from icl_lib.saes.formats.places import Sites, located, name_of, no_site, site_named
 from icl_lib.saes.formats.torch_file import read_torch
 from icl_lib.saes.sae import SAE
 
@@ -60,7 +60,7 @@ def read(path: Path, site: Sites | None = None, variant: str | None = None) -> S
     found = _state(file)
     name = _class(found, trainer.get("dict_class"), file)
     form = _FORMS[name]
-    common.check_settings(trainer, folder / CONFIG, ("relu", name.lower(), form))
+    common.check_settings(config | trainer, folder / CONFIG, ("relu", name.lower(), form))
     sites, module = (site, "") if site else _sites(trainer, config.get("buffer") or {}, folder)
     spec = {
         theirs: entry
@@ -121,7 +121,7 @@ def write(sae: SAE, folder: str | Path, dict_class: str | None = None) -> Path:
                 w[ours].T.copy() if axes in (["F", "d"], ["d", "F"]) and "." in theirs else w[ours]
             )
     trainer = {"dict_class": name, "activation_dim": sae.d_in, "dict_size": sae.d_sae, "layer": sae.site_in.layer}
-    trainer |= {"lm_name": str(dict(sae.metadata).get("model_name", "unknown")), "submodule_name": str(sae.site_in)}
+    trainer |= {"lm_name": str(dict(sae.metadata).get("model_name", "unknown")), "submodule_name": name_of(sae.site_in)}
     trainer |= {"k": sae.k} if sae.k else {}
     replace_file(folder / WEIGHTS, lambda partial: torch.save(state, partial))
     write_json(folder / CONFIG, {"trainer": trainer, "buffer": {"d_submodule": sae.d_in, "ctx_len": 128}})
@@ -177,11 +177,17 @@ def _sites(trainer: dict[str, Any], buffer: dict[str, Any], folder: Path) -> tup
     """Where the SAE sits, and the module that says so: the settings', or else one of the folders' names."""
     named, io = trainer.get("submodule_name"), buffer.get("io", "out")
     parts = reversed(folder.absolute().parts[-3:])
-    if named not in (None, "", "unknown"):
-        site, module = locate(named, folder / CONFIG)
+    hooks = trainer | ({} if named in (None, "", "unknown") else {"feature_input_hook": named})
+    sites, module = located(hooks, folder / CONFIG)
+    if sites is not None:
+        site, last = sites
+        if site != last:
+            raise ValueError(
+                f"{folder / CONFIG} is for one site, but names {site} and {last}: pass site=(input, output)"
+            )
         if isinstance(layer := trainer.get("layer"), int) and layer >= 0 and site.layer not in (None, layer):
             raise ValueError(
-                f"{folder / CONFIG} has layer {layer}, but its submodule_name {named!r} is in {site.layer}"
+                f"{folder / CONFIG} has layer {layer}, but its submodule_name {named or module!r} is in {site.layer}"
             )
     else:
         site, module = next(((site, part) for part in parts if (site := site_named(part))), (None, ""))

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from icl_lib.files.write import replace_file, write_json
 from icl_lib.saes.formats import common
-from icl_lib.saes.formats.places import Sites, located, no_site
+from icl_lib.saes.formats.places import Sites, located, name_of, no_site
 from icl_lib.saes.sae import SAE
 
 CONFIG, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
@@ -70,7 +70,7 @@ def write(sae: SAE, folder: str | Path, threshold: float, mean_norm: float = 1.0
     tensors = {"encoder.weight": w["W_enc"].T.copy(), "encoder.bias": w["b_enc"], "decoder.weight": w["W_dec"].T.copy()}
     cfg = {"d_model": sae.d_in, "d_sae": sae.d_sae, "act_fn": "jumprelu", "jump_relu_threshold": threshold / scale}
     cfg |= {"norm_activation": "dataset-wise", "dataset_average_activation_norm": {"in": mean_norm, "out": mean_norm}}
-    cfg |= {"hook_point_in": str(sae.site_in), "hook_point_out": str(sae.site_out)}
+    cfg |= {"hook_point_in": name_of(sae.site_in), "hook_point_out": name_of(sae.site_out)}
     cfg |= {"apply_decoder_bias_to_pre_encoder": False}
     replace_file(folder / WEIGHTS, lambda partial: save_file(tensors | {"decoder.bias": w["b_dec"]}, partial))
     write_json(folder / CONFIG, cfg)

@@ -170,5 +170,6 @@ def _absent(repo: str, what: str, revision: str | None) -> str:
 def _match(path: Path) -> Path | None:
     """`path` if it exists; with `*` in its last part, the first that matches."""
     if "*" in path.name:
-        return next(iter(sorted(path.parent.glob(path.name))), None)
+        found = path.parent.glob(path.name)
+        return next(iter(sorted(each for each in found if not each.name.startswith("."))), None)  # hidden: not data
     return path if path.exists() else None

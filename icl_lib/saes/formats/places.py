@@ -5,8 +5,8 @@ A *hook* is TransformerLens' name of a tensor. Those that we read are the same t
 `hook_attn_out` and `hook_mlp_out` lie behind the second norms of Gemma 2, `ln2.hook_normalized` before the norm's gain,
 `hook_z` is read head by head, `hook_embed` is what enters the first block, and `hook_resid_mid`, which TransformerLens
 does not have in the parallel blocks of GPT-NeoX, is ours alone there. `ln_final.hook_normalized` is another tensor: it
-lies before the gain of the last norm, our site behind it. Two ways of loading a model into TransformerLens move its
-tensors (`_moved`).
+lies before the gain of the last norm, our site behind it; our writers call that `final_norm` (`name_of`). Two ways of
+loading a model into TransformerLens move its tensors (`_moved`).
 
 A *module* stands for what it returns (`layers.3.mlp`, also written `mlp_out_layer3`), which is our site in some
 families only. An SAE that was named so keeps the name in its metadata, as `module`, and `not_ours` holds it to the
@@ -33,6 +33,7 @@ _MODULES = (
     (r"embed", "embed"),
     (r"(?:(?P<root>gpt_neox)\.)?(?P<child>embed_in)", "embed"),
     (r"(?:(?P<root>model)\.)?(?P<child>embed_tokens)", "embed"),
+    (r"(?P<root>model)\.norm|(?P<neox>gpt_neox)\.final_layer_norm", "final_norm"),
 )
 # Which names are those of GPT-NeoX; the families besides it share theirs.
 _NEOX = {
@@ -56,6 +57,11 @@ _IN = ("feature_input_hook", "hook_name", "hook_point", "hook_point_in", "site_i
 _OUT = ("feature_output_hook", "hook_name_out", "hook_point_out", "site_out")
 
 
+def name_of(site: Site) -> str:
+    """The name that our writers give a site, TransformerLens' where it has one; `locate` reads it back."""
+    return site.name if site == Site("final_norm") else str(site)
+
+
 def site_named(module: str) -> Site | None:
     """The site that a module or folder is named after, e.g. "resid_out_layer3" or "layers.3.mlp"; None for others."""
     match, name = _parse(module)
@@ -73,6 +79,8 @@ def locate(name: Any, path: Path, layer: int | None = None) -> tuple[Site, str]:
     Raises `ValueError` naming the file if we have no such site.
     """
     text = str(name)
+    if text == "final_norm":
+        return Site(text), ""
     if layer is not None and not text.startswith("blocks."):
         text = f"blocks.{layer}.{text}"
     if match := re.fullmatch(r"blocks\.(\d+)\.mlp\.hook_out", text):  # what the MLP returns

@@ -12,7 +12,7 @@ from safetensors.flax import save_file
 from icl_lib.files.write import replace_file, write_json
 from icl_lib.saes.formats import common
 from icl_lib.saes.formats.common import Weights
-from icl_lib.saes.formats.places import Sites, located, movers, no_site
+from icl_lib.saes.formats.places import Sites, located, movers, name_of, no_site
 from icl_lib.saes.sae import SAE
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
@@ -35,6 +35,10 @@ _LAYOUTS = {
     "jumprelu_skip_transcoder": ("jumprelu", _JUMP | _SKIP),
 }
 _HANDLED = ("apply_b_dec_to_input", "normalize_activations")
+# what the flat form says beside the metadata of version 6
+_META = (
+    "model_name", "dataset_path", "context_size", "prepend_bos", "neuronpedia_id", "model_from_pretrained_kwargs",
+)  # fmt: skip
 # sqrt(d) / mean norm of the activations, which the old files want and do not carry: as in sae-lens' registry
 _KNOWN_SCALES = {"gemma_2b_blocks.12.hook_resid_post_16384": 0.21381938399317255}
 
@@ -100,7 +104,7 @@ def _name(sae: SAE) -> str:
 
 
 def _config(sae: SAE, architecture: str, dtype: str) -> dict[str, Any]:
-    named = {"hook_name": str(sae.site_in), "hook_head_index": None, "sae_lens_version": LAYOUT_VERSION}
+    named = {"hook_name": name_of(sae.site_in), "hook_head_index": None, "sae_lens_version": LAYOUT_VERSION}
     meta = dict(sae.metadata) | named
     cfg = {"architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": dtype, "device": "cpu"}
     cfg |= {"apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none"}
@@ -109,8 +113,8 @@ def _config(sae: SAE, architecture: str, dtype: str) -> dict[str, Any]:
     if sae.architecture == "topk":
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     if sae.is_transcoder:
-        meta["hook_name_out"] = str(sae.site_out)
-        cfg |= {"d_out": sae.d_out, "hook_name_out": str(sae.site_out)}
+        meta["hook_name_out"] = name_of(sae.site_out)
+        cfg |= {"d_out": sae.d_out, "hook_name_out": name_of(sae.site_out)}
     return cfg | {"metadata": meta}
 
 
@@ -124,11 +128,7 @@ def _new_style(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
             )
         head = cfg.get("hook_head_index", cfg.get("hook_point_head_index"))
         activation = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
-        meta = {
-            k: cfg[k]
-            for k in ("model_name", "dataset_path", "context_size", "prepend_bos", "neuronpedia_id")
-            if k in cfg
-        }
+        meta = {key: cfg[key] for key in _META if key in cfg}
         cfg = {"architecture": "standard"} | cfg | {"metadata": meta | {"hook_name": hook, "hook_head_index": head}}
         if activation == "topk":
             cfg |= {"architecture": "topk", "k": (cfg.get("activation_fn_kwargs") or {}).get("k")}

@@ -23,7 +23,7 @@ from icl_lib.files.write import replace_file, write_json
 from icl_lib.models import Site
 from icl_lib.saes.formats import common
 from icl_lib.saes.formats.common import Weights
-from icl_lib.saes.formats.places import Sites, no_site
+from icl_lib.saes.formats.places import Sites, located, no_site
 from icl_lib.saes.sae import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -53,13 +53,15 @@ def read(folder: Path, site: Sites | None = None, variant: str | None = None) ->
     w = common.take(
         found, spec, path, d=common.size(cfg, "d_in", folder / CONFIG), F=common.size(cfg, "d_sae", folder / CONFIG)
     )
+    named, module = (site, "") if site else located(cfg, folder / CONFIG)
+    sites = named or _sites(folder)
     w, d = _normalised(w), w["W_enc"].shape[0]
     scale = w.pop("c", np.ones(w["b_enc"].shape, np.float32))
     meta = {"l1_coefficient": cfg.get("l1_coefficient"), "variant": variant or "trained"}
     meta |= {"folder": folder.name, "d_model": d}
     if "s_gate" not in w:  # plain ReLU, its features multiplied
         w = w | {"W_enc": w["W_enc"] * scale[None, :], "b_enc": w["b_enc"] * scale}
-        return common.build(w, site or _sites(folder), "standard", folder, meta)
+        return common.build(w, sites, "standard", folder, meta, module=module)
     s = np.logaddexp(0, w.pop("s_gate")) * scale
     if not (s > 0).all():
         raise ValueError(
@@ -68,8 +70,8 @@ def read(folder: Path, site: Sites | None = None, variant: str | None = None) ->
     if variant == "paper":
         threshold = np.maximum(0, w.pop("b_mag") - w["b_enc"] * s)
         w = w | {"W_enc": w["W_enc"] * s[None, :], "b_enc": w["b_enc"] * s, "threshold": threshold}
-        return common.build(w, site or _sites(folder), "jumprelu", folder, meta)
-    return common.build(w | {"r_mag": np.log(s)}, site or _sites(folder), "gated", folder, meta)
+        return common.build(w, sites, "jumprelu", folder, meta, module=module)
+    return common.build(w | {"r_mag": np.log(s)}, sites, "gated", folder, meta, module=module)
 
 
 def write(sae: SAE, folder: str | Path, mean_norm: float | None = None) -> Path:

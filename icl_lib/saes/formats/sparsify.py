@@ -15,7 +15,7 @@ from safetensors.flax import save_file
 from icl_lib.files.write import replace_file, write_json
 from icl_lib.models import Site
 from icl_lib.saes.formats import common
-from icl_lib.saes.formats.places import Sites, located, no_site, site_named
+from icl_lib.saes.formats.places import Sites, located, name_of, no_site, site_named
 from icl_lib.saes.sae import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -68,7 +68,7 @@ def write(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
         "skip_connection": "W_skip" in w,
         "transcode": sae.is_transcoder,
     }
-    cfg |= {"site_in": str(sae.site_in), "site_out": str(sae.site_out), "metadata": dict(sae.metadata)}
+    cfg |= {"site_in": name_of(sae.site_in), "site_out": name_of(sae.site_out), "metadata": dict(sae.metadata)}
     replace_file(folder / WEIGHTS, lambda partial: save_file(tensors, partial))
     write_json(folder / CONFIG, cfg)
     return folder
