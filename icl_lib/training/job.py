@@ -76,7 +76,7 @@ def train_suite(
 ) -> dict[Member, SAE]:
     """Train `members` by `recipe` on activations of `model` over `corpus`.
 
-    The same call goes on with a run that was interrupted.     Wherever the corpus stands, it is read from its start
+    The same call goes on with a run that was interrupted. Wherever the corpus stands, it is read from its start
     (`rewind`). Where several processes train there is no table of quality at the end: call `quality_table` on the suite
     they wrote.
 

@@ -28,7 +28,7 @@ class TrainingError(ValueError):
 class Recipe:
     r"""How to train; hashable, because it is static under `jit`.
 
-    `make_recipe` gives the published settings of each objective.     Counts are in optimiser steps. Inputs and targets
+    `make_recipe` gives the published settings of each objective. Counts are in optimiser steps. Inputs and targets
     are scaled to a mean norm of $\sqrt d$. Raises `TrainingError` on a value that cannot be, or on a changed field that
     the objective makes nothing of.
     """

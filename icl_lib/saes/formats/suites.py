@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from icl_lib.files.names import located
+from icl_lib.files.names import named
 from icl_lib.files.processes import to_host
 from icl_lib.models import ModelConfig, Site
 from icl_lib.saes.formats import layer_files, saelens, sparsify
@@ -51,7 +51,7 @@ def load_suite(
     """
     layers, kept = None if layers is None else tuple(layers), None if sites is None else frozenset(sites)
     sources = [source] if isinstance(source, str | Path) else list(source)
-    sources = [str(located(each, "saes")) for each in sources]
+    sources = [str(named(each, "saes") or each) for each in sources]
     suite: dict[Site, SAE] = {}
     for pattern, name in [(each, name) for each in sources for name in _names(each, config, layers, revision)]:
         sae = _renamed(load_sae(name, revision, variant), config)
