@@ -161,10 +161,7 @@ def fingerprint(model: PyTree) -> str:
 
 @jax.jit
 def _checksum(w: Array) -> Array:
-    r"""$\sum_i b_i m_i$ modulo $2^{32}$ of the bits b of each number,
-
-    with an odd m that differs from place to place.
-    """
+    r"""$\sum_i b_i m_i$ modulo $2^{32}$ of the bits b, with an odd m that differs from place to place."""
     bits = jax.lax.bitcast_convert_type(w, f"uint{8 * w.dtype.itemsize}").astype(jnp.uint32)
     places = [
         jax.lax.broadcasted_iota(jnp.uint32, w.shape, axis) * prime

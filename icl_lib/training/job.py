@@ -38,9 +38,8 @@ from icl_lib.training.steps import finish, init_state, run_steps
 
 @dataclasses.dataclass(frozen=True)
 class JobSettings:
-    """How a job goes about its work. With n tokens a pass,
-
-    a token is drawn steps_per_pass x batch_size / n times on average.
+    """How a job goes about its work. With n tokens a pass, a token is drawn steps_per_pass x batch_size / n times on
+    average.
     """
 
     seed: int = 0  # of the start, and of which rows a step draws
