@@ -141,10 +141,10 @@ def test_every_device_holds_its_share_of_each_weight():
     assert (shards(mlp.gate), shards(mlp.up), shards(mlp.down)) == ((16, 16), (16, 16), (16, 16))
     assert shards(model.norm.weight) == shards(model.blocks[0].ln1.weight) == (16,)
     attn, mlp = (block := shard_model(model_of("gpt_neox"), make_mesh()).blocks[1]).attn, block.mlp
-    assert shards(attn.q) == shards(attn.k) == shards(attn.v) == (8, 16)
+    assert shards(attn.q) == shards(attn.k) == shards(attn.v) == (8, 64)
     assert shards(attn.b_q) == shards(attn.b_k) == shards(mlp.b_up) == (8,)
-    assert shards(attn.b_o) == shards(mlp.b_down) == shards(block.ln2.bias) == (16,)
-    assert (shards(attn.o), shards(mlp.down)) == ((16, 8), (16, 8))
+    assert shards(attn.b_o) == shards(mlp.b_down) == shards(block.ln2.bias) == (64,)
+    assert (shards(attn.o), shards(mlp.down)) == ((64, 8), (64, 8))
 
 
 def test_shared_and_cut_key_value_heads():

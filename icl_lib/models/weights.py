@@ -48,7 +48,10 @@ def fetch(name: str | Path, revision: str | None = None) -> Path:
 
 
 def load_config(name: str | Path, revision: str | None = None) -> ModelConfig:
-    """The config of a model folder or hub id, without its weights; where it names no padding, the tokenizer does."""
+    """The config of a model folder or hub id, without its weights; where it names no padding, the tokenizer does.
+
+    `tied` is what config.json says: only `load_model` sees a head in the weights that differs from the embedding.
+    """
     folder = fetch(name, revision)
     path = folder / "config.json"
     if not path.is_file():
