@@ -41,8 +41,7 @@ _PIECE = 1 << 23  # elements of the file read at once, so that no whole tensor p
 def fetch(name: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: `name` itself if it is one, else a snapshot of that hub repository.
 
-    Raises `FileNotFoundError` if neither exists, the repository is gated, or the hub cannot be reached, and says what
-    to do.
+    Raises `FileNotFoundError`, which says what to do, if neither exists or the hub refuses or cannot be reached.
     """
     return fetch_folder(name, revision, _FILES, "config.json, *.safetensors and tokenizer.json")
 
@@ -64,9 +63,7 @@ def load_config(name: str | Path, revision: str | None = None) -> ModelConfig:
 
 
 def _tokenizer_pad(folder: Path) -> int | None:
-    """The id of the token that the folder's tokenizer pads with; None where there is no tokenizer.json or it pads with
-    none.
-    """
+    """The id of the token that the folder's tokenizer pads with; None where there is none."""
     files = (folder / file for file in ("tokenizer_config.json", "special_tokens_map.json"))
     token = next(filter(None, (_read_json(file).get("pad_token") for file in files if file.is_file())), None)
     token = token.get("content") if isinstance(token, dict) else token
