@@ -43,3 +43,8 @@ def test_an_import_upwards_is_found(tmp_path, room, upwards):
         file.write(f"\nimport {upwards}\n")
     found = _lint(tmp_path)
     assert found.returncode == 1 and upwards.rsplit(".", 1)[0] in found.stdout, found.stdout
+
+
+def test_files_are_of_at_most_300_lines():
+    long = {path.name for path in (root() / "icl_lib").rglob("*.py") if len(path.read_text().splitlines()) > 300}
+    assert not long
