@@ -1,7 +1,9 @@
 """Bad SAE files of every format: one clear error each, naming the file."""
 
+import gc
 import os
 import pickle
+import warnings
 import zipfile
 
 import numpy as np
@@ -194,6 +196,21 @@ def test_bad_dictionary_learning(damage, message, getkey, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         load_sae(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_closed(getkey, tmp_path):
+    """Else it would stay open until memory is collected, and on some systems could not be replaced."""
+    dictionary_learning.write(make(getkey, "topk"), tmp_path)
+    torch.save(torch.nn.Linear(2, 3), tmp_path / "ae.pt")
+    gemma = write_gemma(getkey, tmp_path)
+    cut(gemma / "params.npz")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", ResourceWarning)
+        for folder in (tmp_path, gemma):
+            with pytest.raises(ValueError, match="refused: it names|cut short"):
+                load_sae(folder)
+        gc.collect()
+    assert not [str(each.message) for each in found]
 
 
 class Harm:

@@ -142,8 +142,8 @@ def _layers(release: str) -> str:
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays by the names of our spec; some files spell w_enc, some have a scaling_factor of ones."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            found = {re.sub("^w_", "W_", name): archive[name].astype(np.float32, copy=False) for name in archive.files}
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as npz:  # of a bad file, numpy closes none
+            found = {re.sub("^w_", "W_", name): npz[name].astype(np.float32, copy=False) for name in npz.files}
     except (zipfile.BadZipFile, ValueError, EOFError, OSError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read as npz ({error}): is it cut short? Download it again") from error
     if "scaling_factor" in found and not np.allclose(found.pop("scaling_factor"), 1):

@@ -5,6 +5,7 @@ and have it called. Here it may only name the ones with which PyTorch puts tenso
 """
 
 import collections
+import io
 import pickle
 import zipfile
 from pathlib import Path
@@ -66,7 +67,7 @@ _CALLS = {
 
 class _Reader(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(archive.open(f"{root}data.pkl"))
+        super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))
         self._archive, self._root = archive, root
 
     def find_class(self, module: str, name: str) -> Any:
