@@ -18,6 +18,7 @@ from icl_lib.features import (
     display_strength,
     first_candidates,
     latent_decrease,
+    latent_names,
     length_sweep,
     loss_decrease,
     mean_strength,
@@ -100,6 +101,25 @@ def test_top_examples_are_those_of_the_whole_corpus(model, getkey):
         np.testing.assert_allclose(found.activation[i], f[order][..., i], rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(found.tokens[i], corpus[order])
     assert (np.diff(found.peak, axis=1) <= 0).all()
+
+
+def test_a_latent_is_named_by_its_words_and_by_what_it_writes(model, getkey):
+    """Latent 0 fires on tokens 5 and 7, most on 7; latent 1 on 5 alone and writes token 9; latent 2 never fires."""
+
+    class Letters:
+        decode = staticmethod(lambda ids: f" {chr(97 + ids[0])}")
+
+    sae = eqx.tree_at(lambda s: (s.b_enc, s.threshold), make_sae(getkey(), 0, 3), (jnp.zeros(3), jnp.full(3, 0.1)))
+    rows = np.array([[2, 5, 7], [2, 5, 5]])
+    at = run_with_cache(model, jnp.asarray(rows), [Site("resid_pre", 0)])[1][Site("resid_pre", 0)].reshape(-1, 16)
+    wanted = np.array([[0, 0, -1], [0.5, 1, -1], [1, 0, -1], [0, 0, -1], [0.5, 1, -1], [0.5, 1, -1]])
+    solved = np.linalg.lstsq(np.asarray(at), wanted, rcond=None)[0].astype(np.float32)
+    matrix = model.embed if model.unembed is None else model.unembed
+    sae = eqx.tree_at(lambda s: (s.W_enc, s.W_dec), sae, (jnp.asarray(solved), sae.W_dec.at[1].set(matrix[9])))
+    writes = chr(97 + int(jnp.argmax(matrix @ model.norm(matrix[9]))))
+    names = latent_names(model, sae, Letters, rows, [0, 1, 2], valid=rows != 2)
+    assert names[0] == "0 h, f" and names[1].startswith(f"1 f : {writes}, ") and names[2] == "2 (silent)"
+    assert latent_names(model, sae, Letters, rows, []) == []
 
 
 def test_token_windows_begin_with_bos_and_cover_the_text():

@@ -10,6 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
+import yaml
+
+from icl_lib.cards.notebook import page_for
+from icl_lib.files.write import write_bytes
+
 _SHOWN = 20  # last lines of the log that a failure shows
 
 
@@ -23,9 +29,11 @@ def main(argv: list[str]) -> int:
         f".{title}.{os.getpid()}.ipynb"
     )  # its own: one that was left behind by a killed run may go on
     print(f"{title}: running", flush=True)
-    command = [sys.executable, "-m", "papermill", notebook, part, "-f", parameters, "--cwd", notebook.parent]
     for path in (log, output):
         path.parent.mkdir(parents=True, exist_ok=True)
+    page = page_for(nbformat.read(notebook, as_version=4), yaml.safe_load(parameters.read_text(encoding="utf-8")))
+    write_bytes(part, nbformat.writes(page).encode())
+    command = [sys.executable, "-m", "papermill", part, part, "-f", parameters, "--cwd", notebook.parent]
     with open(log, "wb") as file:
         status = subprocess.run([*command, "--no-progress-bar"], stdout=file, stderr=subprocess.STDOUT).returncode
     if status == 0:

@@ -135,6 +135,12 @@ def entry(model: str | Path) -> Entry | None:
     return next((one for one in CATALOGUE.values() if Path(resolve(str(model))) == one.model), None)
 
 
+def own_entry(parameters: Mapping[str, Any]) -> str:
+    """The name of the entry whose own card has these parameters, whatever the run is called; empty for any other."""
+    found = entry(parameters["model"]) if "model" in parameters else None
+    return found.name if found and _is_own(found, parameters) else ""
+
+
 def check_claims(model: str | Path, ledger: Any) -> None:
     """Hold the notebook's ledger to what the catalogue claims of the model.
 

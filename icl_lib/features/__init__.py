@@ -5,6 +5,7 @@ executors.
 from icl_lib.features.examples import Examples, top_examples
 from icl_lib.features.links import Links, detector_executor, display_strength, mean_strength
 from icl_lib.features.mass import Mass, activation_mass
+from icl_lib.features.names import latent_names
 from icl_lib.features.steer import (
     LengthSweep,
     active_latents,
@@ -21,6 +22,6 @@ from icl_lib.features.steer import (
 
 __all__ = [
     "Examples", "LengthSweep", "Links", "Mass", "activation_mass", "active_latents", "best_lengths",
-    "detector_executor", "display_strength", "first_candidates", "latent_decrease", "length_sweep", "loss_decrease",
-    "mean_strength", "percentile_of", "random_latents", "serves_one", "stands_out", "top_examples",
+    "detector_executor", "display_strength", "first_candidates", "latent_decrease", "latent_names", "length_sweep",
+    "loss_decrease", "mean_strength", "percentile_of", "random_latents", "serves_one", "stands_out", "top_examples",
 ]  # fmt: skip
