@@ -192,6 +192,18 @@ def test_steering_takes_its_strength_times_the_mean_activation(planted):
     )
 
 
+def test_a_push_has_its_own_length_whatever_is_pushed(planted):
+    """The executor falls by the pushed length; a direction that is never active is pushed as far, and does nothing."""
+    model, sae_d, sae_e, prompts = planted
+    lengths = np.array([[0.0, 0.5, 1.0], [0.0, 1.0, 50.0]])
+    links = detector_executor(model, sae_d, sae_e, prompts, [0, 2], [1], mode="push", lengths=lengths)
+    np.testing.assert_allclose(links.effect[:, :, 0, 0], np.clip(lengths / 2, 0, 1).T, rtol=2e-2, atol=1e-3)
+    np.testing.assert_allclose(links.effect[:, :, 1, 0], 0, atol=1e-2)
+    for options in ({"mode": "push"}, {"lengths": lengths}, {"mode": "push", "lengths": lengths[:1]}):
+        with pytest.raises(ValueError, match=r"mode 'push' takes lengths \(tasks = 2, n\)"):
+            detector_executor(model, sae_d, sae_e, prompts, [0], [1], **options)
+
+
 def test_an_executor_without_any_active_arrow_is_undefined(planted):
     model, sae_d, sae_e, prompts = planted
     deaf = eqx.tree_at(lambda s: s.threshold, sae_e, sae_e.threshold.at[1].set(1e6))

@@ -4,6 +4,8 @@ At layer l_d the residual is changed at the chosen positions, by one of
 
 - steer:  $x' = x - s\,\bar a_d\,W_{dec,d} / |W_{dec,d}|$, with $\bar a_d$ the mean activation of d over
   all tokens of the prompts
+- push:   $x' = x - \ell_t\,W_{dec,d} / |W_{dec,d}|$, with one length $\ell_t$ for every direction in task t: what a
+  control needs, since random latents are less active and would be pushed less by the first rule
 - ablate: $x' = x - f_d(x)\,W_{dec,d}$, the latent's own contribution taken out, no more
 
 and the blocks up to the executors' layer run on it with their attention patterns frozen at the clean ones: values and
@@ -59,11 +61,11 @@ def _drop(
 
 
 @eqx.filter_jit
-def _links(model, detectors: SAE, executors: SAE, tokens, roles, arrows, where, scales, ablate: bool):
+def _links(model, detectors: SAE, executors: SAE, tokens, roles, arrows, where, scales, mode: str):
     first, last = detectors.site_in, executors.site_in
     patterns = [Site("pattern", layer) for layer in range(first.layer, last.layer)]
 
-    def task(tokens, roles, arrows, where):
+    def task(tokens, roles, arrows, where, scales):
         cache: dict[Site, Array] = {}
         model(tokens, tap=record([first, last, *patterns], cache))
         x, frozen = cache[first], {site: cache[site] for site in patterns}
@@ -77,24 +79,25 @@ def _links(model, detectors: SAE, executors: SAE, tokens, roles, arrows, where, 
             index, scale = node
             row = detectors.W_dec[index].astype(jnp.float32)
             unit = row / jnp.maximum(jnp.linalg.norm(row), 1e-9)
-            if ablate:
+            if mode == "ablate":
                 shift = f_d[:, :, index][:, :, None] * row[None, None, :]
             else:
-                shift = jnp.broadcast_to((scale * mean_d[index] * unit)[None, None, :], x.shape)
+                length = scale if mode == "push" else scale * mean_d[index]
+                shift = jnp.broadcast_to((length * unit)[None, None, :], x.shape)
             changed = x - jnp.where(where[:, :, None], shift, 0.0).astype(x.dtype)
             seen: dict[Site, Array] = {}
             model.run_from(first.layer, changed, tap=compose(replace(frozen), record([last], seen)))
             drop, peak = _drop(
                 executors.encode(seen[last].astype(executors.W_enc.dtype)).astype(jnp.float32), f_e, arrows
             )
-            silent = mean_d[index] < 1e-6
+            silent = (mean_d[index] < 1e-6) & (mode != "push")
             return jnp.where(silent & ~jnp.isnan(drop), 0.0, drop), jnp.where(silent, 0.0, peak)
 
         grid = jnp.meshgrid(jnp.arange(mean_d.shape[0]), scales, indexing="ij")
         effect, peak = (x.reshape(*grid[0].shape, -1) for x in jax.lax.map(one, tuple(axis.ravel() for axis in grid)))
         return effect, peak, mean_d, mean_e
 
-    return map_tasks(task, tokens, roles, arrows, where, lead=tokens.shape[:1])
+    return map_tasks(task, tokens, roles, arrows, where, scales, lead=tokens.shape[:1])
 
 
 def detector_executor(
@@ -106,15 +109,17 @@ def detector_executor(
     executors: Sequence[int] | Int[np.ndarray, " n_executors"],
     *,
     positions: Literal["outputs", "all"] = "outputs",
-    mode: Literal["steer", "ablate"] = "steer",
+    mode: Literal["steer", "ablate", "push"] = "steer",
     strengths: Sequence[float] = (50.0,),
+    lengths: Float[np.ndarray, "tasks n_strengths"] | None = None,
 ) -> Links:
     """The effect of every detector on every executor in every task of stacked prompts, in one compiled program.
 
     Both SAEs are residual ones, the executors' later than the detectors'. There may be no detectors. `positions` are
-    all tokens of outputs, or all tokens; `strengths` are multiples of the detector's mean activation (the paper has 50)
-    and are not used by "ablate". Raises `ValueError` on other sites, an order that cannot act, unknown latents, or
-    prompts that are not stacked or too long.
+    all tokens of outputs, or all tokens. Of the modes above, "steer" takes `strengths`, multiples of the detector's
+    mean activation (the paper has 50), "push" takes `lengths`, in units of the residual stream, and "ablate" neither.
+    Raises `ValueError` on other sites, an order that cannot act, unknown latents, lengths that do not fit, or prompts
+    that are not stacked or too long.
     """
     first, last = sae_detector.site_in, sae_executor.site_in
     for what, site in (("detectors", first), ("executors", last)):
@@ -127,24 +132,26 @@ def detector_executor(
             f"and {last.layer}"
         )
     check_stacked(prompts, "detector_executor")
-    if mode not in ("steer", "ablate") or positions not in ("outputs", "all"):
+    if mode not in ("steer", "ablate", "push") or positions not in ("outputs", "all"):
         raise ValueError(
-            f"mode must be 'steer' or 'ablate' and positions 'outputs' or 'all', got {mode!r} and {positions!r}"
+            f"mode must be 'steer', 'ablate' or 'push' and positions 'outputs' or 'all', got {mode!r} and {positions!r}"
         )
     detectors, executors = np.asarray(detectors, np.int32), np.asarray(executors, np.int32)
     check_latents(sae_detector, detectors)
     check_latents(sae_executor, executors)
-    scales = jnp.asarray([1.0] if mode == "ablate" else list(strengths), jnp.float32)
     roles = jnp.asarray(prompts.roles)
+    if (mode == "push") != (lengths is not None) or (lengths is not None and len(lengths) != len(roles)):
+        came = "none" if lengths is None else f"an array of shape {lengths.shape}"
+        raise ValueError(f"mode 'push' takes lengths (tasks = {len(roles)}, n), and no other mode does; got {came}")
+    every = [1.0] if mode == "ablate" else list(strengths)
+    scales = jnp.asarray(np.tile(every, (len(roles), 1)) if lengths is None else lengths, jnp.float32)
     if not len(detectors):  # a control for which no latent was left
-        none, unknown = (len(scales), len(roles), 0, len(executors)), np.full((len(roles), len(executors)), np.nan)
+        none, unknown = (scales.shape[1], len(roles), 0, len(executors)), np.full((len(roles), len(executors)), np.nan)
         return Links(np.zeros(none), np.zeros(none), np.zeros((len(roles), 0)), unknown)
     where = roles == Role.OUTPUT if positions == "outputs" else jnp.ones(roles.shape, bool)
     d, e = sae_detector.fold().take(jnp.asarray(detectors)), sae_executor.fold().take(jnp.asarray(executors))
     arrows = jnp.asarray(prompts.mask(Role.ARROW, "last"))  # where the output is predicted from
-    effect, peak, mean_d, mean_e = _links(
-        model, d, e, jnp.asarray(prompts.tokens), roles, arrows, where, scales, mode == "ablate"
-    )
+    effect, peak, mean_d, mean_e = _links(model, d, e, jnp.asarray(prompts.tokens), roles, arrows, where, scales, mode)
     by_strength = lambda x: np.asarray(x.transpose(2, 0, 1, 3))
     return Links(by_strength(effect), by_strength(peak), np.asarray(mean_d), np.asarray(mean_e))
 
