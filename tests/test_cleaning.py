@@ -147,6 +147,17 @@ def test_pursuit_start_is_the_pursuit_code(model, frozen, vectors):
     assert np.allclose(out.f, gradient_pursuit(vectors - sae.b_dec[None], sae.W_dec, 3), atol=1e-5)
 
 
+def test_weights_of_given_latents_are_tuned(model, frozen, vectors):
+    """Without a penalty the loss falls below that of the start, and no latent comes in that was not given."""
+    sae, init = planted_sae(1), np.zeros((N_TASKS, 64), np.float32)
+    init[:, :3] = 3.0
+    run = lambda init, **options: clean(model, sae, vectors, frozen, l1=0.0, init=jnp.asarray(init), **options)
+    tuned = run(init, lr=0.05, patience=20, max_steps=MAX_STEPS, monitor="loss")
+    assert (np.asarray(tuned.f)[:, 3:] == 0).all() and (tuned.nll < tuned.nll_curve[:, 0]).all()
+    started = run(np.asarray(sae.pre(vectors)), lr=0.0, patience=1, max_steps=1)
+    assert np.allclose(started.f, sae.encode(vectors), atol=1e-6)
+
+
 def test_nan_gradients_stop_nothing(model, frozen, vectors):
     """One broken prompt makes every loss NaN: theta stays where it was."""
     broken = dataclasses.replace(one(frozen, 0), resid=one(frozen, 0).resid.at[0].set(jnp.nan))
@@ -182,11 +193,13 @@ def test_bad_input_is_named(model, frozen, vectors):
     narrow = dataclasses.replace(sae, W_dec=jnp.zeros((64, 32)), b_dec=jnp.zeros(32))
     with pytest.raises(ValueError, match="SAE writes vectors of width 32, the model has d_model = 64"):
         run(sae=narrow)
-    with pytest.raises(ValueError, match=r"vector must have shape \(3, 64\).*got \(64,\)"):
+    with pytest.raises(ValueError, match=r"vector must have shape \(3, 64\).*got \({N_TASKS}, 63\)"):
         run(vector=vectors[0])
     with pytest.raises(ValueError, match="monitor must be one of l0, loss"):
         run(monitor="l1")
     with pytest.raises(ValueError, match="init must be one of encoder, pursuit"):
         run(init="random")
+    with pytest.raises(ValueError, match=rf"init must have shape \({N_TASKS}, 64\) .*got \({N_TASKS}, 63\)"):
+        run(init=jnp.zeros((N_TASKS, 63)))
     with pytest.raises(ValueError, match="l1 must be one number or a list of numbers >= 0"):
         run(l1=[-1.0])

@@ -54,8 +54,10 @@ class Cleaned(eqx.Module):
         return jax.tree.map(pick, self)
 
 
-def _start(sae: SAE, vector: Array, init: str, k: int) -> Array:
+def _start(sae: SAE, vector: Array, init: str | Array, k: int) -> Array:
     """(tasks, d_sae) first pre-activations of a folded SAE for vectors (tasks, d_model)."""
+    if not isinstance(init, str):
+        return jnp.asarray(init, jnp.float32).reshape(len(vector), sae.d_sae)
     if init == "encoder":
         return jax.vmap(sae.pre)(vector).astype(jnp.float32)
     # decode adds b_dec, so the pursuit explains the rest; a chosen latent below its threshold would be dead on arrival
@@ -121,7 +123,7 @@ def _clean(model, sae, theta, cut, l1, lr, patience: int, max_steps: int, monito
 
 
 def _check(
-    model: Transformer, sae: SAE, vector, cut: Cut, monitor: str, init: str, l1: np.ndarray, max_steps: int
+    model: Transformer, sae: SAE, vector, cut: Cut, monitor: str, init: str | Array, l1: np.ndarray, max_steps: int
 ) -> None:
     check_width(model, sae)
     if sae.d_in != sae.d_out:
@@ -134,8 +136,12 @@ def _check(
         )
     if monitor not in MONITORS:
         raise ValueError(f"monitor must be one of {', '.join(MONITORS)}, got {monitor!r}")
-    if init not in INITS:
-        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+    if isinstance(init, str) and init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, or pre-activations, got {init!r}")
+    if not isinstance(init, str) and init.shape != (*cut.tasks, sae.d_sae):
+        raise ValueError(
+            f"init must have shape {(*cut.tasks, sae.d_sae)} (the tasks of the cut, d_sae), got {init.shape}"
+        )
     if l1.ndim > 1 or l1.size == 0 or (l1 < 0).any() or max_steps < 1:
         raise ValueError(
             f"l1 must be one number or a list of numbers >= 0, and max_steps at least 1; got {l1.tolist()} and "
@@ -154,7 +160,7 @@ def clean(
     patience: int = 50,
     max_steps: int = 1000,
     monitor: str = "l0",
-    init: str = "encoder",
+    init: str | Float[Array, "*task d_sae"] = "encoder",
     k: int = 7,
 ) -> Cleaned:
     r"""Clean task vectors: Adam on $\mathrm{NLL}(v_\theta) + \lambda \sum_i f_i$ with $f = \mathrm{act}(\theta)$,
@@ -162,8 +168,9 @@ def clean(
 
     $\theta$ starts at the SAE's pre-activations of `vector`, or with `init="pursuit"` (the paper's choice for
     detectors) at the `k` weights of gradient pursuit on `vector - b_dec`, raised to just above their thresholds where
-    need be. The NLL is the mean over the prompts of `cut`, in nats. One lane for every task of the cut and every value
-    of `l1`, all in one compiled call; a single number for `l1` gives no l1 axis.
+    need be, or at pre-activations that are given: with `l1` 0 only their weights are tuned, which is the baseline for
+    latents that were picked in another way. The NLL is the mean over the prompts of `cut`, in nats. One lane for every
+    task of the cut and every value of `l1`, all in one compiled call; a single number for `l1` gives no l1 axis.
 
     With `monitor="l0"` (published) a lane stops once `patience` further steps have not lowered L0, and the **last**
     iterate is returned. With `monitor="loss"` it stops on the penalised loss, and the best iterate is returned.
