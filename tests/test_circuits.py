@@ -339,6 +339,26 @@ def test_a_control_matches_sites_and_roles_at_every_size(effects, getkey):
     assert control.count(n)[0] < 120 and control.count(n)[1:].tolist() == [25, 0]
 
 
+def test_a_matched_control_pushes_about_as_far_as_the_circuit(world, effects, getkey):
+    """Each stand-in is of the node's site and group; together they are nearer in push than those drawn at large."""
+    _, suite, _ = world
+    ranking, n = rank_nodes(effects), jnp.full(3, 20, jnp.int32)
+    sizes = {site: np.linalg.norm(np.asarray(suite[site].W_dec), axis=-1) for site in effects.latents}
+    total = lambda order: sum(
+        (np.asarray(effects.means[s]) * sizes[s] * (np.asarray(order.rank[s]) < 20)).sum() for s in effects.latents
+    )
+    matched = random_ranking(ranking, effects, n, key=getkey(), suite=suite)
+    again = random_ranking(ranking, effects, n, key=getkey(), suite=suite)
+    for site in effects.latents:
+        circuit, drawn = (np.asarray(order.rank[site]) < 20 for order in (ranking, matched))
+        assert not (circuit & drawn).any() and (np.asarray(effects.means[site])[drawn] > 0).all()
+        assert (nodes_per_cell(matched, site, 20) <= nodes_per_cell(ranking, site, 20)).all()
+    assert matched.count(n).min() >= 15
+    own, plain = total(ranking), np.mean([total(random_ranking(ranking, effects, n, key=getkey())) for _ in range(5)])
+    assert abs(total(matched) - own) < abs(plain - own) and 0.6 < total(matched) / own < 1.4
+    assert any((matched.rank[s] != again.rank[s]).any() for s in effects.latents)
+
+
 def test_empty_ranks_of_a_control_are_passed_over(effects, setting, getkey):
     """All nodes of a control with gaps, ablated through `compact` and as the complement of what is kept."""
     ranking, n = rank_nodes(effects), jnp.full(3, 120, jnp.int32)

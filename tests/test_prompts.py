@@ -22,6 +22,7 @@ from icl_lib.tasks import (
     answer_nll,
     load_tasks,
     make_prompts,
+    pair_accuracy,
     pair_logit,
     pair_logprob,
     stack_prompts,
@@ -346,6 +347,20 @@ def test_metrics_against_a_loop(metaspace, getkey):
     ):
         np.testing.assert_allclose(ours[1], expected, rtol=1e-5)
         np.testing.assert_allclose(mapped[0], expected, rtol=1e-5)
+
+
+def test_pair_accuracy_counts_the_pairs_whose_first_token_is_most_probable(words, getkey):
+    prompts = make_prompts(TASKS["en_es"], words, n_prompts=2, n_shots=3, seed=0)
+    logits = jax.random.normal(getkey(), (*prompts.tokens.shape, len(words)))
+    at = np.asarray(prompts.mask(Role.OUTPUT, "first") & (prompts.pair > 0))
+    places = [np.flatnonzero(row) for row in at]
+    right = [(0, places[0][1]), (1, places[1][0]), (1, places[1][2])]  # one of three pairs, and two
+    wrong = [(b, s) for b in (0, 1) for s in places[b] if (b, s) not in right]
+    for b, s in right:
+        logits = logits.at[b, s - 1, prompts.tokens[b, s]].add(20.0)
+    for b, s in wrong:
+        logits = logits.at[b, s - 1, (prompts.tokens[b, s] + 1) % len(words)].add(20.0)
+    np.testing.assert_allclose(pair_accuracy(logits, prompts), [1 / 3, 2 / 3], rtol=1e-6)
 
 
 def test_pair_logit_ignores_what_a_softmax_ignores_and_does_not_saturate(words, getkey):

@@ -15,6 +15,7 @@ from icl_lib.files.processes import to_host
 from icl_lib.models import Site
 
 UNRANKED = 2**30  # rank of a node that does not help; larger than any count of nodes
+_NEAREST = 5  # free nodes among which a matched stand-in is drawn
 ALL = 2**31 - 1  # upper end of a range of ranks that takes every node
 
 
@@ -77,8 +78,28 @@ def compact(ranking: Ranking, n: int) -> Ranking:
     return Ranking(rank, latent, ranking.n, whole=False)
 
 
+def _stand_ins(table, free, push, site_key) -> np.ndarray:
+    """Ranks (tasks, groups, latents) of stand-ins for those of `table`: a node's is one of the free nodes nearest to it
+    in the logarithm of its push.
+    """
+    rng, level = np.random.default_rng(np.asarray(jax.random.key_data(site_key))), np.log(np.maximum(push, 1e-12))
+    ranks = np.full(table.shape, UNRANKED, np.int32)
+    for task, group in np.ndindex(table.shape[:2]):
+        left = list(np.flatnonzero(free[task, group]))
+        nodes = np.flatnonzero(table[task, group] < UNRANKED)
+        for node in nodes[np.argsort(table[task, group, nodes])][: len(left)]:
+            near = np.argsort(np.abs(level[task, group, left] - level[task, group, node]), kind="stable")
+            ranks[task, group, left.pop(rng.choice(near[:_NEAREST]))] = table[task, group, node]
+    return ranks
+
+
 def random_ranking(
-    ranking: Ranking, effects: Effects, n: Int[Array | np.ndarray, " tasks"], *, key: PRNGKeyArray
+    ranking: Ranking,
+    effects: Effects,
+    n: Int[Array | np.ndarray, " tasks"],
+    *,
+    key: PRNGKeyArray,
+    suite: Suite | None = None,
 ) -> Ranking:
     """A control for the first n[task] nodes of `ranking`: a random node in place of each, of the same site and group.
 
@@ -88,12 +109,21 @@ def random_ranking(
     group has too few active nodes, the circuit's last ones there have no stand-in and their ranks stay empty;
     `Ranking.count` says how many nodes there are. For k far below n, draw anew with n = k: this draw leaves out the
     other n - k nodes as well.
+
+    With the `suite` of the effects the stand-ins are matched in what they write as well: drawn among the nearest
+    in mean activation times length of the decoder row, which is how far ablation pushes the stream.
     """
     limit = jnp.minimum(jnp.asarray(n, jnp.int32), ranking.n)
     rank = {}
     for site_key, (site, table) in zip(jax.random.split(key, len(ranking.rank)), ranking.rank.items(), strict=True):
         circuit = np.asarray(table) < np.asarray(limit)[:, None, None]
-        free = (to_host(effects.means[site]) > 0) & ~circuit
+        means = to_host(effects.means[site])
+        free = (means > 0) & ~circuit
+        if suite is not None:
+            push = means * np.linalg.norm(np.asarray(suite[site].W_dec, np.float32), axis=-1)
+            own = np.where(circuit, np.asarray(table), UNRANKED)
+            rank[site] = jnp.asarray(_stand_ins(own, free, push, site_key))
+            continue
         score = np.where(free, np.asarray(jax.random.uniform(site_key, table.shape)), -1.0)
         place = np.argsort(
             np.argsort(-score, axis=-1, kind="stable"), axis=-1, kind="stable"

@@ -1,6 +1,6 @@
 """Tasks as input-output pairs, prompts made of them with the role of every token, and the metrics read from logits."""
 
-from icl_lib.tasks.metrics import answer_accuracy, answer_nll, pair_logit, pair_logprob, token_logprobs
+from icl_lib.tasks.metrics import answer_accuracy, answer_nll, pair_accuracy, pair_logit, pair_logprob, token_logprobs
 from icl_lib.tasks.prompts import Prompts, make_prompts, stack_prompts
 from icl_lib.tasks.tables import read_table
 from icl_lib.tasks.tasks import Task, UnknownTask, load_tasks, select_tasks
@@ -8,5 +8,5 @@ from icl_lib.tasks.template import Role, Template
 
 __all__ = [
     "Prompts", "Role", "Task", "Template", "UnknownTask", "answer_accuracy", "answer_nll", "load_tasks", "make_prompts",
-    "pair_logit", "pair_logprob", "read_table", "select_tasks", "stack_prompts", "token_logprobs",
+    "pair_accuracy", "pair_logit", "pair_logprob", "read_table", "select_tasks", "stack_prompts", "token_logprobs",
 ]  # fmt: skip

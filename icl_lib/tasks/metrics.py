@@ -54,6 +54,12 @@ def pair_logprob(logits: Float[Array, "*axes seq d_vocab"], prompts: Prompts) ->
     return _over_pairs(token_logprobs(logits, prompts.tokens), prompts, "pair_logprob")
 
 
+def pair_accuracy(logits: Float[Array, "*axes seq d_vocab"], prompts: Prompts) -> Float[Array, "*axes"]:
+    """As `pair_logprob`, with 1 where the token is the most probable one and 0 elsewhere for its log-probability."""
+    hit = jnp.argmax(logits[..., :-1, :], axis=-1).astype(prompts.tokens.dtype) == prompts.tokens[..., 1:]
+    return _over_pairs(hit.astype(jnp.float32), prompts, "pair_accuracy")
+
+
 def pair_logit(logits: Float[Array, "*axes seq d_vocab"], prompts: Prompts) -> Float[Array, "*axes"]:
     """As `pair_logprob`, with the logit of the token, less the mean over the vocabulary, for its log-probability.
 
