@@ -58,6 +58,13 @@ def test_what_is_to_be_found_is_found_and_chance_is_measured():
     assert (found.p[:4] == 1 / 201).all() and found.null.shape == (200, 10) and found.by_chance.tolist() == [0] * 20
 
 
+def test_with_too_few_latents_beside_the_candidates_nothing_is_known(getkey):
+    effects = np.random.default_rng(0).normal(size=(2, 3, 8))
+    found = against_sets(*effects, np.ones(8), np.arange(3), key=getkey())
+    assert np.isnan(found.p).all() and not found.stands.any() and found.null.shape == (0, 3)
+    assert np.isfinite(found.own).all() and found.by_chance.shape == (0,)
+
+
 def test_candidates_like_any_other_do_no_better_than_the_pretenders():
     rng, ahead = np.random.default_rng(1), 0
     for world in range(20):

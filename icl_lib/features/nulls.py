@@ -134,9 +134,15 @@ def against_sets(
 ) -> BestOfNull:
     """Judge the best candidates against the best of `draws` random sets, and `pretenders` such sets in their place.
 
-    `choosing` and `judging` are the effects of all active latents on two pools of pairs (NaN for the others). Raises
-    `ValueError` as `matched_sets` does.
+    `choosing` and `judging` are the effects of all active latents on two pools of pairs (NaN for the others). Where
+    fewer than twice as many other latents are active as there are candidates, nothing is known: no draws, p is NaN and
+    no task stands out.
     """
+    pool = np.setdiff1d(np.flatnonzero(np.asarray(activity) > 0), candidates)
+    if len(pool) < 2 * len(candidates):
+        own = best_of(choosing, judging, np.asarray(candidates)[None])[0]
+        unknown = np.full(len(own), np.nan)
+        return BestOfNull(own, np.zeros((0, len(own))), unknown, np.zeros(len(own), bool), np.zeros(0, int))
 
     def judged(chosen, activity, key):
         null = best_of(choosing, judging, matched_sets(activity, chosen, draws, key=key))
