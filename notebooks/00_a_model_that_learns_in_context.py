@@ -1,5 +1,12 @@
 # ---
 # jupyter:
+#   jupytext:
+#     cell_markers: '"""'
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -10,6 +17,9 @@
 r"""
 # A few examples tell the model which task is meant
 
+A language model that is shown a few pairs, `France -> Paris`, goes on with the pair that is asked for, although nobody has told it what the
+pairs have in common. This is in-context learning, and this notebook shows that the model at hand does it and how little it needs.
+
 **Claim.** Before any example the prompt is ambiguous and the model spreads its bets over all tasks that the input allows; with the
 first example accuracy jumps. What the examples tell is the kind of output that is wanted.
 
@@ -19,7 +29,7 @@ first example accuracy jumps. What the examples tell is the kind of output that 
 - Source: Kharlapenko et al. (2025), "Scaling Sparse Feature Circuits For Studying In-Context Learning" (ICL-SFC), Sec. 2 and Fig. 2.
 """
 
-# %%
+# %% tags=["hide-input"]
 import random
 from collections import defaultdict
 
@@ -31,7 +41,7 @@ import numpy as np
 import pandas as pd
 
 from icl_lib import embedded, figures
-from icl_lib.cards.notebook import open_run
+from icl_lib.cards.notebook import close_run, open_run
 from icl_lib.figures.style import heatmap
 from icl_lib.models import fetch, gate, generate, load_model, load_tokenizer
 from icl_lib.runs import compute_dtype
@@ -48,7 +58,7 @@ from icl_lib.tasks import (
 )
 from icl_lib.behaviours import accuracy_table, published_accuracy
 
-# %% tags=["parameters"]
+# %% tags=["parameters", "hide-input"]
 card: str = "tiny"  # name of the experiment card
 model: str = "icl-tiny"  # name of an embedded model, hub id or folder of the model
 tasks: str = "embedded"  # embedded, paper, function_vectors, or a folder of task files
@@ -63,7 +73,7 @@ max_shots: int = 12  # examples in the longest prompts of notebook 00
 Model, tokenizer and tasks, and the run's store and ledger.
 """
 
-# %%
+# %% tags=["hide-input"]
 store, ledger = open_run("00_a_model_that_learns_in_context", globals())
 lm = load_model(model, dtype=compute_dtype(), mesh="auto")
 tokenizer = load_tokenizer(model)
@@ -77,9 +87,8 @@ print(
 """
 ## The tasks
 
-A task is a set of (input, output) pairs. The 28 embedded ones mirror the paper's four groups: knowledge, grammar, translation, and
-the algorithmic ones. What matters is the last column: how many *other* tasks know a typical input. "France" has a capital, a currency,
-a continent and a language, so the word alone cannot tell what is asked for.
+A task is a set of (input, output) pairs. The paper has four groups of them: knowledge, grammar, translation, and algorithmic ones. What matters is the last column: how many *other* tasks know a typical input. "France" has a capital, a currency,
+a continent and a language, so the word alone cannot tell what is asked for. We expect most inputs to belong to several tasks.
 """
 
 # %%
@@ -103,7 +112,7 @@ figures.style_table(pd.DataFrame(rows), caption=f"{len(suite)} tasks")
 # %% tags=["nbval-check-output"]
 print(f"{sum(len(tasks) == 1 for tasks in owners.values())} of {len(owners)} inputs belong to one task only")
 
-# %% [markdown]
+# %% [markdown] tags=["icl-tiny"]
 """
 No task has inputs of its own: all but 4 of the 944 inputs ("twenty", the end of a list, is one) belong to at least two tasks.
 """
@@ -122,7 +131,11 @@ example = make_prompts(suite[shown], tokenizer, n_prompts=1, n_shots=4, seed=see
 figures.prompt_roles(
     tokenizer.convert_ids_to_tokens(example.tokens[0].tolist()), [Role(r) for r in example.roles[0].tolist()]
 )
-plt.show()
+figures.show(
+    1,
+    "One prompt with the role of each of its tokens. A role is found from the place in the text; the "
+    "vertical order of the colours is that of the legend.",
+)
 
 # %% [markdown]
 """
@@ -133,7 +146,9 @@ The query is the last pair; the model predicts its output at the last arrow. All
 """
 ## What the model was trained on
 
-Seven in ten training rows are such prompts; the others are sentences that say the same facts in other words. Half of the prompts mix
+Of a model that comes with this repository we can look at the training text and at the loss of its training; of any other model this part stays empty.
+
+Seven in ten training rows of `icl-tiny` are such prompts; the others are sentences that say the same facts in other words. Half of the prompts mix
 two tasks and mark them by different arrows, `->` and `=>`. There only the arrow tells the task, so the model has to decide at the arrow
 what to do, which is where larger models decide too (notebook 02).
 """
@@ -149,7 +164,7 @@ if entry is not None:
 
 # %% [markdown]
 """
-A sentence, a prompt of one task, and one of two tasks. The loss of training:
+Above, where there is something to show: a sentence, a prompt of one task, and one of two tasks. Below: the loss of training.
 """
 
 # %%
@@ -158,7 +173,7 @@ if entry is not None:
     steps = np.arange(1, len(losses) + 1)
     smooth = pd.Series(losses).rolling(20, min_periods=1).mean()
     figures.training_curve(steps, {"each step": losses, "mean of 20 steps": smooth})
-    plt.show()
+    figures.show(2, "The loss of training in nats per token: each step, and the mean of twenty steps.")
 
 # %%
 if entry is not None:
@@ -168,7 +183,7 @@ if entry is not None:
         f"loss on fresh rows: {held_out:.2f} nats per token; a uniform guess would be {np.log(lm.config.d_vocab):.1f}"
     )
 
-# %% [markdown]
+# %% [markdown] tags=["icl-tiny"]
 """
 The loss falls from 10 to about 1.4 nats in 400 steps and slowly on from there, although the residual noise comes on at step 450. That
 noise, which stretches a row's residual at one layer and adds what its tokens always have, is there so that the model can take a vector added
@@ -204,15 +219,17 @@ written = generate(lm, asked.tokens[:, 0], asked.query_arrow[:, 0] + 1, n_new=8)
 for task, (text,), new in zip(some, asked.texts, written.tolist(), strict=True):
     print(f"{task.name}: asked {text.splitlines()[-1]!r}, went on with {tokenizer.decode(new)!r}")
 
-# %% [markdown]
+# %% [markdown] tags=["icl-tiny"]
 """
 All four answers are right. After them the model writes more pairs of the same task, also right ("llave" is Spanish, "ganso" is the Spanish
 for "oca"), and then begins the next with a word that it has just used.
+"""
 
-The third check is the accuracy of every task by the published measure: at all arrows of prompts of 12 pairs (and of 24, where the context has room),
-does the most probable token begin with the first three characters of the right one? Pairs are drawn from all of the task. The first arrow,
-at which nothing tells the task, counts too, so that 11 right answers of 12 and one guess among three would give 0.94. For Gemma-1 2B-it
-the published values stand beside ours.
+# %% [markdown]
+"""
+The third check is the accuracy of every task by the published measure: at all arrows of prompts of `k` pairs, does the most probable token begin
+with the first three characters of the right one? Pairs are drawn from all of the task. The first arrow, at which nothing tells the task, counts too,
+so that a perfect score is out of reach. For Gemma-1 2B-it the published values stand beside ours.
 """
 
 # %%
@@ -231,7 +248,7 @@ for k in sizes:
     values = overview.set_index("task")[f"acc@{k}"]
     print(f"{k} pairs: mean {values.mean():.2f}, lowest {values.idxmin()} {values.min():.2f}")
 
-# %% [markdown]
+# %% [markdown] tags=["icl-tiny"]
 """
 The mean is 0.92. 26 tasks lie between 0.92 and 0.98, which is all but the first arrow; `next_item` has 0.43 and `previous_item` 0.65, and we shall
 see why. For the embedded model nothing is published; these numbers are what a later clone of it should print again.
@@ -241,7 +258,7 @@ see why. For the embedded model nothing is published; these numbers are what a l
 """
 ## Accuracy by number of examples
 
-A causal model reads a prompt from the left, so one prompt with 12 examples holds all shorter ones: the output of its $i$-th pair is
+A causal model reads a prompt from the left, so one prompt with many examples holds all shorter ones: the output of its $i$-th pair is
 predicted from the $i$ pairs before. One pass per task therefore gives the whole curve. Pairs come from the evaluation pool. We expect a
 low start, since the task is not given, and a steep rise.
 """
@@ -277,7 +294,11 @@ accuracy, shots = hits.mean(axis=1), np.arange(max_shots + 1)  # (task, shots)
 
 # %%
 figures.accuracy_vs_shots(shots, accuracy, groups)
-plt.show()
+figures.show(
+    3,
+    "Accuracy of the first output token against the number of examples before it. The thick line is the "
+    "mean over tasks with its standard error; coloured lines are the groups and pale ones single tasks.",
+)
 
 # %% tags=["nbval-check-output"]
 mean, error = accuracy.mean(axis=0), accuracy.std(axis=0, ddof=1) / np.sqrt(len(suite))
@@ -285,9 +306,9 @@ wanted = [k for k in (0, 1, 2, 3, 5, 8, 12) if k <= max_shots]
 print("shots    ", *(f"{k:5d}" for k in wanted))
 print("accuracy ", *(f"{mean[k]:5.2f}" for k in wanted))
 
-# %% [markdown]
+# %% [markdown] tags=["icl-tiny"]
 """
-Accuracy goes from 0.33 without an example to 0.96 with one, and stays there. 26 of the 28 tasks are at 1.00 from the first example on, so the
+**Accuracy goes from 0.33 without an example to 0.96 with one, and stays there.** 26 of the 28 tasks are at 1.00 from the first example on, so the
 mean says little about them; what keeps it below 1 are two algorithmic tasks, to which we come.
 """
 
@@ -301,9 +322,13 @@ at = min(5, max_shots)
 table = pd.DataFrame({"task": names, "group": groups, **{f"{k} shots": accuracy[:, k] for k in wanted}})
 store.save_table("accuracy_by_shots", table)
 figures.group_bars(accuracy[:, 0], groups, ylabel="accuracy without examples")
-plt.show()
+figures.show(
+    4,
+    "Accuracy without any example by group of tasks. A bar is the mean of a group with its standard "
+    "error, a dot is one task.",
+)
 
-# %% [markdown]
+# %% [markdown] tags=["icl-tiny"]
 """
 Without examples every group lies between 0.26 (knowledge) and 0.40 (algorithmic): about what a guess among three tasks would give.
 """
@@ -317,7 +342,7 @@ The tasks that are still hardest after five examples:
 hardest = table.sort_values(f"{at} shots").head(6)
 figures.style_table(hardest.reset_index(drop=True), caption=f"lowest accuracy with {at} examples")
 
-# %% [markdown]
+# %% [markdown] tags=["icl-tiny"]
 """
 `next_item` and `previous_item` stay at 0.44 and 0.56. They have the same inputs *and* the same kind of outputs ("two" follows "one", "one"
 comes before "two"): to tell them apart one has to look at how an example's output relates to its own input. Everywhere else the kind of
@@ -376,17 +401,27 @@ for (i, name, _), p in zip(cells, np.exp(-np.asarray(scores)).mean(axis=1), stri
 # %%
 labels = [f"{xs[0]}, {xs[1]}, ... ({len(xs)})" for xs in domains.values()]
 fig, ax = plt.subplots(figsize=(9, 4.4))
-heatmap(ax, belief, labels, names, colour_label="probability of the task's answer")
-ax.set_title("no examples: one row per kind of input, grey where the task does not know the input")
-plt.show()
+image = heatmap(ax, belief, labels, names, colour_label="probability of the task's answer")
+image.set_cmap(plt.get_cmap("YlGnBu").with_extremes(bad="#d9d9d9"))  # grey is no colour of this scale
+ax.set_title("no examples; grey: the task does not know the input")
+figures.show(
+    5,
+    "The probability of each task's answer to an input that several tasks know. A row is a kind of input "
+    "(two of them and their number), a column a task; grey means that the task does not know the input. "
+    "Several dark cells in a row mean that the model does not know which task is meant.",
+)
 
 # %% tags=["nbval-check-output"]
 total, best = np.nansum(belief, axis=1), np.nanmax(belief, axis=1)
 even = np.array([1 / len(found) for found in domains])
 print(f"{len(domains)} kinds of input; on known answers {total.mean():.2f} of the probability,")
 print(f"on the favourite task {best.mean():.2f}; an even division would give it {even.mean():.2f}")
+figures.say(
+    f"**The model spreads its bets**: {total.mean():.2f} of the probability is on answers of tasks that know the input, and the favourite task has "
+    f"{best.mean():.2f} of it, where an even division would give {even.mean():.2f}."
+)
 
-# %% [markdown]
+# %% [markdown] tags=["icl-tiny"]
 """
 The favourite task gets 0.39 on average, an even division would give it 0.32: the model does not know which task is meant, and says so.
 The known answers together have 0.94 of the probability. Only plurals, which have two tasks, have a favourite with more than half of it, their singular.
@@ -439,10 +474,19 @@ for k in control_shots:
 control = {kind: np.stack(scores, axis=-1) for kind, scores in control.items()}
 
 # %%
+fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
 curves = {f"outputs: {kind}": values[1] for kind, values in control.items()}
-ax = figures.effect_vs_shots(control_shots, curves, ylabel="NLL of the first answer token (nats)")
-ax.set(xlabel="examples in the prompt (shots)", yscale="log")
-plt.show()
+figures.effect_vs_shots(control_shots, curves, ylabel="loss of the first answer token (nats)", ax=left)
+behind = {"shuffled minus right": control["shuffled"][1] - control["right"][1]}
+figures.effect_vs_shots(control_shots, behind, ylabel="loss of shuffled minus right (nats)", ax=right)
+left.set(xlabel="examples in the prompt (shots)", yscale="log")
+right.set(xlabel="examples in the prompt (shots)")
+figures.show(
+    6,
+    "The loss of the first answer token with examples whose outputs are right, shuffled among the "
+    "examples' task, or taken from any task; to the right what shuffling costs. Bands are standard errors"
+    " over tasks.",
+)
 
 # %% tags=["nbval-check-output"]
 five = control_shots.index(5) if 5 in control_shots else -1
@@ -454,36 +498,20 @@ print(f"outputs of any task are worse on {(random_outputs < right).sum()} of {le
 lost = [name for name, r, c in zip(names, right, shuffled, strict=True) if c < r - 0.1]
 print("tasks that need the right pairing:", ", ".join(lost) or "none")
 
-# %% [markdown]
+# %% [markdown] tags=["icl-tiny"]
 """
-Outputs of any task are worse than nothing: the loss rises from 1.3 to over 4 nats with one example, and accuracy with five is 0.35, hardly
-better than without. Shuffled outputs, however, do *as well* as right ones (0.96 against 0.96), on all tasks. So the examples work by showing
-the kind of output, and the fact itself comes from the weights. The same was found for large models that classify (Min et al., 2022,
+**The examples work by showing the kind of output.** Outputs of any task are worse than nothing: the loss rises from 1.3 to over 4 nats with one example, and accuracy with five is 0.35, hardly
+better than without. Shuffled outputs, however, do *as well* as right ones (0.96 against 0.96), on all tasks. So
+the fact itself comes from the weights. The same was found for large models that classify (Min et al., 2022,
 "Rethinking the Role of Demonstrations"); and it fits what follows, where a single vector can stand for all examples.
 """
 
 # %% [markdown]
 """
-## What we saw
-
-- 28 tasks, none with inputs of its own; without examples accuracy is 0.33, and the probability is divided among the tasks that know the input.
-- One example is enough for 26 tasks; the mean with five is 0.96 (standard error 0.03 over tasks).
-- The kind of the outputs carries the task. Wrong pairs of the right kind are as good as right ones; outputs of any kind are useless.
-
-**Limits.** The embedded model has seen all of these pairs in training: in context it finds the *task*, it does not learn new facts, and the pools
-keep prompts apart, not knowledge. The jump at the first example is sharper than in large models, whose accuracy rises over several. Two
-tasks that differ by direction alone are not solved. 16 prompts per task: single accuracies are good to about 0.1.
-
-**Next.** [01_sparse_autoencoders](01_sparse_autoencoders.ipynb) takes this model's activations apart into latents;
-[02_task_vectors](02_task_vectors.ipynb) finds where in the model the task is kept.
+The claims of this notebook go to the ledger of the run.
 """
 
-# %% [markdown]
-"""
-The claims of this notebook, for the ledger of the run.
-"""
-
-# %%
+# %% tags=["nbval-check-output", "hide-input"]
 ambiguous = [i for i, name in enumerate(names) if rivals[name] >= 1]  # tasks whose inputs other tasks share
 few, zero, worse = accuracy[:, at].mean(), accuracy[ambiguous, 0].mean(), (random_outputs < right).mean()
 claims = [
@@ -492,10 +520,30 @@ claims = [
     ("accuracy_0_shots", None, zero, "without examples <= 0.5 where inputs are shared", zero <= 0.5),
     ("any_outputs", None, worse, "outputs of any task worse on >= 80 % of tasks", worse >= 0.8),
 ]
-for key, published, ours, criterion, holds in claims:
-    ledger.record(key, item="Sec. 2", published=published, ours=ours, criterion=criterion, holds=bool(holds))
-ledger.write()
+close_run(ledger, model, [(key, "Sec. 2", *rest[:-1], bool(rest[-1])) for key, *rest in claims])
 
-# %% tags=["nbval-check-output"]
-print(ledger.table()[["key", "holds"]].to_string(index=False))
-embedded.check_claims(model, ledger)
+# %% [markdown] tags=["icl-tiny"]
+"""
+## What we saw
+
+- 28 tasks, none with inputs of its own; without examples accuracy is 0.33, and the probability is divided among the tasks that know the input.
+- One example is enough for 26 tasks; the mean with five is 0.96 (standard error 0.03 over tasks).
+- The kind of the outputs carries the task. Wrong pairs of the right kind are as good as right ones; outputs of any kind are useless.
+"""
+
+# %% [markdown] tags=["icl-tiny"]
+"""
+## Limits
+
+The embedded model has seen all of these pairs in training: in context it finds the *task*, it does not learn new facts, and the pools
+keep prompts apart, not knowledge. The jump at the first example is sharper than in large models, whose accuracy rises over several. Two
+tasks that differ by direction alone are not solved. 16 prompts per task: single accuracies are good to about 0.1.
+"""
+
+# %% [markdown]
+"""
+## Next
+
+[01_sparse_autoencoders](01_sparse_autoencoders.ipynb) takes this model's activations apart into latents;
+[02_task_vectors](02_task_vectors.ipynb) finds where in the model the task is kept.
+"""

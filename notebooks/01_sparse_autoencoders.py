@@ -1,5 +1,12 @@
 # ---
 # jupyter:
+#   jupytext:
+#     cell_markers: '"""'
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -19,8 +26,7 @@ activations by a few active latents per token, at every layer, and the model har
 - Source: Kharlapenko et al. (2025), ICL-SFC, App. B; Rajamanoharan et al. (2024), "Improving Dictionary Learning with Gated SAEs".
 """
 
-# %%
-
+# %% tags=["hide-input"]
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -28,8 +34,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from icl_lib import embedded, figures
-from icl_lib.features.examples import top_examples
-from icl_lib.cards.notebook import open_run
+from icl_lib.features import latent_names, top_examples
+from icl_lib.cards.notebook import close_run, open_run
 from icl_lib.figures.style import plain_log
 from icl_lib.models import Site, load_model, load_tokenizer, mesh_of
 from icl_lib.runs import compute_dtype
@@ -41,7 +47,7 @@ from icl_lib.training import Member, Plan
 from icl_lib.training.state import stop_if_bad
 from icl_lib.training.steps import finish, init_state, run_steps
 
-# %% tags=["parameters"]
+# %% tags=["parameters", "hide-input"]
 card: str = "tiny"  # name of the experiment card
 model: str = "icl-tiny"  # name of an embedded model, hub id or folder of the model
 saes: list[str] = ["icl-tiny"]  # name or folder of the SAE suite, or folders and hub paths with {layer} in them
@@ -62,7 +68,7 @@ rate_rows: int = 400  # rows on which firing rates are counted
 Model, suite and the run's store. A suite that does not fit the model is refused here, before anything is computed.
 """
 
-# %%
+# %% tags=["hide-input"]
 store, ledger = open_run("01_sparse_autoencoders", globals())
 lm = load_model(model, dtype=compute_dtype(), mesh="auto")
 tokenizer = load_tokenizer(model)
@@ -70,8 +76,8 @@ suite = load_suite(saes, lm.config, sae_layers, variant=sae_variant or None, mes
 
 # %% [markdown]
 """
-What SAEs are judged on: rows of the language drawn from a seed of their own, which neither the model nor the SAEs were trained on. For another
-model than `icl-tiny` the card names a text, of which rows of 128 tokens are taken.
+What SAEs are judged on: rows of the text that the card names, cut to the model's context. For `icl-tiny` it is fresh text of its language, drawn
+from a seed of its own, which neither the model nor the SAEs were trained on.
 """
 
 
@@ -106,7 +112,7 @@ with another target: it reads what the MLP reads and predicts what the MLP write
 
 # %% [markdown]
 """
-## Twelve SAEs, trained here
+## SAEs trained here
 
 On the residual stream before one layer: every width with every penalty, on the same batches, from one pass of the model. SAEs of one width
 are stacked and stepped by one compiled program. We expect L0 (active latents per token) to fall once the penalty is on, to a level that the
@@ -142,7 +148,7 @@ trained, curves = train_sweep() if members else ({}, None)
 
 # %% [markdown]
 """
-One column a width, one line a penalty.
+What to look at: how the three quantities move once the penalty is on, and how a column differs from the one to its left.
 """
 
 # %%
@@ -164,22 +170,27 @@ if members:
     panels[1, 0].set_ylabel("FVU (1: the mean)")
     panels[2, 0].set_ylabel("dead latents (%)")
     panels[0, -1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    plt.show()
+    figures.show(
+        1,
+        "Training of the SAEs, one column for each width and one line for each penalty λ (darker is "
+        "smaller): active latents per token, unexplained variance and dead latents against the step. All "
+        "panels of a row share their scale.",
+    )
 
-# %% [markdown]
-"""
+# %% [markdown] tags=["icl-tiny"]
+r"""
 L0 falls for about 300 steps, to between 5 and 126. FVU goes up for a moment while the penalty comes on, most of all in the widest, and
 comes down as the dictionary learns to say the same with fewer words. At each penalty a wider dictionary ends with a lower FVU, but also with more
-active latents: at $\\lambda = 0.05$ four times the width takes more than twice the latents. So the two have to be read together, on text that is new to the SAEs, below.
+active latents: at $\lambda = 0.05$ four times the width takes more than twice the latents. So the two have to be read together, on text that is new to the SAEs, below.
 Latents die in one of the twelve only, the widest with the largest penalty: two of 1,024 for a moment, until ghost gradients bring them back.
 """
 
 # %% [markdown]
-"""
+r"""
 ## Gated and folded are one function
 
 Gate and magnitude see the same projection, so the gate is a threshold on the magnitude: `fold()` writes the SAE as a JumpReLU one,
-$f = p\\,1[p > \\theta]$ with $p = x W' + b'$. All later notebooks work on this form. The difference should be rounding.
+$f = p\,1[p > \theta]$ with $p = x W' + b'$. All later notebooks work on this form. The difference should be rounding.
 """
 
 # %% tags=["nbval-check-output"]
@@ -247,7 +258,12 @@ The same as a figure: to the left the price in latents and the error, to the rig
 
 # %%
 figures.sae_quality(table, recovered="ce_recovered_zero", bar=0.95)
-plt.show()
+figures.show(
+    2,
+    "The suite by layer: active latents per token and unexplained variance to the left, the share of the "
+    "model's loss that is recovered to the right, where the dotted line is the bar. Colours are the three"
+    " kinds of SAE.",
+)
 
 # %% tags=["nbval-check-output"]
 kinds = table.groupby("kind").agg(
@@ -275,7 +291,7 @@ if len(others):
         kind, layer, ratio, replaced = others.loc[at, ["kind", "layer", "ce_recovered_zero", "replaced"]]
         print(f"{which} CE recovered there: {ratio:.1f}, {kind} of layer {layer}, with the SAE {replaced:+.4f} nats")
 
-# %% [markdown]
+# %% [markdown] tags=["icl-tiny"]
 """
 With any residual SAE in place the model keeps at least 0.999 of what it would lose without the activation, at 8 to 26 active latents of
 1,024; at most 3 in 1,000 latents are dead. FVU is between 0.01 and 0.04.
@@ -352,7 +368,12 @@ if members:
         )
         ax.set_ylabel(label)
     left.legend()
-    plt.show()
+    figures.show(
+        3,
+        "Error (left) and recovered loss (right) of the SAEs trained here against the number of active "
+        "latents. A line joins the penalties of one width, the grey band joins the SAEs that no other "
+        "beats in both, and the star is the suite's own SAE of that layer.",
+    )
 
 # %%
 if members:
@@ -370,7 +391,14 @@ if members:
     print(f"the more latents are active, the lower is FVU, at {sum(rises)} of {len(rises)} widths")
     print(f"CE recovered is above 0.95 in {(sweep['ce_recovered_zero'] > 0.95).sum()} of {len(sweep)} SAEs")
 
-# %% [markdown]
+# %%
+if len(streams):
+    figures.say(
+        f"**With a residual SAE of the suite in place the model keeps at least {np.floor(1000 * streams['ce_recovered_zero'].min()) / 1000:.3f} of "
+        f"what it would lose without the activation, at {streams['l0'].min():.0f} to {streams['l0'].max():.0f} active latents.**"
+    )
+
+# %% [markdown] tags=["icl-tiny"]
 """
 At equal L0 width matters little here. The three lines nearly coincide in FVU, and below 20 latents per token the narrowest is ahead in CE
 recovered; nearly every SAE lies on a front. This was not our expectation, and it is partly one of training: a wider dictionary needs longer,
@@ -405,19 +433,23 @@ ax.set(
     title="residual SAEs",
 )
 ax.legend()
-plt.show()
+figures.show(
+    4,
+    "How often latents fire: the distribution of firing rates for each residual SAE of the suite. To the "
+    "right of the dotted line a latent fires on more than a tenth of the tokens.",
+)
 
-# %% [markdown]
+# %% [markdown] tags=["icl-tiny"]
 """
 One hump per layer, between one token in a thousand and one in ten, and almost nothing to the right of the dotted line: few latents are
 dense. The first layer sees words alone and has the rarest latents; those of layers 2 to 4 fire most often.
 """
 
 # %% [markdown]
-"""
+r"""
 ## Two ways to look better than one is
 
-**FVU about zero.** Dividing the error by $\\sum\\lVert x\\rVert^2$ instead of the variance counts the constant part of the activation as
+**FVU about zero.** Dividing the error by $\sum\lVert x\rVert^2$ instead of the variance counts the constant part of the activation as
 explained, although predicting it takes no latent at all. **Zero ablation.** Taking a layer's output away altogether is so destructive
 that anything recovers most of it; the mean is the fairer rival. We expect both to flatter.
 """
@@ -447,14 +479,19 @@ right.set(
     title="below the line: zero ablation flatters",
 )
 right.legend()
-plt.show()
+figures.show(
+    5,
+    "Two conventions beside their rivals. To the left the error of the residual SAEs by layer, divided by"
+    " the variance about the mean or about zero; to the right recovered loss against zero and against "
+    "mean ablation, one dot for each SAE. On the line the two agree; below it zero ablation flatters.",
+)
 
 # %% tags=["nbval-check-output"]
 ratio = float(np.mean(np.array(honest) / np.array(flattered)))
 drop = float((table["ce_recovered_zero"] - table["ce_recovered_mean"]).mean())
 print(f"FVU about the mean is {ratio:.1f} times the one about zero; mean ablation costs {drop:.2f} of CE recovered")
 
-# %% [markdown]
+# %% [markdown] tags=["icl-tiny"]
 """
 FVU about zero is lower at every layer, but by a tenth only: this model's residual stream has a small mean (that of large models does not). The
 second expectation was wrong here. The transcoders lie *above* the line: putting in the mean hurts more than putting in nothing, as the average over
@@ -480,40 +517,57 @@ found = top_examples(lm, suite[site], windows, chosen, k=5)
 
 
 # %%
-def show(i):
+named = latent_names(lm, suite[site], tokenizer, windows, chosen)
+
+
+def show_latent(number, i):
     """The strongest windows of the i-th chosen latent."""
     words = [tokenizer.convert_ids_to_tokens(row.tolist()) for row in found.tokens[i]]
-    title = f"{site}, latent {chosen[i]}: fires on {100 * rate[chosen[i]]:.2g} % of tokens"
+    title = f"{site}, latent {named[i]}: fires on {100 * rate[chosen[i]]:.2g} % of tokens"
     figures.examples_figure(words, list(found.activation[i]), title=title, size=7.5)
-    plt.show()
+    stronger = 100 * np.mean(strength > strength[chosen[i]])
+    figures.show(
+        number,
+        f"The windows in which latent {named[i]} fires most; {stronger:.0f} % of the latents are stronger on average. The darker a word, "
+        "the larger is the activation; the word after the darkest one is what the model has to write next.",
+    )
 
 
-show(0)
-
-# %% [markdown]
-"""
-The median latent fires on "is" where a sentence has asked for a capital ("the capital of Greece is"): just before the
-answer, as at the arrow of a prompt. More weakly it fires on "walked", which has nothing to do with it.
-"""
-
-# %%
-show(1)
-
-# %% [markdown]
-"""
-One in five is stronger than this one. It fires on "worked" after the name of a person, where "as a" and the profession follow.
-"""
+show_latent(6, 0)
 
 # %%
-show(2)
+show_latent(7, 1)
+
+# %%
+show_latent(8, 2)
+
+# %% [markdown] tags=["icl-tiny"]
+"""
+**Each of the three tells what is due next rather than what a word means**: it fires just before a word of one kind has to be written, as latents at
+the arrow of a prompt do in the notebooks that follow.
+"""
 
 # %% [markdown]
 """
-One in fifty is stronger than this one, which fires on "they" at the start of a sentence, where a verb is to come. All three tell what is
-due next rather than what a word means.
+The claims of this notebook go to the ledger of the run.
 """
 
-# %% [markdown]
+# %% tags=["nbval-check-output", "hide-input"]
+n_layers, spots = lm.config.n_layers, table[table["kind"] == "residual"]
+every_layer = all(set(part["layer"]) == set(range(n_layers)) for _, part in table.groupby("kind"))
+good, bar = (
+    (spots["ce_recovered_zero"] >= 0.95) & (spots["l0"] <= 40),
+    "residual SAEs: CE recovered >= 0.95 at L0 <= 40",
+)
+claims = [
+    ("suite", 54, len(suite), "3 kinds x all layers", every_layer and table["kind"].nunique() == 3),
+    ("ce_recovered", None, spots["ce_recovered_zero"].min(), bar, good.all()),
+    ("largest_l0", None, spots["l0"].max(), "residual SAEs: L0 <= 40", (spots["l0"] <= 40).all()),
+    ("dead", None, table["dead"].max(), "dead latents <= 10 % in every SAE", (table["dead"] <= 0.1).all()),
+]
+close_run(ledger, model, [(key, "App. B", *rest[:-1], bool(rest[-1])) for key, *rest in claims])
+
+# %% [markdown] tags=["icl-tiny"]
 """
 ## What we saw
 
@@ -521,43 +575,21 @@ due next rather than what a word means.
 - Twelve SAEs of 256 to 1,024 latents, L0 5 to 126, lie on nearly one line of L0 and error: training longer gains more than width.
 - Gated SAEs and their folded JumpReLU form are the same function.
 - FVU about zero flatters a little; zero ablation does not flatter here, and CE recovered means little where the ablation costs nothing.
-- Three latents of layer 4, chosen by rank, read as situations: a capital is due, a profession, a verb.
+- Three latents of layer 4, chosen by rank, read as situations in which a word of one kind is due.
+"""
 
-**Limits.** The text is a small generated language with 1,316 words, of which 1,024 latents can hold most: that SAEs do this well here says nothing about their
+# %% [markdown] tags=["icl-tiny"]
+"""
+## Limits
+
+The text is a small generated language with 1,316 words, of which 1,024 latents can hold most: that SAEs do this well here says nothing about their
 quality on real text. Three latents are an illustration, not a sample. Nothing here shows that the model *uses* these directions; that takes
 interventions, in the next notebooks.
-
-**Next.** [02_task_vectors](02_task_vectors.ipynb) looks for the place where the task is kept, and asks what these SAEs see of it.
 """
 
 # %% [markdown]
 """
-The claims of this notebook, for the ledger of the run.
+## Next
+
+[02_task_vectors](02_task_vectors.ipynb) looks for the place where the task is kept, and asks what these SAEs see of it.
 """
-
-# %%
-n_layers, spots = lm.config.n_layers, table[table["kind"] == "residual"]
-complete = (
-    all(set(part["layer"]) == set(range(n_layers)) for _, part in table.groupby("kind"))
-    and table["kind"].nunique() == 3
-)
-good = (spots["ce_recovered_zero"] >= 0.95) & (spots["l0"] <= 40)
-claims = [
-    ("suite", 54, len(suite), "3 kinds x all layers", complete),
-    (
-        "ce_recovered",
-        None,
-        spots["ce_recovered_zero"].min(),
-        "residual SAEs: CE recovered >= 0.95 at L0 <= 40",
-        good.all(),
-    ),
-    ("largest_l0", None, spots["l0"].max(), "residual SAEs: L0 <= 40", (spots["l0"] <= 40).all()),
-    ("dead", None, table["dead"].max(), "dead latents <= 10 % in every SAE", (table["dead"] <= 0.1).all()),
-]
-for key, published, ours, criterion, holds in claims:
-    ledger.record(key, item="App. B", published=published, ours=ours, criterion=criterion, holds=bool(holds))
-ledger.write()
-
-# %% tags=["nbval-check-output"]
-print(ledger.table()[["key", "holds"]].to_string(index=False))
-embedded.check_claims(model, ledger)

@@ -17,13 +17,13 @@ from icl_lib.files.paths import root
 each_notebook = pytest.mark.parametrize("path", notebook_files(), ids=lambda p: p.stem)
 # What may stand in prose that is shown on every model: formulas, code, links, places in papers, years, other notebooks
 _REFERENCE = re.compile(
-    r"\$\$.*?\$\$|\$[^$\n]+(?:\n[^$\n]+)?\$|`[^`]*`|\]\([^)]*\)|^ {4}.*$|"
+    r"\$\$.*?\$\$|\$[^$\n]+(?:\n[^$\n]+)?\$|`[^`]*`|\[[^\]]*\]\([^)]*\)|^ {4}.*$|"
     r"\b(?:Figs?|Tables?|Secs?|App|Eqs?|[Nn]otebooks?|Algorithm|Appendix|v)\b\.?\s*[\dA-Z][\w.]*"
     r"(?:(?:,| and| to|, and)\s+[\dA-Z][\w.]*)*|\((?:19|20)\d\d\w?\)|"
-    r"\b(?:19|20)\d\d\b|[A-Z][\w]*-\d+(?:\.\d+)?\w*|\bL[012]\b",
+    r"\b(?:19|20)\d\d\b|[A-Z][\w]*-\d+(?:\.\d+)?\w*|\bL[012]\b|\b(?:ITO|[Tt]op[Kk])\(\d+\)",
     re.DOTALL | re.MULTILINE,
 )
-_NUMBER = re.compile(r"(?<![\w.])[+-]?\d[\d,]*(?:\.\d+)?(?:\s?%)?")
+_NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:\s?%)?")
 
 
 def _read(path):

@@ -1,6 +1,7 @@
 """Figures about task vectors and their cleaning: layers, number of latents, sweeps (Fig 3 and App. D.1 of ICL-SFC).
 
-Relative loss change = (L - L_zero) / L_zero with L the summed NLL of the first answer tokens: negative is better.
+Relative loss decrease = (L_0 - L) / L_0, with L the summed NLL of the first answer tokens and L_0 that with nothing
+inserted: positive is better, 1 leaves no loss.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,33 +35,39 @@ METHOD_COLOURS = {
     "ITO(5)": OKABE_ITO["sky"],
 }
 MARKERS = "osD^vPX"
-CHANGE = "relative change of loss, $(L - L_0)/L_0$"
+DECREASE = "relative loss decrease, $(L_0 - L)/L_0$"
 
 
 def layer_curves(
-    layers: Values, change: Mapping[str, Values], *, ax: Axes | None = None, mark: int | None = None
-) -> Axes:
-    """Fig 3a: relative loss change against the layer of insertion, one line per method, `change[method]` (task, layer).
+    layers: Values, decrease: Mapping[str, Values], *, mark: int | None = None, reference: str | None = None
+) -> Figure:
+    """Fig 3a: relative loss decrease against the layer of insertion, one line per method, `decrease[method]` (task,
+    layer).
 
-    Lines are means over tasks, bands their standard errors; `mark` draws the layer used afterwards.
+    Lines are means over tasks, bands their standard errors; `mark` draws the layer used afterwards. A second panel
+    shows the other methods less that of `reference`, task by task, so that lines that lie on one another come apart.
     """
     layers = checked("layers", layers, layer=None)
-    ax = axes_for(ax, height=3.3)
-    colours = colours_for(list(change), METHOD_COLOURS)
-    n_tasks = 0
-    for i, (method, values) in enumerate(change.items()):
-        values = checked(f"change[{method!r}]", values, task=None, layer=len(layers))
-        n_tasks = len(values)
-        band(ax, layers, values, label=method, colour=colours[method], marker=MARKERS[i % len(MARKERS)])
-    ax.axhline(0, color="black", linewidth=0.8)
-    if mark is not None:
-        ax.axvline(mark, color="black", linestyle=":", linewidth=1)
-    ax.set(xlabel="layer of insertion", ylabel=CHANGE)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    ax.set_title(f"mean of {n_tasks} tasks ± s.e.; lower is better")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return ax
+    values = {m: checked(f"decrease[{m!r}]", v, task=None, layer=len(layers)) for m, v in decrease.items()}
+    panels = [("", values)]
+    if reference is not None:
+        others = {method: rows - values[reference] for method, rows in values.items() if method != reference}
+        panels.append((f" minus that of the {reference}", others))
+    width = 3.8 * len(panels) + 1.8
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 3.3), layout="constrained", squeeze=False)
+    colours, marker = colours_for(list(decrease), METHOD_COLOURS), dict(zip(decrease, MARKERS * 3, strict=False))
+    for ax, (minus, curves) in zip(axes[0], panels, strict=True):
+        for method, rows in curves.items():
+            band(ax, layers, rows, label=method, colour=colours[method], marker=marker[method])
+        ax.axhline(0, color="black", linewidth=0.8)
+        if mark is not None:
+            ax.axvline(mark, color="black", linestyle=":", linewidth=1)
+        ax.set(xlabel="layer of insertion", ylabel=f"loss decrease{minus}" if minus else DECREASE)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0, 0].set_title(f"mean of {len(next(iter(values.values())))} tasks ± s.e.; higher is better")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
+    return figure
 
 
 def l0_bars(l0: Mapping[str, Values], *, published: Mapping[str, Number] | None = None, ax: Axes | None = None) -> Axes:
@@ -150,29 +157,31 @@ def sweep_panels(l1: Values, decrease: Values, fraction: Values, *, reference: N
     return figure
 
 
-def pareto(l0: Values, loss: Values) -> np.ndarray:
-    """Indices of the points that no other point beats (no more latents and no higher loss), by rising L0."""
+def pareto(l0: Values, decrease: Values) -> np.ndarray:
+    """Indices of the points that no other point beats (no more latents and no smaller decrease), by rising L0."""
     l0 = checked("l0", l0, point=None)
-    loss = checked("loss", loss, point=len(l0))
-    kept, best = [], np.inf
-    for i in np.lexsort((loss, l0)):
-        if loss[i] < best:
+    decrease = checked("decrease", decrease, point=len(l0))
+    kept, best = [], -np.inf
+    for i in np.lexsort((-decrease, l0)):
+        if decrease[i] > best:
             kept.append(i)
-            best = loss[i]
+            best = decrease[i]
     return np.asarray(kept, dtype=int)
 
 
-def pareto_front(points: Mapping[str, tuple[Values, Values]], *, ylabel: str = CHANGE, ax: Axes | None = None) -> Axes:
-    """Loss against the number of latents, `points[method] = (l0, loss)`, with each method's front as steps."""
+def pareto_front(
+    points: Mapping[str, tuple[Values, Values]], *, ylabel: str = DECREASE, ax: Axes | None = None
+) -> Axes:
+    """Loss decrease against the number of latents, `points[method] = (l0, decrease)`, each method's front as steps."""
     ax = axes_for(ax, height=3.6)
     colours = colours_for(list(points), METHOD_COLOURS)
-    for method, (l0, loss) in points.items():
+    for method, (l0, decrease) in points.items():
         l0 = checked(f"points[{method!r}][0]", l0, point=None)
-        loss = checked(f"points[{method!r}][1]", loss, point=len(l0))
-        front = pareto(l0, loss)
-        ax.plot(l0, loss, ".", color=colours[method], alpha=0.3, markersize=4, rasterized=True)
-        ax.step(l0[front], loss[front], where="post", color=colours[method], label=method)
-        ax.plot(l0[front], loss[front], "o", color=colours[method])
+        decrease = checked(f"points[{method!r}][1]", decrease, point=len(l0))
+        front = pareto(l0, decrease)
+        ax.plot(l0, decrease, ".", color=colours[method], alpha=0.3, markersize=4, rasterized=True)
+        ax.step(l0[front], decrease[front], where="post", color=colours[method], label=method)
+        ax.plot(l0[front], decrease[front], "o", color=colours[method])
     ax.set(xlabel="active latents (L0)", ylabel=ylabel, title="dots: settings, steps: Pareto front")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(loc="best")
@@ -180,7 +189,7 @@ def pareto_front(points: Mapping[str, tuple[Values, Values]], *, ylabel: str = C
 
 
 def equal_l0(ito: Values, tvc: Values, tasks: Sequence[str], l0: Values, *, ax: Axes | None = None) -> Axes:
-    """Per task, the relative loss change of ITO and of TVC at the same number of latents `l0` (all (task,)).
+    """Per task, the relative loss decrease by ITO and by TVC at the same number of latents `l0` (all (task,)).
 
     One row per task, its L0 in brackets, sorted by TVC; the bar between the two dots is the gain of TVC over ITO.
     """
@@ -188,7 +197,7 @@ def equal_l0(ito: Values, tvc: Values, tasks: Sequence[str], l0: Values, *, ax: 
     tvc = checked("tvc", tvc, task=len(tasks))
     l0 = checked("l0", l0, task=len(tasks))
     ax = axes_for(ax, height=0.9 + 0.165 * len(tasks))
-    order, y = np.argsort(tvc)[::-1], np.arange(len(tasks))
+    order, y = np.argsort(tvc), np.arange(len(tasks))
     lost = int((~np.isfinite(tvc) | ~np.isfinite(ito)).sum())
     ax.hlines(y, ito[order], tvc[order], color="#c4c4c4", linewidth=1.5)
     ax.plot(ito[order], y, "o", color=METHOD_COLOURS["ITO"], label="ITO")
@@ -197,8 +206,8 @@ def equal_l0(ito: Values, tvc: Values, tasks: Sequence[str], l0: Values, *, ax: 
     ax.set_yticks(y, [f"{tasks[i]} ({l0[i]:.0f})" for i in order], fontsize=7 if len(tasks) > 12 else 8)
     ax.set_ylim(-0.7, len(tasks) - 0.3)
     ax.set(
-        xlabel=CHANGE,
-        title=f"TVC lower on {np.sum(tvc < ito)} of {len(tasks)} tasks (in brackets: L0){missing(lost, 'task')}",
+        xlabel=DECREASE,
+        title=f"TVC ahead on {np.sum(tvc > ito)} of {len(tasks)} tasks (in brackets: L0){missing(lost, 'task')}",
     )
     ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.legend(loc="best")
@@ -206,14 +215,14 @@ def equal_l0(ito: Values, tvc: Values, tasks: Sequence[str], l0: Values, *, ax: 
 
 
 def effect_vs_shots(
-    shots: Values, change: Mapping[str, Values], *, ax: Axes | None = None, ylabel: str = CHANGE
+    shots: Values, decrease: Mapping[str, Values], *, ax: Axes | None = None, ylabel: str = DECREASE
 ) -> Axes:
-    """How a vector's effect depends on the number of examples it was read from: `change[method]` (task, shots)."""
+    """How a vector's effect depends on the number of examples it was read from: `decrease[method]` (task, shots)."""
     shots = checked("shots", shots, shots=None)
     ax = axes_for(ax, height=3.0)
-    colours = colours_for(list(change), METHOD_COLOURS)
-    for i, (method, values) in enumerate(change.items()):
-        values = checked(f"change[{method!r}]", values, task=None, shots=len(shots))
+    colours = colours_for(list(decrease), METHOD_COLOURS)
+    for i, (method, values) in enumerate(decrease.items()):
+        values = checked(f"decrease[{method!r}]", values, task=None, shots=len(shots))
         band(ax, shots, values, label=method, colour=colours[method], marker=MARKERS[i % len(MARKERS)])
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set(xlabel="examples in the prompts of extraction (shots)", ylabel=ylabel, title="mean over tasks ± s.e.")
