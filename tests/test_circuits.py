@@ -25,6 +25,7 @@ from icl_lib.circuits import (
 )
 from icl_lib.circuits.effects import clean_pass, suite_in_layers
 from icl_lib.circuits.ranking import UNRANKED, compact
+from icl_lib.figures import circuit_graph
 from icl_lib.models import Site, Transformer, compose, perturb, record, tiny_config
 from icl_lib.saes import SAE
 from icl_lib.tasks import Prompts, Role, Template, stack_prompts
@@ -414,6 +415,19 @@ def draw(world, effects) -> Circuit:
     latents = nodes[nodes.latent >= 0].groupby(["layer", "kind"]).head(2)
     circuit = Circuit(pd.concat([latents, nodes[nodes.latent < 0]]))
     return circuit.with_edges(edge_effects(model, suite, first_task(prompts), circuit, metric=LOGPROB), per_node=100)
+
+
+def test_edges_from_nodes_that_are_not_listed_are_left_out(world, effects):
+    """All edges that `edge_effects` gives, those from error nodes among them, go in; what comes out can be drawn."""
+    model, suite, prompts = world
+    circuit = Circuit.from_effects(effects.task(0), n=12)
+    edges = edge_effects(model, suite, first_task(prompts), circuit, metric=LOGPROB)
+    assert edges.source.str.contains("error").any()
+    kept = circuit.with_edges(edges, per_node=1).edges
+    inside = edges[edges.source.isin(circuit.nodes.index)]
+    assert 0 < len(kept) == min(12, len(inside)) and set(kept.source) <= set(circuit.nodes.index)
+    assert kept.effect.abs().min() >= inside.effect.abs().nlargest(12).min() - 1e-9
+    circuit_graph(circuit.nodes, kept)
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ EXPECTED = [
     "01_sparse_autoencoders",
     "02_task_vectors",
     "03_task_vector_cleaning",
-    "04_executors_and_detectors",
-    "05_sparse_feature_circuits",
+    "04_executors",
+    "05_detectors",
+    "06_sparse_feature_circuits",
 ]
 NOTEBOOKS = notebook_files()
 CARDS = sorted((root() / "params").glob("*.yaml"))
@@ -36,8 +37,8 @@ def _prose(path):
     return [c for c in _read(path).cells if c.cell_type == "markdown"]
 
 
-def test_the_first_six_notebooks_are_there_and_paired():
-    assert [p.stem for p in NOTEBOOKS][:6] == EXPECTED
+def test_the_first_seven_notebooks_are_there_and_paired():
+    assert [p.stem for p in NOTEBOOKS][:7] == EXPECTED
     assert [p.stem for p in NOTEBOOKS] == [p.stem for p in sorted((root() / "notebooks").glob("[0-9][0-9]_*.py"))]
 
 

@@ -32,8 +32,8 @@ from icl_lib.tasks.tasks import DATA_VARIABLE, POOLS
 
 CARDS = [path.stem for path in rehearse.cards()]
 TASK_DATA = root().parent / "shared" / "data"  # where a checkout comes with the published tasks
-CHAIN = ("02_task_vectors", "03_task_vector_cleaning", "04_executors_and_detectors")
-OTHERS = ("00_a_model_that_learns_in_context", "01_sparse_autoencoders", "05_sparse_feature_circuits")
+CHAIN = ("02_task_vectors", "03_task_vector_cleaning", "04_executors", "05_detectors")
+OTHERS = ("00_a_model_that_learns_in_context", "01_sparse_autoencoders", "06_sparse_feature_circuits")
 each_card = pytest.mark.parametrize("name", CARDS)
 
 

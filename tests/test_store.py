@@ -237,7 +237,7 @@ def test_what_was_computed_from_other_files_at_the_same_place_is_refused(tmp_pat
 
 def test_needs_are_read_from_the_notebooks(tmp_path, monkeypatch):
     assert needs_module.needs()["03_task_vector_cleaning"] == ["01_sparse_autoencoders", "02_task_vectors"]
-    assert needs_module.needs()["04_executors_and_detectors"] == ["01_sparse_autoencoders", "03_task_vector_cleaning"]
+    assert needs_module.needs()["04_executors"] == ["01_sparse_autoencoders", "03_task_vector_cleaning"]
     assert not any(needs_module.needs()[name] for name in needs_module.needs() if name[:2] in ("00", "01", "02", "05"))
     monkeypatch.setattr(needs_module, "root", lambda: tmp_path)
     (tmp_path / "notebooks").mkdir()

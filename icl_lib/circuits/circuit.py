@@ -71,11 +71,14 @@ class Circuit:
         return Circuit(nodes, self.edges[inside])
 
     def with_edges(self, edges: pd.DataFrame, per_node: int | float = 4) -> "Circuit":
-        """The same nodes with the strongest edges, `per_node` times as many as nodes (the paper draws 4)."""
-        strongest = (
-            edges.effect.abs().sort_values(ascending=False, kind="stable").index[: int(per_node * len(self.nodes))]
-        )
-        return Circuit(self.nodes, edges.loc[strongest].reset_index(drop=True))
+        """The same nodes with the strongest of the edges between them, `per_node` times as many as nodes (the paper
+        draws 4).
+
+        Edges from nodes that the circuit does not list, such as the error nodes of `edge_effects`, are left out.
+        """
+        inside = edges[edges.source.isin(self.nodes.index) & edges.target.isin(self.nodes.index)]
+        order = inside.effect.abs().sort_values(ascending=False, kind="stable").index
+        return Circuit(self.nodes, inside.loc[order[: int(per_node * len(self.nodes))]].reset_index(drop=True))
 
     def to_networkx(self) -> nx.DiGraph:
         """A directed graph whose nodes carry the columns of `nodes` and whose edges carry `effect`."""

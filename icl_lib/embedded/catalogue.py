@@ -106,13 +106,15 @@ ICL_TINY = Entry(
             "tvc_nll": Bar(),  # no worse than the task vector's
             "beats_ito_at_equal_l0": Bar(at_least=0.8),
         },
-        "04_executors_and_detectors": {
+        "04_executors": {
             "executors": Bar(at_least=0.78),
             "executor_mass": Bar(at_least=75.0),
+        },
+        "05_detectors": {
             "detector_mass": Bar(at_least=80.0),
             "links": Bar(at_least=3.0),
         },
-        "05_sparse_feature_circuits": {
+        "06_sparse_feature_circuits": {
             "nodes_to_halve": Bar(at_most=300.0),
             "other_tasks": Bar(at_least=-0.15),
             "random_nodes": Bar(at_least=-0.25, at_most=0.25),

@@ -39,7 +39,8 @@ def latent_names(
     rows = sae.W_dec[jnp.asarray(latents)].astype(jnp.float32)
     matrix = model.embed if model.unembed is None else model.unembed
     written = np.asarray(jnp.argsort(-(model.norm(rows) @ matrix.astype(jnp.float32).T), axis=-1)[:, :n_words])
-    word = lambda token: tokenizer.decode([int(token)]).strip()[:_LONGEST] or repr(tokenizer.decode([int(token)]))
+    text = lambda token: tokenizer.decode([int(token)])
+    word = lambda token: text(token).strip()[:_LONGEST] or text(token).replace("\n", "↵").replace(" ", "␣")
     names = []
     for latent, tops, peak, writes in zip(latents, peaks, found.peak, written, strict=True):
         fires = list(dict.fromkeys(word(token) for token in tops[peak > 0]))

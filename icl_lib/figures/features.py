@@ -31,6 +31,9 @@ from icl_lib.figures.style import (
 )
 
 
+_NOTHING = 0.05  # a row whose largest effect is below this has none that is worth dividing by
+
+
 def displayed(effects: Values, threshold: Number = 0.2) -> np.ndarray:
     """Effects (task, latent) as the paper's main heatmaps show them; for display only.
 
@@ -73,7 +76,8 @@ def task_latent_heatmap(
 ) -> Axes:
     """Figs 5 and 7 (and App. F): effect of steering with each latent on each task, `effects` (task, latent).
 
-    `normalised` shows `displayed(effects)`, otherwise the raw effects with harm clipped to 0. Columns and rows follow
+    `normalised` shows `displayed(effects)`, with what each row is divided by in brackets behind its task and rows
+    without an effect of 0.05 in grey, otherwise the raw effects with harm clipped to 0. Columns and rows follow
     `diagonal_order` of the normalised effects among the columns of largest raw effect. Masks (task, latent) put dots:
     `encoded` red, the latent is active in the code that cleaning starts from; `survives` green, it is left by TVC.
     `what` names the columns, for example "executor of layer 3".
@@ -82,10 +86,13 @@ def task_latent_heatmap(
     strongest = np.argsort(-_known(effects).max(axis=0), kind="stable")[:n_latents]
     rows, columns = diagonal_order(displayed(effects)[:, strongest])
     columns = strongest[columns]
-    shown = np.where(np.isnan(effects), np.nan, displayed(effects)) if normalised else np.clip(effects, 0, None)
-    ax = axes_for(ax, width=9.0, height=1.3 + 0.17 * len(tasks))
+    top = np.nan_to_num(np.clip(effects, 0, None)).max(axis=1)
+    nothing = np.isnan(effects) | (top < _NOTHING)[:, None]
+    shown = np.where(nothing, np.nan, displayed(effects)) if normalised else np.clip(effects, 0, None)
+    ax = axes_for(ax, width=9.0, height=1.3 + 0.17 * len(tasks) + 0.045 * max(len(str(name)) for name in latents))
     label = "loss decrease / best of its row" if normalised else "relative loss decrease"
     names = [str(latents[j]) for j in columns]
+    tasks = [f"{task} ({best:.2f})" for task, best in zip(tasks, top, strict=True)] if normalised else tasks
     heatmap(ax, shown[rows][:, columns], [tasks[i] for i in rows], names, colour_label=label)
     dots = {
         "active before cleaning": (encoded, OKABE_ITO["vermillion"], 16),
@@ -177,19 +184,18 @@ def link_heatmap(
     executors: Sequence[str],
     *,
     same_task: Values | None = None,
+    what: str = "activation lost / largest loss of the task, mean over tasks",
     ax: Axes | None = None,
 ) -> Axes:
     """Fig 8: how much of an executor's activation goes when a detector is ablated, `strength` (detector, executor).
 
-    The loss of activation of each task is taken to be divided by the largest of its matrix before the mean over tasks,
-    as in the paper, so that values compare pairs and are no shares. `same_task` (detector, executor) outlines the pairs
+    `what` names the colours: by default each task is taken to be divided by the largest of its matrix before the mean
+    over tasks, as in the paper, so that values compare pairs and are no shares. `same_task` (detector, executor) outlines the pairs
     of one task; the title then compares their mean with the rest.
     """
     strength = checked("strength", strength, detector=len(detectors), executor=len(executors))
     ax = axes_for(ax, width=8.0, height=2.0 + 0.17 * len(detectors))
-    heatmap(
-        ax, strength, detectors, executors, colour_label="activation lost / largest loss of the task, mean over tasks"
-    )
+    heatmap(ax, strength, detectors, executors, colour_label=what)
     ax.set(xlabel="executor", ylabel="detector ablated")
     if same_task is not None:
         same = checked("same_task", same_task, detector=len(detectors), executor=len(executors)) > 0
@@ -215,7 +221,7 @@ def latent_control(
     percentile: Number = 95.0,
     ax: Axes | None = None,
 ) -> Axes:
-    """The control of single-latent steering: the best latent of each task, `best` (task,), against random ones.
+    """The control of single-latent steering: the best candidate of each task, `best` (task,), against random latents.
 
     `random` (task, draw) are the effects of latents drawn at random; the grey bar runs from their 5th to their given
     percentile, the tick is the median. A full dot lies above the percentile and reaches `bar`, an open one does not.
@@ -235,7 +241,7 @@ def latent_control(
         y, (high - low)[order], 0.55, left=low[order], color="#cfcfcf", label=f"random: 5th to {percentile:g}th pct."
     )
     ax.plot(middle[order], y, "|", color="black", markersize=6, label="random: median")
-    ax.plot(best[order][above], y[above], "o", color=OKABE_ITO["vermillion"], markersize=5, label="best latent")
+    ax.plot(best[order][above], y[above], "o", color=OKABE_ITO["vermillion"], markersize=5, label="best candidate")
     ax.plot(best[order][~above], y[~above], "o", mfc="white", color=OKABE_ITO["vermillion"], markersize=5)
     ax.axvline(0, color="black", linewidth=0.8)
     if bar:

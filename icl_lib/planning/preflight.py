@@ -64,7 +64,7 @@ class Estimate:
 
     def sae_bytes(self, notebook: str) -> int:
         """SAEs that a notebook holds: none in 00, residual ones in 02 to 04, all in the others."""
-        held = [d for d in self.saes if notebook not in ("02", "03", "04") or d.kind == "residual"]
+        held = [d for d in self.saes if notebook not in ("02", "03", "04", "05") or d.kind == "residual"]
         return sum(d.bytes for d in held if notebook != "00") // self.split
 
     def peak(self, step: Step) -> int:
@@ -234,7 +234,7 @@ def show(e: Estimate) -> str:
         f"model     {e.card['model']}: {e.n_params:,} parameters, {_gb(e.weights)} a device in {e.devices.dtype}",
         f"SAEs      {len(e.saes)} at {len(e.card['sae_layers'])} layers, "
         f"{max((d.d_sae for d in e.saes), default=0):,} latents: "
-        f"{_gb(e.sae_bytes('05'))} a device in float32 when all are loaded",
+        f"{_gb(e.sae_bytes('06'))} a device in float32 when all are loaded",
         f"disk      {_gb(e.disk)} of weights and SAEs to download{f', {_gb(_free_disk())} free' if e.here else ''}; "
         f"host memory {_gb(e.host)} for the activations of notebook 01",
         f"figures   {'compiled for these devices' if e.here else 'by arithmetic, these devices are not here'}; "

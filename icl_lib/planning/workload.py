@@ -76,7 +76,7 @@ def steps(card: Mapping[str, Any], config: ModelConfig, part: Part) -> list[Step
     def clean(layer, rows, n_l1, n_steps, suffix=ANSWER_TOKENS):
         return cleaning_cost(config, rows, suffix, seq(0), behind(layer), tasks, n_l1, SHARE_OF_STEPS * n_steps, part)
 
-    text = min(TEXT_TOKENS, config.n_ctx)
+    text, d_sae = min(TEXT_TOKENS, config.n_ctx), max((d.d_sae for d in saes), default=0)
     swept = [d.site.layer for d in saes if d.site.name == "resid_pre" and d.site.layer >= 2]
     of_tvc = (card["tvc_prompts"], card["tvc_steps"])
     dummy = pair + ANSWER_TOKENS  # from the dummy's output to the answer
@@ -111,28 +111,31 @@ def steps(card: Mapping[str, Any], config: ModelConfig, part: Part) -> list[Step
         ),
         # at five lengths with the control of 100, on either pool, and at each latent's own lengths
         ("04", "latents one by one", insert(executor, CANDIDATES + 100), 7 + len(card["latent_scales"])),
+        ("04", "random sets", insert(executor, min(1000, d_sae) + CANDIDATES), 2),
         ("04", "latents that fire", answers_cost(config, n, long, part), 2 * tasks),
-        ("04", "activation mass", recording_cost(config, n, long, part, encoders=saes[:1]), 2 * tasks),
+        ("04", "activation mass", recording_cost(config, n, long, part, encoders=saes[:1]), 3 * tasks),
+        ("05", "activation mass", recording_cost(config, n, long, part, encoders=saes[:1]), 3 * tasks),
         ("04", "executors taken away", steering_cost(config, 4, long, behind(executor), tasks, tasks, part), 1),
-        ("04", "detectors cleaned", clean(detector, n, 1, card["detector_steps"], dummy), 1),
-        ("04", "detectors one by one", insert(detector, CANDIDATES + 20, dummy), 8),
-        # half as many detectors as tasks, at six strengths and in two controls
-        (
-            "04",
-            "detectors to executors",
-            forward_cost(config, 6, long, part, layers=executor - detector, logits=False),
-            4 * tasks**2,
-        ),
+        ("05", "detectors cleaned", clean(detector, n, 1, card["detector_steps"], dummy), 1),
+        ("05", "detectors one by one", insert(detector, CANDIDATES + 20, dummy), 8),
+        ("05", "random sets", insert(detector, min(400, d_sae) + CANDIDATES, dummy), 2),
+        # half as many detectors as tasks, at six strengths and in two controls, and twice at six lengths
         (
             "05",
+            "detectors to executors",
+            forward_cost(config, 6, long, part, layers=executor - detector, logits=False),
+            12 * tasks**2,
+        ),
+        (
+            "06",
             "node effects",
             node_effects_cost(config, card["effect_prompts"], shots, below, tasks * len(Role), circuit, part),
             2 * tasks,
         ),
         # nodes kept, at seven counts and at random, and both ends of three settings
-        ("05", "ablation", ablate(True), (2 * 7 + 3 * 2) * tasks),
+        ("06", "ablation", ablate(True), (2 * 7 + 3 * 2) * tasks),
         # nodes taken away likewise, two halvings, the matrix and its control, means; and 2 x 200 nodes alone in one
         # task
-        ("05", "ablation of few nodes", ablate(False), (2 * 7 + 2 * 20 + tasks + 1 + 2 * 7) * tasks + 400),
+        ("06", "ablation of few nodes", ablate(False), (2 * 7 + 2 * 20 + tasks + 1 + 2 * 7) * tasks + 400),
     ]
     return [Step(*line) for line in table]

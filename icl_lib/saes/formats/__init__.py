@@ -5,6 +5,6 @@ One module a format; where it has a writer, that is for round trips and for stan
 """
 
 from icl_lib.saes.formats.load import detect, load_sae
-from icl_lib.saes.formats.suites import check_fit, load_suite, save_sae, save_suite
+from icl_lib.saes.formats.suites import check_fit, load_suite, sae_at, save_sae, save_suite
 
-__all__ = ["check_fit", "detect", "load_sae", "load_suite", "save_sae", "save_suite"]
+__all__ = ["check_fit", "detect", "load_sae", "load_suite", "sae_at", "save_sae", "save_suite"]

@@ -174,3 +174,13 @@ def _renamed(sae: SAE, config: ModelConfig | None) -> SAE:
     return dataclasses.replace(
         sae, site_in=Site("resid_pre", site.layer + 1), site_out=Site("resid_pre", site.layer + 1)
     )
+
+
+def sae_at(suite: Mapping[Site, SAE], site: Site) -> SAE:
+    """The suite's SAE at a site. Raises `ValueError` that names those there are."""
+    if site not in suite:
+        raise ValueError(
+            f"there is no SAE at {site}, the suite has {', '.join(map(str, suite)) or 'none'}: add the layer to "
+            "sae_layers, or choose another one"
+        )
+    return suite[site]
