@@ -1,4 +1,4 @@
-# Two commands: `make demo` runs the whole argument on the embedded model, `make test` checks everything.
+# Two commands: `make demo` runs the whole argument on the embedded model, `make test` checks everything. `make help` lists all.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 CARD ?= params/tiny.yaml
@@ -8,39 +8,42 @@ BIN := $(VENV)/bin
 NBVAL := --nbval-lax --nbval-current-env --nbval-sanitize-with=tests/nbval.cfg --nbval-cell-timeout=300
 unexport MPLBACKEND
 
-.PHONY: demo test lab retrain bench report rehearse rehearse-all preflight clean
+.PHONY: help demo test lab retrain bench report rehearse rehearse-all preflight clean
 
-demo: $(VENV)/.installed
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r t d; do printf 'make %-13s %s\n' "$$t" "$$d"; done
+
+demo: $(VENV)/.installed  ## run a card's notebooks (CARD=params/tiny.yaml) and build the report
 	$(BIN)/python -m icl_lib.commands.demo "$(CARD)" --cores $(CORES)
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test  ## unit tests, and all notebooks again under nbval
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(NBVAL) tests notebooks
 
-lab: $(VENV)/.installed
+lab: $(VENV)/.installed  ## JupyterLab on the notebooks
 	$(BIN)/python -m jupyterlab notebooks
 
-retrain: $(VENV)/.installed
+retrain: $(VENV)/.installed  ## make the embedded model and its SAEs again from nothing
 	$(BIN)/python -m icl_lib.commands.retrain
 
 # common.py and sae_peers.py are parts of the others
-bench: $(VENV)/.installed-bench
+bench: $(VENV)/.installed-bench  ## the benchmarks beside their peers
 	for script in $(filter-out %/common.py %/sae_peers.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 # the card on small stand-ins, offline (torch writes some SAE formats): `make rehearse CARD=gemma-2-9b`
-rehearse: $(VENV)/.installed-test
+rehearse: $(VENV)/.installed-test  ## a card on small stand-ins, offline: CARD=gemma-2-9b
 	$(BIN)/python -m icl_lib.commands.rehearse "$(CARD)"
 
-rehearse-all: $(VENV)/.installed-test
+rehearse-all: $(VENV)/.installed-test  ## every card but that of the embedded model on stand-ins
 	$(BIN)/python -m icl_lib.commands.rehearse --all
 
 # what the card needs: `make preflight CARD=params/gemma-2-9b.yaml DEVICES=8xv5e`
-preflight: $(VENV)/.installed
+preflight: $(VENV)/.installed  ## what a card needs: CARD=params/gemma-2-9b.yaml DEVICES=8xv5e
 	$(BIN)/python -m icl_lib.commands.preflight "$(CARD)" --devices $(or $(DEVICES),cpu)
 
-report: $(VENV)/.installed
+report: $(VENV)/.installed  ## build the report of a run again
 	$(BIN)/python -m icl_lib.commands.report "$(CARD)"
 
-clean:
+clean:  ## remove all runs
 	rm -rf runs .snakemake
 
 # A stamp a set of packages, so that only a change of what is needed installs again.

@@ -100,8 +100,28 @@ def test_the_table_shows_verdicts_and_counts_them(store):
     _record(ledger, "good", unit="%")
     _record(ledger, "bad", holds=False, published=None)
     text = show(ledger.table())
-    assert "DOES NOT HOLD" in text and "1 of 2 criteria hold." in text and "4.12 %" in text
+    assert text.splitlines() == [
+        "what does not hold (ours, what was asked, the paper's):",
+        "  02 bad: 4.12 latents, ours <= 0.5 x encoded",
+        "",
+        "criteria that hold, by notebook:",
+        "  02_a: 1 of 2",
+        "1 of 2 criteria hold.",
+    ]
     assert "empty" in show(Ledger(store, notebook="x").table())
+
+
+def test_a_long_ledger_fits_a_terminal(store):
+    """At most 30 lines of 100 columns, whatever fails, and what has no room is counted."""
+    for name in ("02_a", "03_b"):
+        ledger = Ledger(store, notebook=name)
+        for i in range(40):
+            _record(ledger, f"a_{i}", holds=i % 2 == 0, criterion="a long criterion " * 9)
+        ledger.write()
+    lines = show(merge(store.run_dir)).splitlines()
+    assert len(lines) <= 30 and max(map(len, lines)) <= 100 and lines[-1] == "40 of 80 criteria hold."
+    assert [int(line.split()[1]) for line in lines if "more, in the report" in line] == [40 - 23]
+    assert max(map(len, show(merge(store.run_dir), width=60).splitlines())) <= 60
 
 
 def test_the_report_is_self_contained_and_links_what_exists(store, capsys):

@@ -187,10 +187,7 @@ def test_what_is_claimed_of_the_embedded_model_is_held_to_its_bars():
     name = "04_executors"
     embedded.check_claims("icl-tiny", _ledger(name, entries))
     embedded.check_claims(ASSETS, _ledger(name, entries, model=str(ASSETS)))
-    for key, ours in {
-        "executors": "21 of 28",
-        "executor_mass": 74.0,
-    }.items():
+    for key, ours in {"executors": "21 of 28", "executor_mass": 74.0}.items():
         with pytest.raises(AssertionError, match=f"do not hold of icl-tiny: {key} is"):
             embedded.check_claims("icl-tiny", _ledger(name, entries | {key: (ours, True)}))
     links = {"detector_mass": (99.9, True), "links": ([0.43, 0.12], True)}

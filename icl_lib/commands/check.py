@@ -1,5 +1,6 @@
 """`python -m icl_lib.commands.check params/tiny.yaml`: hold cards to their model, and print what every key means."""
 
+import argparse
 import json
 import sys
 
@@ -7,9 +8,15 @@ from icl_lib.cards.card import Card, CardError, check_card
 from icl_lib.cards.checks import check_against_model
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Check cards and print their values beside their meanings; exit status 2 on the first bad card."""
-    for path in argv or ["params/tiny.yaml"]:
+    parser = argparse.ArgumentParser(
+        prog="python -m icl_lib.commands.check", description="Check cards; say what keys mean."
+    )
+    parser.add_argument(
+        "cards", nargs="*", default=["params/tiny.yaml"], help="card files, such as params/gemma-2-9b.yaml"
+    )
+    for path in parser.parse_args(argv).cards:
         try:
             card = check_card(path)
             check_against_model(card.model_dump(), path)
@@ -24,4 +31,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -2,6 +2,8 @@
 on the terminal.
 """
 
+import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,20 +14,24 @@ from icl_lib.runs.report import build
 from icl_lib.runs.store import StoreError
 
 
-def main(argv: list[str]) -> int:
-    """Build the report of a run folder or of a card, print the ledger and where things are."""
+def main(argv: list[str] | None = None) -> int:
+    """Build the report of a run folder or of a card, print what its ledger says and where things are."""
+    parser = argparse.ArgumentParser(
+        prog="python -m icl_lib.commands.report", description="Build the report of a run and say what holds."
+    )
+    parser.add_argument("run", nargs="?", default="runs/tiny", help="a card, or the folder of a run")
+    target = parser.parse_args(argv).run
     try:
-        target = argv[0] if argv else "runs/tiny"
         run_dir = run_folder(check_card(target).run_dir if Path(target).suffix in (".yaml", ".yml") else target)
         index, table = build(run_dir)
     except (CardError, StoreError) as err:
         print(err, file=sys.stderr)
         return 2
-    print(show(table))
+    print(show(table, shutil.get_terminal_size().columns))
     print(f"\nExecuted notebooks: {run_dir / 'notebooks'}\nLedger:             {run_dir / 'ledger.json'}")
     print(f"Report:             {index}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

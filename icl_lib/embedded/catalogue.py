@@ -53,6 +53,7 @@ class Entry:
     package: str  # below `icl_lib.embedded`: what made it, its language among it
     tasks: str  # source of its tasks
     card: str  # the experiment that the claims are about
+    minutes: str  # that its card takes, in words
     claims: Mapping[str, Mapping[str, Bar]]  # notebook -> ledger key -> bar
 
     @property
@@ -81,6 +82,7 @@ ICL_TINY = Entry(
     package="icl_tiny",
     tasks="embedded",
     card="params/tiny.yaml",
+    minutes="6 to 12 minutes on two cores",
     claims={
         "00_a_model_that_learns_in_context": {
             "tasks": Bar(at_least=23.0),
@@ -106,14 +108,8 @@ ICL_TINY = Entry(
             "tvc_nll": Bar(),  # no worse than the task vector's
             "beats_ito_at_equal_l0": Bar(at_least=0.8),
         },
-        "04_executors": {
-            "executors": Bar(at_least=0.78),
-            "executor_mass": Bar(at_least=75.0),
-        },
-        "05_detectors": {
-            "detector_mass": Bar(at_least=80.0),
-            "links": Bar(at_least=3.0),
-        },
+        "04_executors": {"executors": Bar(at_least=0.78), "executor_mass": Bar(at_least=75.0)},
+        "05_detectors": {"detector_mass": Bar(at_least=80.0), "links": Bar(at_least=3.0)},
         "06_sparse_feature_circuits": {
             "nodes_to_halve": Bar(at_most=300.0),
             "other_tasks": Bar(at_least=-0.15),

@@ -30,7 +30,6 @@ from icl_lib.figures.style import (
     role_name,
 )
 
-
 _NOTHING = 0.05  # a row whose largest effect is below this has none that is worth dividing by
 
 
@@ -190,8 +189,8 @@ def link_heatmap(
     """Fig 8: how much of an executor's activation goes when a detector is ablated, `strength` (detector, executor).
 
     `what` names the colours: by default each task is taken to be divided by the largest of its matrix before the mean
-    over tasks, as in the paper, so that values compare pairs and are no shares. `same_task` (detector, executor) outlines the pairs
-    of one task; the title then compares their mean with the rest.
+    over tasks, as in the paper, so that values compare pairs and are no shares. `same_task` (detector, executor)
+    outlines the pairs of one task; the title then compares their mean with the rest.
     """
     strength = checked("strength", strength, detector=len(detectors), executor=len(executors))
     ax = axes_for(ax, width=8.0, height=2.0 + 0.17 * len(detectors))

@@ -71,27 +71,32 @@ def merge(run_dir: Path) -> pd.DataFrame:
     return pd.DataFrame(entries, columns=COLUMNS)
 
 
-def show(table: pd.DataFrame) -> str:
-    """The ledger as plain text, for the terminal."""
+def show(table: pd.DataFrame, width: int = 100, lines: int = 30) -> str:
+    """What a ledger says, for the terminal: what does not hold, one line each, then a count by notebook.
+
+    At most `lines` lines of `width` (100 at most) columns; what has no room is counted, and all of it is in the report.
+    """
     if table.empty:
         return "The ledger is empty: no notebook of this run has recorded a number yet."
-    rows = [["notebook", "item", "what", "published", "ours", "verdict", "criterion"]]
-    for e in table.to_dict("records"):
-        rows.append(
-            [
-                e["notebook"][:2],
-                e["item"],
-                e["key"],
-                number(e["published"]),
-                number(e["ours"]) + _unit(e),
-                verdict(e),
-                e["criterion"],
-            ]
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    lines = ["  ".join([cell.ljust(w) for cell, w in zip(row, widths, strict=False)] + row[-1:]) for row in rows]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join([*lines, f"{int(table['holds'].sum())} of {len(table)} criteria hold."])
+    width = min(width, 100)
+    counts = table.groupby("notebook")["holds"].agg(["sum", "size"])
+    below = ["", "criteria that hold, by notebook:"]
+    below += [f"  {name}: {row['sum']} of {row['size']}" for name, row in counts.iterrows()]
+    below.append(f"{int(table['holds'].sum())} of {len(table)} criteria hold.")
+    missed = [_miss(e) for e in table[~table["holds"].astype(bool)].to_dict("records")]
+    room = lines - len(below) - 1
+    if len(missed) > room:
+        missed = [*missed[: room - 1], f"  and {len(missed) - room + 1} more, in the report"]
+    above = ["what does not hold (ours, what was asked, the paper's):", *missed] if missed else ["everything holds"]
+    return "\n".join(line if len(line) <= width else line[: width - 1] + "…" for line in [*above, *below])
+
+
+def _miss(entry: dict[str, Any]) -> str:
+    """One criterion that is missed, in a line."""
+    theirs = number(entry["published"])
+    published = "" if theirs == "-" else f"; {entry['item']}: {theirs}"
+    words = entry["key"].replace("_", " ")
+    return f"  {entry['notebook'][:2]} {words}: {number(entry['ours'])}{_unit(entry)}, {entry['criterion']}{published}"
 
 
 def number(value: Any) -> str:

@@ -88,6 +88,8 @@ class ActivationBuffer:
     def _told(self, passes: Sequence | np.ndarray, say: Callable[[str], None] | None) -> Iterator:
         """The passes, one after the other, with a word every `SAY_SECONDS`."""
         last = time.perf_counter()
+        if say is not None:
+            say(f"filling the activation buffer: {len(passes)} passes of the model, of which the first one compiles")
         for i, each in enumerate(passes):
             yield each
             jax.block_until_ready(self._bad)
