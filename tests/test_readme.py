@@ -94,7 +94,7 @@ def _ledger():
 def _claims():
     """The cells of every row of the table of claims."""
     table = re.search(r"<!-- claims.*?-->\n(.*?)<!-- /claims -->", README, re.S).group(1)
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
 
 
 def _flat(value):
@@ -143,6 +143,22 @@ def test_the_ledger_is_that_of_the_notebooks():
 def test_times_are_those_that_were_measured():
     measured = (root() / "docs" / "speed.md").read_text("utf-8")
     assert [t for t in re.findall(r"\d+ min(?: \d+ s)?", README) if t not in measured] == []
+
+
+def test_training_steps_are_as_fast_as_the_last_lines_of_the_benchmark():
+    lines = [
+        json.loads(x) for x in (root() / "benchmarks" / "results" / "sae_step.jsonl").read_text("utf-8").splitlines()
+    ]
+    last = {(f"{e['d_model']}, {e['d_sae']}, {e['batch']}", e["objective"]): e for e in lines}
+    order = ("standard", "jumprelu", "gated", "topk", "batchtopk")
+    rows = re.findall(
+        r"^\| (\d+, \d+, \d+|\.\.\. share of .+?) \|(.+)\|$", (root() / "docs" / "speed.md").read_text("utf-8"), re.M
+    )
+    assert len(rows) == 4
+    for shape, cells in rows:
+        field, shape = ("limit_share", "2048, 16384, 1024") if shape.startswith("...") else ("ratio", shape)
+        for objective, shown in zip(order, cells.split("|"), strict=True):
+            assert _is(shown.strip(), False, last[shape, objective][field]), (shape, objective)
 
 
 def test_the_citation():
