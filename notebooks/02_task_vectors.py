@@ -320,12 +320,20 @@ shots = sorted({1, 2, max(n_shots // 2, 1), n_shots})
 by_shots = {k: vectors if k == n_shots else task_vector(lm, prompts("extraction", k)) for k in shots}
 of_shots = {k: effect(v) for k, v in by_shots.items()}
 lines = {f"layer {i}": np.stack([of_shots[k][:, i] for k in shots], axis=1) for i in sorted({best, elbow + 1})}
-lines[f"layer {best}, ITO(5)"] = np.stack([effect(sparse(ito(5), by_shots[k]))[:, best] for k in shots], axis=1)
-figures.effect_vs_shots(shots, decreases(lines))
+of_five = np.stack([effect(sparse(ito(5), by_shots[k]))[:, best] for k in shots], axis=1)
+
+# %%
+fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+figures.effect_vs_shots(shots, decreases(lines), ax=left)
+ahead = {f"layer {best}, ITO(5) minus the vector": lines[f"layer {best}"] - of_five}
+figures.effect_vs_shots(shots, ahead, ylabel="difference of the two decreases", ax=right)
+for ax in (left, right):
+    ax.set_xlabel("examples in the prompts of extraction")
+lines |= {f"layer {best}, ITO(5)": of_five}
 figures.show(
     4,
-    "The loss decrease against the number of examples in the prompts that the vector was read from. Bands"
-    " are standard errors over tasks.",
+    "To the left the loss decrease against the number of examples in the prompts that the vector was read from; to the right"
+    " what the vector's code of five latents has more (above 0) or less. Bands are standard errors over tasks.",
 )
 
 # %% tags=["nbval-check-output"]

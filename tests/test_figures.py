@@ -177,7 +177,7 @@ def test_heatmap_shows_the_row_maximum_on_a_kept_column():
     ax = figures.task_latent_heatmap(effects, TASKS[:5], list(range(12)), n_latents=6)
     shown = np.asarray(ax.images[0].get_array())
     names = [int(label.get_text()) for label in ax.get_xticklabels()]
-    tasks = [TASKS.index(label.get_text()) for label in ax.get_yticklabels()]
+    tasks = [TASKS.index(label.get_text().split(" ")[0]) for label in ax.get_yticklabels()]
     assert shown.shape == (5, 6) and set(names) == set(np.argsort(-effects.max(axis=0))[:6])
     np.testing.assert_allclose(shown, figures.displayed(effects)[tasks][:, names])
 
@@ -190,15 +190,33 @@ def test_ablation_matrix_groups_tasks_and_centres_colours():
     assert low == -high and high >= 6
 
 
+def test_lines_that_hide_each_other_come_apart_in_a_panel_of_differences():
+    own = curves(6)
+    figure = figures.layer_curves(range(6), {"task vector": own, "TVC": own + 0.1}, mark=2, reference="task vector")
+    left, right = figure.axes
+    assert [line.get_label() for line in right.get_lines() if not line.get_label().startswith("_")] == ["TVC"]
+    np.testing.assert_allclose(right.get_lines()[0].get_ydata(), 0.1, atol=1e-9)
+    np.testing.assert_allclose(left.get_lines()[1].get_ydata() - left.get_lines()[0].get_ydata(), 0.1, atol=1e-9)
+    assert "minus that of the task vector" in right.get_ylabel() and len(figure.legends[0].texts) == 2
+
+
+def test_a_row_without_an_effect_is_grey_and_each_row_says_what_it_was_divided_by():
+    effects = np.array([[0.8, 0.2], [0.01, 0.04]])
+    ax = figures.task_latent_heatmap(effects, ["good", "none"], ["1 a", "2 b"])
+    shown = np.ma.filled(ax.images[0].get_array(), np.nan)
+    labels = [tick.get_text() for tick in ax.get_yticklabels()]
+    assert labels == ["good (0.80)", "none (0.04)"] and np.isnan(shown[1]).all() and shown[0].max() == 1
+
+
 def test_pareto_equals_brute_force():
-    l0, loss = rng.integers(1, 15, 60).astype(float), rng.integers(0, 20, 60).astype(float)
+    l0, gain = rng.integers(1, 15, 60).astype(float), rng.integers(0, 20, 60).astype(float)
     beaten = [
-        any((l0[j] <= l0[i]) & (loss[j] <= loss[i]) & ((l0[j] < l0[i]) | (loss[j] < loss[i])) for j in range(60))
+        any((l0[j] <= l0[i]) & (gain[j] >= gain[i]) & ((l0[j] < l0[i]) | (gain[j] > gain[i])) for j in range(60))
         for i in range(60)
     ]
-    wanted = {(l0[i], loss[i]) for i in range(60) if not beaten[i]}
-    front = figures.pareto(l0, loss)
-    assert {(l0[i], loss[i]) for i in front} == wanted
+    wanted = {(l0[i], gain[i]) for i in range(60) if not beaten[i]}
+    front = figures.pareto(l0, gain)
+    assert {(l0[i], gain[i]) for i in front} == wanted
     assert (np.diff(l0[front]) > 0).all()
 
 
@@ -355,7 +373,7 @@ BAD = {
     "change": lambda: figures.ablation_matrix(np.ones((3, 4)), TASKS[:3]),
     "groups": lambda: figures.ablation_matrix(np.ones((3, 3)), TASKS[:3], GROUPS),
     "accuracy": lambda: figures.accuracy_vs_shots(range(3), np.ones((3, 25)), GROUPS),
-    r"change\['TVC'\]": lambda: figures.layer_curves(range(3), {"TVC": np.ones((5, 4))}),
+    r"decrease\['TVC'\]": lambda: figures.layer_curves(range(3), {"TVC": np.ones((5, 4))}),
     "mass must sum to 1": lambda: figures.role_mass(np.ones((2, 5)), ["a", "b"], ROLES),
     "mode must be": lambda: figures.faithfulness_curve(K, np.ones((2, 5)), mode="inverse"),
     "l1 is drawn": lambda: figures.sweep_panels([0.0, 1.0], np.ones((2, 2)), np.ones((2, 2))),

