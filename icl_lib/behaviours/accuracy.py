@@ -26,10 +26,8 @@ def _guesses(model, tokens):
 
 
 def _same_start(tokenizer, guesses: np.ndarray, targets: np.ndarray, n: int = 3) -> np.ndarray:
-    """Whether two tokens are equal in their first `n` characters, blanks before them left out.
-
-    A token that is no text of its own, a blank or a part of a character, is equal to itself only.
-    """
+    """Whether two tokens are equal in their first `n` characters, blanks before them left out. A token that is no text
+    of its own, a blank or a part of a character, is equal to itself only."""
     ids = np.unique([guesses, targets])
     starts = {
         int(i): text.strip()[:n] for i, text in zip(ids, tokenizer.batch_decode([[int(i)] for i in ids]), strict=True)

@@ -40,8 +40,7 @@ def _there(name: str) -> str:
 
 def _there_or_made_later(name: str) -> str:
     """SAEs below runs/ are made by the run itself, and a pattern names many files: both are looked for when they are
-    loaded.
-    """
+    loaded."""
     return name if name.startswith("runs/") or "{" in name else _there(name)
 
 
@@ -155,9 +154,7 @@ def notebook_files(folder: Path | None = None) -> list[Path]:
 
 def parameters(notebook: Path) -> dict[str, dict[str, str]]:
     """What a notebook's parameters cell declares, as papermill reads it: name -> type, default and meaning as text.
-
-    Raises `CardError` for a file that is not a notebook.
-    """
+    Raises `CardError` for a file that is not a notebook."""
     import papermill  # slow to import, and only needed here
 
     try:
@@ -208,8 +205,7 @@ def check_card(path: str | Path) -> Card:
 
 def check_values(values: Mapping[str, Any], source: str) -> Card:
     """The card with these values; `source` is its file. Raises `CardError` with unknown keys, wrong types, impossible
-    values.
-    """
+    values."""
     problems = {}
     if "run_dir" not in values:  # without it a card would write over the results of another one
         where = f"runs/{Path(source).stem}"

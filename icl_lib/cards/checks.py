@@ -30,9 +30,8 @@ def defaults_of(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_of(model: str) -> ModelConfig | None:
-    """The config of a known model or of a local folder; None for any other hub id. Raises `CardError` if the folder
-    has no usable one.
-    """
+    """The config of a known model or of a local folder; None for any other hub id. Raises `CardError` if the folder has
+    no usable one."""
     folder = located(model, "model")
     if not folder.is_dir():
         return known_config(model)
@@ -51,8 +50,7 @@ def full_card(path: str | Path) -> dict[str, Any]:
 
 def check_against_model(card: Mapping[str, Any], source: str) -> None:
     """Raises `CardError` listing what the model or the tasks of a checked card cannot serve; `source` is the card's
-    file.
-    """
+    file."""
     card = defaults_of(card)
     config = config_of(card["model"])
     problems = (

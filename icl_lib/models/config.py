@@ -21,10 +21,8 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What a decoder-only transformer is made of; hashable, so that it can be static under `jit`.
-
-    The defaults are Gemma's. Raises `ValueError` where the sizes do not go together.
-    """
+    """What a decoder-only transformer is made of; hashable, so that it can be static under `jit`. The defaults are
+    Gemma's. Raises `ValueError` where the sizes do not go together."""
 
     family: str  # whose tensor names and config keys a folder of this model has: "gemma", "llama", ...
     d_model: int  # width of the residual
@@ -82,10 +80,8 @@ class ModelConfig:
         return None if self.windows is None else self.windows[layer]
 
     def width(self, site: str) -> int:
-        """Length of the last axis at the sites that an SAE can be trained on: "resid_pre", "z", "mlp_out", ...
-
-        Raises `ValueError` on other sites.
-        """
+        """Length of the last axis at the sites that an SAE can be trained on: "resid_pre", "z", "mlp_out", ... Raises
+        `ValueError` on other sites."""
         if site == "z":
             return self.n_heads * self.d_head
         widths = ("embed", *(f"resid_{place}" for place in ("pre", "mid", "post")), "attn_in", "attn_out", "mlp_in")

@@ -160,10 +160,7 @@ def forward_cost(
     program: Callable | None = None, other_flops: float | int = 0, other_row: float | int = 0, fixed: float | int = 0,
 ) -> Cost:  # fmt: skip
     """A pass of whole prompts through `layers` blocks (all by default), to the logits (as `program` computes them) or
-    without.
-
-    `other_flops` are of each token; `other_row` and `fixed` are as in `Cost`.
-    """
+    without. `other_flops` are of each token; `other_row` and `fixed` are as in `Cost`."""
     flops = batch * seq * token_flops(config, seq, logits, layers)
     row = forward_bytes(config, seq, part) if logits else block_bytes(config, seq, part)
     depth = config.n_layers if layers is None else layers

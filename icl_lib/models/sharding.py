@@ -25,10 +25,8 @@ _COLUMNS = {"o", "down"}
 
 
 def make_mesh(data: int = 1, model: int | None = None) -> Mesh:
-    """All devices as a (`data`, `model`) mesh; `model` None takes as many as `data` leaves.
-
-    Raises `ValueError` unless the two multiply to the number of devices.
-    """
+    """All devices as a (`data`, `model`) mesh; `model` None takes as many as `data` leaves. Raises `ValueError` unless
+    the two multiply to the number of devices."""
     n = jax.device_count()
     if data < 1 or n % data or data * (n // data if model is None else model) != n:
         sizes = f"data = {data}" if model is None else f"data x model = {data} x {model}"
@@ -106,9 +104,7 @@ def shard_model(model: Transformer, mesh: Mesh) -> Transformer:
 
 def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
     """Arrays (or trees of them) with the first axis spread over `data`. Every process passes the same whole batch.
-
-    Raises `ValueError` if that axis does not divide.
-    """
+    Raises `ValueError` if that axis does not divide."""
     place = NamedSharding(mesh, P("data"))
     for x in jax.tree.leaves(batch):
         if not np.ndim(x) or len(x) % mesh.shape["data"]:

@@ -142,8 +142,7 @@ class Attention(eqx.Module):
 
 class MLP(eqx.Module):
     r"""$W_{down}(\sigma(W_{gate} x) \odot W_{up} x)$; without a gate $W_{down}\,\sigma(W_{up} x)$. Biases where the
-    family has them.
-    """
+    family has them."""
 
     gate: Float[Array, "d_mlp d_model"] | None
     up: Float[Array, "d_mlp d_model"]
@@ -223,10 +222,8 @@ def _checked(tap: Tap | None) -> Tap:
 
 
 class Transformer(eqx.Module):
-    """A language model: `model(tokens)` gives float32 logits, `model(tokens, tap=tap)` lets `tap` see every site.
-
-    Right padding needs no mask, because attention is causal: what stands after a token does not change it.
-    """
+    """A language model: `model(tokens)` gives float32 logits, `model(tokens, tap=tap)` lets `tap` see every site. Right
+    padding needs no mask, because attention is causal: what stands after a token does not change it."""
 
     embed: Float[Array, "d_vocab d_model"]
     blocks: tuple[Block, ...]

@@ -39,18 +39,14 @@ _PIECE = 1 << 23  # elements of the file read at once, so that no whole tensor p
 
 
 def fetch(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model: `name` itself if it is one, else a snapshot of that hub repository.
-
-    Raises `FileNotFoundError`, which says what to do, if neither exists or the hub refuses or cannot be reached.
-    """
+    """The folder of a model: `name` itself if it is one, else a snapshot of that hub repository. Raises
+    `FileNotFoundError`, which says what to do, if neither exists or the hub refuses or cannot be reached."""
     return fetch_folder(name, revision, _FILES, "config.json, *.safetensors and tokenizer.json")
 
 
 def load_config(name: str | Path, revision: str | None = None) -> ModelConfig:
     """The config of a model folder or hub id, without its weights; where it names no padding, the tokenizer does.
-
-    `tied` is what config.json says: only `load_model` sees a head in the weights that differs from the embedding.
-    """
+    `tied` is what config.json says: only `load_model` sees a head in the weights that differs from the embedding."""
     folder = fetch(name, revision)
     path = folder / "config.json"
     if not path.is_file():
@@ -178,9 +174,7 @@ def _read_json(path: Path) -> dict:
 
 def _find_tensors(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[str, Path]]:
     """The file of every tensor of the checkpoint, once all are known to be there with the right shapes, and the config.
-
-    A tied model whose file has an output matrix of its own is not tied: the config comes back so.
-    """
+    A tied model whose file has an output matrix of its own is not tied: the config comes back so."""
     files, found = {}, {}
     for file in _tensor_files(folder):
         with _open(file) as handle:

@@ -31,9 +31,8 @@ _TWO_CORES = ("v4", "v5p")  # named by cores, of which a device has two
 # default is less.
 _USABLE, _TAKEN = 0.92, 0.75
 # The part of the peak that these experiments reach, by our own benchmarks and by common experience; only the times
-# depend on it.
-# On a CPU it is a part of the matrix product's own rate, fitted to three steps of a 135M Llama on two cores of an Intel
-# Xeon (.51, .58 and .62: `benchmarks/preflight_check.py --hours`).
+# depend on it. On a CPU it is a part of the matrix product's own rate, fitted to three steps of a 135M Llama on two
+# cores of an Intel Xeon (.51, .58 and .62: `benchmarks/preflight_check.py --hours`).
 EFFICIENCY, _ON_CPU = 0.35, 0.57
 
 

@@ -166,10 +166,8 @@ def run(small_card: Path, notebooks: Iterable[str] | None = None, cores: int = 2
 
 
 def rehearse(name: str, notebooks: Iterable[str] | None = None, **sizes: int) -> bool:
-    """Rehearse one card; prints how it went and how long it took. Whether all notebooks ran through.
-
-    Raises `CardError` for the embedded model, which has nothing to rehearse, besides what `prepare` raises.
-    """
+    """Rehearse one card; prints how it went and how long it took. Whether all notebooks ran through. Raises `CardError`
+    for the embedded model, which has nothing to rehearse, besides what `prepare` raises."""
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else root() / "params" / f"{name}.yaml"
     start, folder = time.monotonic(), root() / "runs" / "rehearsal"
     card = defaults_of(full_card(path))

@@ -1,6 +1,5 @@
 """Activations of a model at many sites, harvested for training SAEs: one forward pass for all sites, special tokens
-dropped.
-"""
+dropped."""
 
 from collections.abc import Iterable, Mapping
 
@@ -19,8 +18,7 @@ Mask = Bool[np.ndarray, "*stack n seq"] | Bool[Array, "*stack n seq"]
 
 def output_site(site_in: Site) -> Site:
     """What an SAE that encodes `site_in` reconstructs: the MLP's output for what the MLP reads (a transcoder), else the
-    site itself.
-    """
+    site itself."""
     return Site("mlp_out", site_in.layer) if site_in.name in ("mlp_in", "mlp_normalized") else site_in
 
 

@@ -50,9 +50,7 @@ def fvu(
     x: Float[Array, "*batch d"], x_hat: Float[Array, "*batch d"], mask: Bool[Array, "*batch"] | None = None
 ) -> Float[Array, ""]:
     r"""Fraction of variance unexplained, $\sum\|x - \hat x\|^2 / \sum\|x - \bar x\|^2$: 0 is perfect, 1 is the mean.
-
-    NaN where x does not vary.
-    """
+    NaN where x does not vary."""
     w = _weights(x, mask)
     mean = jnp.broadcast_to(masked_mean(x, mask), x.shape)
     x, x_hat = x.astype(jnp.float32), x_hat.astype(jnp.float32)
@@ -89,18 +87,15 @@ def cross_entropy(
     logits: Float[Array, "batch seq d_vocab"], tokens: Int[Array, "batch seq"], mask: Bool[Array, "batch seq"]
 ) -> Float[Array, ""]:
     """Summed next-token CE in nats where both the token and the next are in `mask`; divide by their number for the
-    mean.
-    """
+    mean."""
     logp = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
     picked = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
     return -jnp.sum(jnp.where(mask[:, :-1] & mask[:, 1:], picked, 0))
 
 
 def splice(sae: SAE, mask: Bool[Array, "batch seq"]):
-    """A tap that puts `decode(encode(x))` in the place of the activation where `mask` is true.
-
-    A transcoder reads `site_in` and replaces `site_out`; the error is not added back, elsewhere nothing changes.
-    """
+    """A tap that puts `decode(encode(x))` in the place of the activation where `mask` is true. A transcoder reads
+    `site_in` and replaces `site_out`; the error is not added back, elsewhere nothing changes."""
     seen = {}
 
     def tap(site, x):
@@ -186,10 +181,8 @@ def _target_means(model: Transformer, saes: tuple[SAE, ...], tokens: Array, mask
 def _measure(
     model: Transformer, saes: tuple[SAE, ...], means: list[Array], tokens: Array, mask: Array
 ) -> dict[str, Array]:
-    """All columns, (n_saes,) each, in one compiled program.
-
-    The model is compiled once, with a switch at each site; which SAE is spliced in, and how, is a value of the run.
-    """
+    """All columns, (n_saes,) each, in one compiled program. The model is compiled once, with a switch at each site;
+    which SAE is spliced in, and how, is a value of the run."""
     n, d_sae = len(saes), max(sae.d_sae for sae in saes)
 
     def run(batch, which, how):

@@ -1,6 +1,5 @@
 """One sparse autoencoder (or transcoder) at one site of a model, in every form that the experiments and public files
-have.
-"""
+have."""
 
 import dataclasses
 from typing import Any
@@ -35,8 +34,7 @@ def jumprelu(pre: Float[Array, "*batch d_sae"], threshold: Float[Array, " d_sae"
 
 def top_k(pre: Float[Array, "*batch d_sae"], k: int) -> Float[Array, "*batch d_sae"]:
     """The k largest entries along the last axis where they are positive, zero elsewhere; never more than k, also where
-    values tie.
-    """
+    values tie."""
     values, index = jax.lax.top_k(pre, k)
     return jnp.put_along_axis(jnp.zeros_like(pre), index, jax.nn.relu(values), axis=-1, inplace=False)
 
@@ -128,10 +126,8 @@ class SAE(eqx.Module):
         return self.site_in != self.site_out
 
     def pre(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
-        r"""Pre-activations: $f$ equals them where a latent is on. For a gated SAE those of the magnitude.
-
-        Raises `ValueError` if the last axis is not d_in.
-        """
+        r"""Pre-activations: $f$ equals them where a latent is on. For a gated SAE those of the magnitude. Raises
+        `ValueError` if the last axis is not d_in."""
         h = self._project(x)
         return h + along(self.b_enc, h) if self.b_mag is None else self._magnitude(h)
 
@@ -150,10 +146,7 @@ class SAE(eqx.Module):
         self, f: Float[Array, "*batch d_sae"], x: Float[Array, "*batch d_in"] | None = None
     ) -> Float[Array, "*batch d_out"]:
         """Reconstruction, in units of `site_out`. The skip matrix of a transcoder that has one acts on `x`, the encoded
-        input.
-
-        Raises `ValueError` if the last axis is not d_sae, or if `x` is needed and missing.
-        """
+        input. Raises `ValueError` if the last axis is not d_sae, or if `x` is needed and missing."""
         if f.shape[-1] != self.d_sae:
             raise ValueError(
                 f"decode takes features with last axis d_sae = {self.d_sae}, got shape {f.shape}: was f encoded by "
@@ -175,9 +168,7 @@ class SAE(eqx.Module):
 
     def take(self, latents: Int[Array, " k"]) -> "SAE":
         """The SAE with the named latents only, which it encodes as the whole does; not for topk, whose latents compete.
-
-        The decoder's bias stays, so that what `decode` gives is not a part of the whole's reconstruction.
-        """
+        The decoder's bias stays, so that what `decode` gives is not a part of the whole's reconstruction."""
         if self.architecture == "topk":
             raise ValueError(
                 f"latents of the topk SAE at {self.site_in} compete: some of them alone do not fire as the whole does"

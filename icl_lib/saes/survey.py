@@ -1,6 +1,5 @@
 """The health of dictionaries beyond one number each: how often latents fire, how alike they are, which SAEs are worth
-keeping.
-"""
+keeping."""
 
 from collections.abc import Hashable, Mapping
 
@@ -23,9 +22,7 @@ def firing_rates(
     model: Transformer, suite: Mapping[Hashable, SAE], tokens: Rows, mask: Mask | None = None, *, batch_size: int = 32
 ) -> dict[Hashable, np.ndarray]:
     """Part of the tokens on which each latent fires, (d_sae,) for each SAE; see `rows_that_count` for tokens and mask.
-
-    Activations stay on the device, so that it may be counted on as many tokens as wanted.
-    """
+    Activations stay on the device, so that it may be counted on as many tokens as wanted."""
     tokens, mask = rows_that_count(model, tokens, mask)
     fired = [jnp.zeros(sae.d_sae) for sae in suite.values()]
     for rows, keep in batches(tokens, mask, batch_size):

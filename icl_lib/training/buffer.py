@@ -78,10 +78,8 @@ class ActivationBuffer:
         return self._pass_rows
 
     def fill(self, say: Callable[[str], None] | None = None) -> None:
-        """All passes of a new buffer; `say` is told how far it is where that takes long.
-
-        Raises `CorpusError` if the text is too short.
-        """
+        """All passes of a new buffer; `say` is told how far it is where that takes long. Raises `CorpusError` if the
+        text is too short."""
         for _ in self._told(range(self._recent.maxlen or 0), say):
             self.refill(step=0)
 
@@ -109,10 +107,8 @@ class ActivationBuffer:
         self._n_passes += 1
 
     def first_bad(self) -> tuple[Site, int] | None:
-        """The site and step of the first activation that is not finite in the buffer's dtype, if any.
-
-        It waits for the device.
-        """
+        """The site and step of the first activation that is not finite in the buffer's dtype, if any. It waits for the
+        device."""
         bad = np.asarray(self._bad)
         if (bad < 0).all():
             return None
@@ -172,10 +168,8 @@ def _order(site: Site) -> tuple[int, int]:
 
 @eqx.filter_jit(donate="all-except-first")
 def _refill(inputs, rows: dict[Site, Array], bad: Array):
-    """`rows` with one pass written at row `at`.
-
-    `bad` with the step of the first pass of each site that is not finite.
-    """
+    """`rows` with one pass written at row `at`. `bad` with the step of the first pass of each site that is not
+    finite."""
     model, tokens, sites, at, step, place = inputs
     cache: dict[Site, Array] = {}
     model(tokens, tap=record(sites, cache))
@@ -193,10 +187,8 @@ def _refill(inputs, rows: dict[Site, Array], bad: Array):
 
 
 def _written(rows: Array, new: Array, at: Array) -> Array:
-    """`rows` with `new` from row `at` on, where rows are divided.
-
-    To write a slice, each device would have to hold all of them for a moment.
-    """
+    """`rows` with `new` from row `at` on, where rows are divided. To write a slice, each device would have to hold all
+    of them for a moment."""
     i = jnp.arange(len(rows), dtype=jnp.int32) - at
     return jnp.where(((i >= 0) & (i < len(new)))[:, None], new[jnp.clip(i, 0, len(new) - 1)], rows)
 

@@ -32,10 +32,8 @@ class CheckpointError(TrainingError):
 
 
 class Checkpoints:
-    """The last `keep` checkpoints of a job with the configuration `config`, in `folder`.
-
-    All processes call every method; arrays are written by those that hold them, everything else by process 0.
-    """
+    """The last `keep` checkpoints of a job with the configuration `config`, in `folder`. All processes call every
+    method; arrays are written by those that hold them, everything else by process 0."""
 
     def __init__(self, folder: str | Path, config: Mapping[str, Any], keep: int = 2):
         self.folder, self.config = Path(folder).absolute(), dict(config)
@@ -49,10 +47,8 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, arrays: PyTree, data: Mapping[str, Any]) -> None:
-        """Write arrays and JSON in the background; returns when the arrays may be overwritten.
-
-        Raises `CheckpointError` if this or the save before it fails; the checkpoints before are untouched.
-        """
+        """Write arrays and JSON in the background; returns when the arrays may be overwritten. Raises `CheckpointError`
+        if this or the save before it fails; the checkpoints before are untouched."""
         job = json.loads(json.dumps({"config": self.config, "data": data}))  # as it is now: it is written later
         items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), job=ocp.args.JsonSave(job))
         self._try(f"write step {step} to", lambda: self._manager.save(step, args=items))
@@ -86,10 +82,8 @@ class Checkpoints:
             logging.getLogger(__name__).warning("closing the checkpoints in %s: %s", self.folder, err)
 
     def _read(self, step: int, item: str, how) -> Any:
-        """One item of a checkpoint. A damaged one is left where it is.
-
-        Whether it is the disk or the file, we cannot know.
-        """
+        """One item of a checkpoint. A damaged one is left where it is. Whether it is the disk or the file, we cannot
+        know."""
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
         except Exception as err:  # orbax and tensorstore raise many kinds
@@ -151,10 +145,8 @@ def abstract_like(state: PyTree) -> PyTree:
 
 
 def fingerprint(model: PyTree) -> str:
-    """Tells models apart by the bits of every weight.
-
-    Sums of integers are the same in any order, so on any number of devices.
-    """
+    """Tells models apart by the bits of every weight. Sums of integers are the same in any order, so on any number of
+    devices."""
     sums = jnp.stack([_checksum(w) for w in jax.tree.leaves(model) if eqx.is_inexact_array(w)])
     return hashlib.sha256(np.asarray(sums).tobytes()).hexdigest()[:16]
 

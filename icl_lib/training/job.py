@@ -39,8 +39,7 @@ from icl_lib.training.steps import finish, init_state, run_steps
 @dataclasses.dataclass(frozen=True)
 class JobSettings:
     """How a job goes about its work. With n tokens a pass, a token is drawn steps_per_pass x batch_size / n times on
-    average.
-    """
+    average."""
 
     seed: int = 0  # of the start, and of which rows a step draws
     contexts: int = 32  # of `corpus.seq` tokens, in one pass of the language model
@@ -192,10 +191,8 @@ class _Job:
         return jax.tree.map(place, shapes, shardings(self.plan, shapes))
 
     def _check(self, means: Means) -> None:
-        """Raises `TrainingError` if data or losses are not finite.
-
-        Waits for the device, but not for other processes.
-        """
+        """Raises `TrainingError` if data or losses are not finite. Waits for the device, but not for other
+        processes."""
         self._check_data()
         try:
             stop_if_bad(means, self.plan)
@@ -220,10 +217,8 @@ class _Job:
         )
 
     def remedy(self) -> str:
-        """What helps where the text has ended.
-
-        The steps, and which text it is, belong to the configuration of a checkpoint.
-        """
+        """What helps where the text has ended. The steps, and which text it is, belong to the configuration of a
+        checkpoint."""
         if self.checkpoints.latest() is None:
             return ": give more text, more epochs or fewer steps"
         return (
@@ -269,9 +264,7 @@ def _quality(model: Transformer, trained: Mapping[Member, SAE], tokens: np.ndarr
 
 def _write(trained: Mapping[Member, SAE], curves: Curves, folder: Path) -> None:
     """The SAEs and the training curves. A suite with several SAEs at one site has a folder for each width and sparsity.
-
-    All processes call it, since an SAE may lie across them; the first one writes.
-    """
+    All processes call it, since an SAE may lie across them; the first one writes."""
     several = len({m.site for m in trained}) < len(trained)
     for member, sae in trained.items():
         name = f"d_sae_{member.d_sae}_sparsity_{member.sparsity:g}" if several else ""

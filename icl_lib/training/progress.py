@@ -89,10 +89,8 @@ class Reporter:
 
 
 class Curves:
-    """L0, FVU and dead fraction of every member at about 200 steps of a run.
-
-    Part of the checkpoint, so that none is lost or doubled.
-    """
+    """L0, FVU and dead fraction of every member at about 200 steps of a run. Part of the checkpoint, so that none is
+    lost or doubled."""
 
     def __init__(self, members: Sequence[Member], n_steps: int):
         self.members, self._every = members, max(1, n_steps // 200)

@@ -178,10 +178,8 @@ def _scale(x, norm):
 
 @functools.partial(jax.jit, static_argnames=("plan", "groups"), donate_argnames="stacks")
 def _run(stacks, start: Array, key: Array, buffer: Buffer, n: Array, plan: Plan, groups: tuple[int, ...]):
-    """`n` steps of some of the groups.
-
-    What comes back is the step afterwards, their stacks, and their `Means` one group after the other.
-    """
+    """`n` steps of some of the groups. What comes back is the step afterwards, their stacks, and their `Means` one
+    group after the other."""
     n_tokens = buffer[plan.sites[0]].shape[0]
     members = [plan.groups[g] for g in groups]
     zeros = tuple(jnp.zeros(len(g)) for g in members)
@@ -228,10 +226,8 @@ def _step_stack(stack: Stack, rows, keys, i, plan: Plan, group) -> tuple[Stack, 
 
 
 def _programs(plan: Plan) -> list[tuple[int, ...]]:
-    """Groups that are compiled together: all of them, but on a CPU each by itself.
-
-    XLA's CPU runtime (jaxlib 0.10.2, two cores) hung for good when three groups ran side by side in one program.
-    """
+    """Groups that are compiled together: all of them, but on a CPU each by itself. XLA's CPU runtime (jaxlib 0.10.2,
+    two cores) hung for good when three groups ran side by side in one program."""
     every = tuple(range(len(plan.groups)))
     return [(g,) for g in every] if kernels.on_cpu() else [every]
 

@@ -49,11 +49,8 @@ def task_vector_cost(config: ModelConfig, batch: int, seq: int, part: Part) -> C
 def insertion_cost(
     config: ModelConfig, batch: int, suffix: int, seq: int, layers: int, n_tasks: int, n_vectors: int, part: Part
 ) -> Cost:
-    """`inserted_nll` of `n_vectors` vectors for each of `n_tasks` tasks, through the last `layers` layers.
-
-    The prompts have `seq` tokens, of which the last `suffix` are run; the keys and values of the others are held for
-    all tasks.
-    """
+    """`inserted_nll` of `n_vectors` vectors for each of `n_tasks` tasks, through the last `layers` layers. The prompts
+    have `seq` tokens, of which the last `suffix` are run; the keys and values of the others are held for all tasks."""
     tasks, vectors = cost.turn(config, batch, suffix, n_tasks, n_vectors)
     lanes = tasks * vectors
 

@@ -132,9 +132,7 @@ def at_once(
     model: Transformer, batch: int, seq: int, n_tasks: int, n_vectors: int, limit: int = BUDGET
 ) -> tuple[int, int]:
     """How many tasks and vectors fit into `limit` bytes of one compiled step, from the size of logits and activations.
-
-    `batch` and `seq` are the prompts of a task and the tokens of each that are run.
-    """
+    `batch` and `seq` are the prompts of a task and the tokens of each that are run."""
     return turn(model.config, batch, seq, n_tasks, n_vectors, limit)
 
 
@@ -187,10 +185,8 @@ def inserted_nll_by_layer(
     vectors: Float[Array, "*axes n_layers d_model"],
     layers: Int[Array, " n_layers"] | None = None,
 ) -> Float[Array, "*axes n_layers batch"]:
-    """`inserted_nll` with row l of `vectors` entering at the input of layer `layers[l]` (default 0, 1, 2, ...).
-
-    The cut must be at or before the first of these layers, best at layer 0: one program then serves all layers.
-    """
+    """`inserted_nll` with row l of `vectors` entering at the input of layer `layers[l]` (default 0, 1, 2, ...). The cut
+    must be at or before the first of these layers, best at layer 0: one program then serves all layers."""
     first = np.arange(vectors.shape[-2]) if layers is None else np.asarray(layers)
     for layer in first.tolist():
         model.config.check_layer(layer)

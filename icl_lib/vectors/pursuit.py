@@ -16,11 +16,8 @@ from jaxtyping import Array, Float
 def _step(
     v: Float[Array, " d"], dictionary: Float[Array, "d_sae d"], w: Float[Array, " d_sae"]
 ) -> Float[Array, " d_sae"]:
-    r"""One pursuit step for one vector.
-
-    $r = v - wD,\; c = Dr,\; S = \mathrm{supp}(w) \cup \{\arg\max c\},\; g = c 1_S,\; u = gD,\;
-    w' = \max(w + g \langle u, r\rangle / \langle u, u\rangle, 0)$.
-    """
+    r"""One pursuit step for one vector. $r = v - wD,\; c = Dr,\; S = \mathrm{supp}(w) \cup \{\arg\max c\},\; g = c
+    1_S,\; u = gD,\; w' = \max(w + g \langle u, r\rangle / \langle u, u\rangle, 0)$."""
     residual = v - w @ dictionary
     c = dictionary @ residual
     chosen = (w > 0).at[jnp.argmax(c)].set(True)
@@ -73,10 +70,8 @@ def gradient_pursuit(
 def pursuit_path(
     v: Float[Array, "*batch d_model"], dictionary: Float[Array, "d_sae d_model"], k: int
 ) -> Float[Array, "k *batch d_sae"]:
-    """The weights after each of `k` steps of `gradient_pursuit`: row j has at most j + 1 active latents.
-
-    A step does not depend on the number of steps to come, so one run gives a whole sweep over k.
-    """
+    """The weights after each of `k` steps of `gradient_pursuit`: row j has at most j + 1 active latents. A step does
+    not depend on the number of steps to come, so one run gives a whole sweep over k."""
     _check(v, dictionary, k)
     flat = v.astype(jnp.float32).reshape(-1, v.shape[-1])
     w = _pursue(flat, dictionary.astype(jnp.float32), k, True)

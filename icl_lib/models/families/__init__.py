@@ -35,10 +35,8 @@ def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def known_config(name: str) -> ModelConfig | None:
-    """The config of one of the models that our cards name, without a network; None for any other.
-
-    An instruction-tuned model ("-it", "-Instruct") has the sizes of its base model.
-    """
+    """The config of one of the models that our cards name, without a network; None for any other. An instruction-tuned
+    model ("-it", "-Instruct") has the sizes of its base model."""
     known = json.loads((Path(__file__).parent / "known_configs.json").read_text())
     raw = known.get(name, known.get(name.removesuffix("-it").removesuffix("-Instruct")))
     return None if raw is None else from_hf(raw, source=name)

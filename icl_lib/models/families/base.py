@@ -230,9 +230,7 @@ def _scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
 
 def _ids(keys: Keys, pad_id: int | None) -> dict[str, Any]:
     """Special tokens. Chat models list several ends of text; a model that only continues texts may have none (null).
-
-    Padding is the config's token, else `pad_id`, else the end of text, else 0; old configs write -1 for none.
-    """
+    Padding is the config's token, else `pad_id`, else the end of text, else 0; old configs write -1 for none."""
     ends = keys["eos_token_id"]
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     bos, pad = keys["bos_token_id"], keys["pad_token_id"]

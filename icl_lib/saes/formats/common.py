@@ -53,9 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_beside(folder: Path) -> tuple[dict[str, Any], Path]:
     """The settings that lie beside a file of weights, of all files that there may be, and the last that was read.
-
-    Raises `ValueError` if two of the files disagree.
-    """
+    Raises `ValueError` if two of the files disagree."""
     cfg, path = {}, folder
     for path in (folder / name for name in BESIDE if (folder / name).is_file()):
         found = read_json(path)

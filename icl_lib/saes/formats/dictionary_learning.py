@@ -130,8 +130,7 @@ def write(sae: SAE, folder: str | Path, dict_class: str | None = None) -> Path:
 
 def _state(file: Path) -> dict[str, np.ndarray]:
     """The tensors of a state dict as float32. Raises `ValueError` on anything else, e.g. the state of a training
-    run.
-    """
+    run."""
     found = read_torch(file)
     if isinstance(found, dict) and "ae" in found:
         raise ValueError(

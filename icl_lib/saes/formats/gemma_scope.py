@@ -53,10 +53,8 @@ def table() -> dict[tuple[str, str, str], tuple[str, tuple[int, ...]]]:
 
 
 def resolve(name: str) -> str:
-    """`name` with `canonical` as its last part replaced by `average_l0_N`; other names as they are.
-
-    Raises `ValueError` if there is no canonical SAE of that name, with what there is instead.
-    """
+    """`name` with `canonical` as its last part replaced by `average_l0_N`; other names as they are. Raises `ValueError`
+    if there is no canonical SAE of that name, with what there is instead."""
     if not name.rstrip("/").endswith("/canonical"):
         return name
     release, place = _RELEASE.search(name), _PLACE.search(name)
@@ -75,16 +73,14 @@ def resolve(name: str) -> str:
 
 def on_hub(name: str) -> str:
     """Owner, repository and folder for SAELens' release and id, "gemma-scope-2b-pt-res-canonical/layer_20/...", and for
-    the same with an owner.
-    """
+    the same with an owner."""
     match = _ID.fullmatch(name)
     return f"google/{match[1]}/{match[2]}" if match else name
 
 
 def refuse_all(name: str) -> None:
     """Raises `ValueError` if `name` is a part of Gemma Scope with more than one SAE at a site, hundreds of gigabytes at
-    worst.
-    """
+    worst."""
     if _RELEASE.search(f"{name}/") and not _PLACE.search(name):
         example = "google/gemma-scope-2b-pt-res/layer_{layer}/width_16k/canonical"
         raise ValueError(
@@ -95,8 +91,7 @@ def refuse_all(name: str) -> None:
 
 def others(name: str) -> str:
     """What else there is for the layer and width in `name`, as the end of a sentence; nothing if it is none of Gemma
-    Scope's.
-    """
+    Scope's."""
     release, place = _RELEASE.search(name), _PLACE.search(name)
     entry = table().get((release[1], place[1] or place[2], place[3])) if release and place else None
     return f" (of this width, average_l0 {', '.join(map(str, entry[1]))})" if entry else ""
@@ -121,8 +116,7 @@ def read(path: Path, site: Sites | None = None, variant: str | None = None) -> S
 
 def write(sae: SAE, folder: str | Path) -> Path:
     """Write an SAE that folds as Gemma Scope does. The folder's path says where it sits, so it must look like one of
-    theirs.
-    """
+    theirs."""
     folder, sae = Path(folder), sae.fold()
     w = common.arrays(sae)
     if sae.W_skip is not None:

@@ -119,17 +119,14 @@ def _locate(name: str, revision: str | None) -> Path:
 
 def is_one(name: str) -> bool:
     """Whether a name can only be that of a single SAE: a file, one of Gemma Scope's, or a pattern of which the first
-    match counts.
-    """
+    match counts."""
     last = Path(name).name
     return last.endswith(_SUFFIXES) or "*" in last or last == "canonical"
 
 
 def fetch_suite(name: str, revision: str | None) -> Path:
-    """The folder of that name, or a snapshot of all SAE files at and below `owner/repository/path` on the hub.
-
-    Raises `FileNotFoundError` if it is neither, and `ValueError` for what is published with many SAEs at one site.
-    """
+    """The folder of that name, or a snapshot of all SAE files at and below `owner/repository/path` on the hub. Raises
+    `FileNotFoundError` if it is neither, and `ValueError` for what is published with many SAEs at one site."""
     folder = Path(name)
     if folder.is_dir():
         return folder

@@ -75,9 +75,7 @@ def _parse(module: str) -> tuple[re.Match | None, str]:
 
 def locate(name: Any, path: Path, layer: int | None = None) -> tuple[Site, str]:
     """The site of a hook or module, and the module's name ("" for a hook); `layer` is the number of a hook without one.
-
-    Raises `ValueError` naming the file if we have no such site.
-    """
+    Raises `ValueError` naming the file if we have no such site."""
     text = str(name)
     if text == "final_norm":
         return Site(text), ""
@@ -129,8 +127,7 @@ def not_ours(meta: Mapping[str, Any], sites: Sites, config: ModelConfig) -> str 
 
 def _moved(meta: Mapping[str, Any], sites: Sites, config: ModelConfig) -> str | None:
     """Centred weights take the mean from the residual where norms do so too; folded value biases leave z without
-    them.
-    """
+    them."""
     writes = {"embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"} & {site.name for site in sites}
     if meta.get(_MOVERS[0]) and config.norm == "layer" and writes:
         return f"it was trained on weights with {_MOVERS[0]}, which take the mean from {min(writes)} of {config.family}"
@@ -146,8 +143,7 @@ def movers(kwargs: Any) -> dict[str, bool]:
 
 def check_named(meta: Mapping[str, Any], sites: Sites, path: Path) -> None:
     """Raises `ValueError` if the model that the metadata name is of a family in which the named tensor is not our
-    site.
-    """
+    site."""
     model = str(meta.get("model_name", ""))
     family = next((family for pattern, family in _FAMILIES if re.search(pattern, model.lower())), None)
     if family and (reason := not_ours(meta, sites, tiny_config(family))):

@@ -149,8 +149,7 @@ def _new_style(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _sites(cfg: dict[str, Any], path: Path, transcoder: bool) -> tuple[Sites, str]:
     """The sites of TransformerLens' hooks, or of modules of Hugging Face's, by which SAELens means what the module
-    returns.
-    """
+    returns."""
     named = {"hook_name": cfg["metadata"].get("hook_name")}
     named["hook_name_out"] = cfg["metadata"].get("hook_name_out") or cfg.get("hook_name_out")
     if transcoder and not named["hook_name_out"]:

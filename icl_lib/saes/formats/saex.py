@@ -39,8 +39,7 @@ _KINDS = {
 
 def read(folder: Path, site: Sites | None = None, variant: str | None = None) -> SAE:
     """The SAE in a folder of saex, in the form that was trained or in that of the paper's experiments; see
-    `load_sae`.
-    """
+    `load_sae`."""
     path = folder / WEIGHTS
     cfg = common.read_json(folder / CONFIG)
     common.check_settings(cfg, folder / CONFIG, ("relu", "gated"), architecture=(None, "gated", "standard"))

@@ -1,6 +1,5 @@
 """Suites: one SAE for each of many sites of a model, read from patterns, lists and folders, written as a folder of
-folders.
-"""
+folders."""
 
 import dataclasses
 import re
@@ -118,8 +117,7 @@ def check_fit(sae: SAE, config: ModelConfig, name: str) -> None:
 
 def has_layer(pattern: str) -> bool:
     """Whether a name stands for many: `{layer}` or `{layer:0-16}` is in it. Raises `ValueError` on any other form of
-    it.
-    """
+    it."""
     match = _LAYER.search(pattern)
     if "{layer" in pattern and (match is None or (match[1] and int(match[1]) > int(match[2]))):
         raise ValueError(

@@ -87,11 +87,8 @@ class _Reader(pickle.Unpickler):
 
 
 def read_torch(path: Path) -> Any:
-    """What `torch.save` wrote, tensors as numpy arrays.
-
-    Raises `FileNotFoundError`, or `ValueError` if the file is cut short, is no zip (PyTorch before 1.6), or holds
-    anything but tensors and plain containers, naming what it is.
-    """
+    """What `torch.save` wrote, tensors as numpy arrays. Raises `FileNotFoundError`, or `ValueError` if the file is cut
+    short, is no zip (PyTorch before 1.6), or holds anything but tensors and plain containers, naming what it is."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: it holds the weights of an SAE")
     try:

@@ -181,10 +181,8 @@ def times_on(f: Float[Array, "tokens d_sae"]) -> Float[Array, " d_sae"]:
 
 
 def draw_dead(dead: Array, n: int, *, key: PRNGKeyArray) -> tuple[Array, Array]:
-    """`n` latents, the dead among them first, and which of them are dead.
-
-    The order is random, so that stubborn ones do not keep others waiting.
-    """
+    """`n` latents, the dead among them first, and which of them are dead. The order is random, so that stubborn ones do
+    not keep others waiting."""
     rank, latents = jax.lax.top_k(jnp.where(dead, jax.random.uniform(key, dead.shape), -1.0), n)
     return latents, rank >= 0
 
@@ -192,11 +190,8 @@ def draw_dead(dead: Array, n: int, *, key: PRNGKeyArray) -> tuple[Array, Array]:
 def fold_linear(
     weights: Weights, norm_in: Array, norm_out: Array, *, norms: Array | None = None, gated: bool = False
 ) -> tuple[dict[str, Any], Float[Array, " d_sae"]]:
-    """The fields that all SAEs have, on raw activations, and by what a latent's value grows.
-
-    Latents end in units of the norm that they write; `norms` gives other units. The paths of a gate are left as they
-    are.
-    """
+    """The fields that all SAEs have, on raw activations, and by what a latent's value grows. Latents end in units of
+    the norm that they write; `norms` gives other units. The paths of a gate are left as they are."""
     gain_in = math.sqrt(weights.W_enc.shape[0]) / norm_in
     gain_out = math.sqrt(weights.W_dec.shape[1]) / norm_out
     W_dec = weights.W_dec / gain_out

@@ -40,10 +40,8 @@ GHOST_BATCH, GHOST_LATENTS = 4, 8
 
 
 class IclSfc(base.Objective):
-    """The gated SAEs of Kharlapenko et al.
-
-    It keeps `matmul`: by `product` the committed suite would not come out bit for bit.
-    """
+    """The gated SAEs of Kharlapenko et al. It keeps `matmul`: by `product` the committed suite would not come out bit
+    for bit."""
 
     name = "icl-sfc"
     # Kharlapenko et al. (2025), App. B (learning rate, betas), and their trainer; what is left out is above

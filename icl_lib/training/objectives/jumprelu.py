@@ -50,9 +50,7 @@ def step(
     pre: Float[Array, "tokens d_sae"], theta: Float[Array, " d_sae"], width: float | Array
 ) -> Float[Array, "tokens d_sae"]:
     r"""$1[p > \theta]$; to $\theta$ it passes the straight-through gradient $-K((p - \theta) / \epsilon) / \epsilon$.
-
-    $K$ is 1 between -1/2 and 1/2, $\epsilon$ is `width`; nothing passes to $p$.
-    """
+    $K$ is 1 between -1/2 and 1/2, $\epsilon$ is `width`; nothing passes to $p$."""
     return (pre > theta[None]).astype(pre.dtype)
 
 
