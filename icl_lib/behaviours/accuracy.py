@@ -37,16 +37,9 @@ def _same_start(tokenizer, guesses: np.ndarray, targets: np.ndarray, n: int = 3)
 
 
 def accuracy_table(
-    model,
-    tokenizer,
-    tasks: Mapping[str, Task],
-    *,
-    n_pairs: Sequence[int] = (12, 24),
-    n_prompts: int = 16,
-    seed: int = 0,
-    pool: str | None = None,
-    template: Template = PAPER_TEMPLATE,
-) -> pd.DataFrame:
+    model, tokenizer, tasks: Mapping[str, Task], *, n_pairs: Sequence[int] = (12, 24), n_prompts: int = 16,
+    seed: int = 0, pool: str | None = None, template: Template = PAPER_TEMPLATE,
+) -> pd.DataFrame:  # fmt: skip
     """Accuracy by task: columns `task`, `group`, `pairs` and one `acc@k` for each k of `n_pairs`.
 
     acc@k is the share of arrows, over all k arrows of prompts of k pairs, the first included, after which the most

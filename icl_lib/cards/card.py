@@ -160,9 +160,7 @@ def parameters(notebook: Path) -> dict[str, dict[str, str]]:
     try:
         return dict(papermill.inspect_notebook(str(notebook)))
     except Exception as err:  # of JSON, of nbformat, or papermill's own: they have no common class
-        raise CardError(
-            f"{notebook} is not a readable notebook ({err}); make it again: jupytext --update --to ipynb its .py"
-        ) from err
+        raise CardError(f"{notebook} is not a readable notebook ({err}): make it anew: jupytext --to ipynb") from err
 
 
 def for_notebook(card: Mapping[str, Any], notebook: Path) -> dict[str, Any]:

@@ -93,9 +93,8 @@ class ModelConfig:
     def check_layer(self, layer: int, what: str = "layer") -> int:
         """`layer` itself. Raises `ValueError` where the model has no such block."""
         if not 0 <= layer < self.n_layers:
-            raise ValueError(
-                f"{what} must be in 0..{self.n_layers - 1} for this model of {self.n_layers} layers, got {layer}"
-            )
+            most = self.n_layers - 1
+            raise ValueError(f"{what} must be in 0..{most} for this model of {self.n_layers} layers, got {layer}")
         return layer
 
     def check_length(self, n: int, what: str = "a sequence") -> int:

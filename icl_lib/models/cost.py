@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from icl_lib.models.config import ModelConfig
-from icl_lib.models.sites import Site, record
+from icl_lib.models.sites import Site, activations_at
 from icl_lib.models.tensors import n_params
 
 # Work arrays of one compiled step stay below this many bytes; more lanes are done in turns.
@@ -148,13 +148,6 @@ def abstract_array(shape: tuple[int, ...], dtype="int32") -> jax.ShapeDtypeStruc
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _last_residual(model, tokens):
-    """A pass without logits: what is read from the residual stream comes out of such a one."""
-    cache = {}
-    model(tokens, tap=record([Site("resid_post", model.config.n_layers - 1)], cache))
-    return cache
-
-
 def forward_cost(
     config: ModelConfig, batch: int, seq: int, part: Part = Part(), *, layers: int | None = None, logits: bool = True,
     program: Callable | None = None, other_flops: float | int = 0, other_row: float | int = 0, fixed: float | int = 0,
@@ -165,5 +158,6 @@ def forward_cost(
     row = forward_bytes(config, seq, part) if logits else block_bytes(config, seq, part)
     depth = config.n_layers if layers is None else layers
     if not logits:
-        program = lambda model: (_last_residual, abstract_array((batch, seq)))
+        last = lambda model, tokens: activations_at(model, tokens, [Site("resid_post", model.config.n_layers - 1)])
+        program = lambda model: (last, abstract_array((batch, seq)))
     return Cost(batch, seq, depth, flops, row, program, batch * seq * other_flops, other_row, fixed)

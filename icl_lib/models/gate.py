@@ -47,9 +47,8 @@ def record(model: Transformer, tokenizer, folder: str | Path, prompt: str = PROM
         raise ValueError(f"the tokenizer makes no token of {prompt!r}: give another prompt")
     logits, dtype = _measure(model, ids)
     if not np.isfinite(logits).all():
-        raise FloatingPointError(
-            f"{(~np.isfinite(logits)).sum()} of {len(logits)} logits are not finite: this model cannot be a reference"
-        )
+        bad = f"{(~np.isfinite(logits)).sum()} of {len(logits)} logits are not finite"
+        raise FloatingPointError(f"{bad}: this model cannot be a reference")
     top = np.argsort(-logits, kind="stable")[:N_TOP]
     content = {
         "prompt": prompt, "tokens": ids, "dtype": dtype, "d_vocab": len(logits), "device": jax.devices()[0].device_kind,
@@ -84,9 +83,8 @@ def check(model: Transformer, tokenizer, folder: str | Path) -> float | None:
             f"{len(kept['tokens'])}); load tokenizer and model from the same folder"
         )
     if model.config.d_vocab != kept["d_vocab"]:
-        raise GateError(
-            f"{path} was recorded with {kept['d_vocab']} logits, this model has {model.config.d_vocab}: it is another"
-        )
+        here = model.config.d_vocab
+        raise GateError(f"{path} was recorded with {kept['d_vocab']} logits, this model has {here}: it is another")
     logits, dtype = _measure(model, ids)
     tolerance = kept["tolerance"] * max(1.0, _share(dtype) / _share(kept["dtype"]))
     differ = np.abs(logits[kept["top_ids"]] - np.asarray(kept["top_logits"], np.float32))
@@ -111,7 +109,5 @@ def _read(path: Path) -> dict:
     fields = ("prompt", "tokens", "dtype", "d_vocab", "device", "top_ids", "top_logits", "tolerance")
     missing = [name for name in fields if not isinstance(kept, dict) or name not in kept]
     if missing:
-        raise ValueError(
-            f"{path} lacks {', '.join(missing)}: delete it, or record the gate again with icl_lib.models.gate.record"
-        )
+        raise ValueError(f"{path} lacks {', '.join(missing)}: delete it, or record the gate again (gate.record)")
     return kept

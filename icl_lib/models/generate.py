@@ -26,15 +26,11 @@ def generate(
     """
     seq, longest, shortest = tokens.shape[1], int(length.max()), int(length.min())
     if n_new < 1 or shortest < 1 or longest > seq:
-        raise ValueError(
-            f"n_new is at least 1 and lengths are 1 to {seq}, the width of tokens; got {n_new=} and lengths "
-            f"{shortest} to {longest}"
-        )
+        got = f"{n_new=} and lengths {shortest} to {longest}"
+        raise ValueError(f"n_new is at least 1 and lengths are 1 to {seq}, the width of tokens; got {got}")
     if longest + n_new > model.config.n_ctx:
-        raise ValueError(
-            f"{longest} tokens and {n_new} new ones are more than the model's context of "
-            f"{model.config.n_ctx}: lower n_new"
-        )
+        most = f"the model's context of {model.config.n_ctx}"
+        raise ValueError(f"{longest} tokens and {n_new} new ones are more than {most}: lower n_new")
     model.config.check_length(seq, "a table of prompts")
     stop = (model.config.eos_id, *model.config.more_eos) if stop is None else tuple(stop)
     stop = tuple(end for end in stop if end is not None)

@@ -42,9 +42,7 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     keeps all of them). Words that do not divide are no error: every device then keeps the whole embedding.
     """
     if set(mesh.axis_names) != {"data", "model"}:
-        raise ValueError(
-            f"the mesh of a model has the axes 'data' and 'model', got {mesh.axis_names}: make it with make_mesh"
-        )
+        raise ValueError(f"a model's mesh has the axes 'data' and 'model', got {mesh.axis_names}: use make_mesh")
     n, heads = mesh.shape["model"], config.n_kv_heads
     problems = [f"{name} = {size}" for name, size in (("n_heads", config.n_heads), ("d_mlp", config.d_mlp)) if size % n]
     problems += [f"n_kv_heads = {heads}"] if heads % n and n % heads else []

@@ -59,9 +59,8 @@ class Site:
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"unknown site {self.name!r}{hint} Sites are {', '.join(known)}")
         if (self.layer is None) == (self.name in LAYER_SITES):
-            raise ValueError(
-                f"site {self.name!r} {'needs a' if self.layer is None else 'takes no'} layer, got {self.layer}"
-            )
+            needs = "needs a" if self.layer is None else "takes no"
+            raise ValueError(f"site {self.name!r} {needs} layer, got {self.layer}")
 
     def __str__(self) -> str:
         if self.layer is None:
@@ -132,6 +131,13 @@ def check_sites(config, sites: Iterable[Site]) -> tuple[Site, ...]:
         if site.layer is not None:
             config.check_layer(site.layer, f"layer of site {site}")
     return sites
+
+
+def activations_at(model, tokens: Int[Array, "batch seq"], sites: Iterable[Site]) -> dict[Site, Array]:
+    """What `sites` see in one pass. Not compiled: inside of a compiled program nothing above the sites is computed."""
+    cache: dict[Site, Array] = {}
+    model(tokens, tap=record(sites, cache))
+    return cache
 
 
 @eqx.filter_jit

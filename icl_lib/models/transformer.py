@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from icl_lib.models.config import ModelConfig
 from icl_lib.models.rotary import causal_mask, rotary_frequencies, rotate
-from icl_lib.models.sites import Site, Tap, record
+from icl_lib.models.sites import Site, Tap, activations_at
 
 _ACTIVATIONS = {
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
@@ -91,8 +91,7 @@ class Past(eqx.Module):
     def record(cls, model: "Transformer", tokens: Int[Array, "batch seq"], length: Int[Array, " batch"]) -> "Past":
         """The past of `tokens[b, :length[b]]`, from one clean run."""
         layers = range(model.config.n_layers)
-        cache: dict[Site, Array] = {}
-        model(tokens, tap=record([Site(name, i) for name in ("rot_k", "v") for i in layers], cache))
+        cache = activations_at(model, tokens, [Site(name, i) for name in ("rot_k", "v") for i in layers])
         return cls(tuple(cache[Site("rot_k", i)] for i in layers), tuple(cache[Site("v", i)] for i in layers), length)
 
 
@@ -213,9 +212,7 @@ def _checked(tap: Tap | None) -> Tap:
         y = x if tap is None else tap(site, x)
         if getattr(y, "shape", None) != x.shape:
             came = type(y).__name__ if getattr(y, "shape", None) is None else f"shape {y.shape}"
-            raise ValueError(
-                f"a tap must return an array of the site's shape: expected {x.shape} at {site}, got {came}"
-            )
+            raise ValueError(f"a tap must return an array of the site's shape: {x.shape} at {site}, got {came}")
         return y
 
     return checked
@@ -242,9 +239,7 @@ class Transformer(eqx.Module):
 
     def __call__(self, tokens: Int[Array, "batch seq"], tap: Tap | None = None) -> Float[Array, "batch seq d_vocab"]:
         if tokens.ndim != 2:
-            raise ValueError(
-                f"the model takes tokens of shape (batch, seq), got {tokens.shape}; is tokens[None] meant?"
-            )
+            raise ValueError(f"the model takes tokens (batch, seq), got {tokens.shape}; is tokens[None] meant?")
         self.config.check_length(tokens.shape[1])
         return self.run_from(0, _checked(tap)(Site("embed"), self.embedding(tokens)), tap)
 

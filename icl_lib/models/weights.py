@@ -142,9 +142,8 @@ def load_tokenizer(name: str | Path, revision: str | None = None):
     folder = fetch(name, revision)
     known = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((folder / file).is_file() for file in known):
-        raise FileNotFoundError(
-            f"{folder} holds no tokenizer ({', '.join(known)}): copy tokenizer.json of the model into it"
-        )
+        without = f"{folder} holds no tokenizer ({', '.join(known)})"
+        raise FileNotFoundError(f"{without}: copy tokenizer.json of the model into it")
     from transformers import AutoTokenizer
 
     try:
@@ -180,9 +179,7 @@ def _find_tensors(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[
         with _open(file) as handle:
             for name in handle.keys():
                 if name in files:
-                    raise ValueError(
-                        f"{folder} holds {name} twice, in {files[name].name} and in {file.name}: delete one"
-                    )
+                    raise ValueError(f"{folder} holds {name} twice, in {files[name].name} and in {file.name}")
                 files[name], part = file, handle.get_slice(name)
                 found[name] = (tuple(part.get_shape()), part.get_dtype())
     family = family_of(config.family)
@@ -230,9 +227,8 @@ def _tensor_files(folder: Path) -> list[Path]:
             raise ValueError(f"{index} has no weight_map, which says in which file each tensor is: download it again")
         files = [folder / name for name in sorted(set(names.values()))]
         if single.is_file() and single not in files:
-            raise ValueError(
-                f"{folder} holds two sets of weights, {_WEIGHTS} and the files of {_INDEX}: delete the older"
-            )
+            two = f"{_WEIGHTS} and the files of {_INDEX}"
+            raise ValueError(f"{folder} holds two sets of weights, {two}: delete the older")
     else:
         files = [single] if single.is_file() else sorted(folder.glob("[!.]*.safetensors"))
     if not files:
@@ -247,9 +243,7 @@ def _open(file: Path):
     try:
         return safe_open(file, framework="numpy")
     except (SafetensorError, struct.error, OSError) as error:
-        raise ValueError(
-            f"{file} cannot be read as safetensors ({error}): is it cut short? Download it again"
-        ) from error
+        raise ValueError(f"{file} cannot be read as safetensors ({error}): is it cut short? Get it again") from error
 
 
 def _read_leaf(file: Path, name: str, rows: np.ndarray | None, shape: tuple, dtype: np.dtype, place: Sharding) -> Array:

@@ -28,17 +28,11 @@ def sites_of(pattern: str, layer: int) -> list[tuple[Site, Site]]:
     if not has_layer(pattern):
         return [(Site(a, layer), Site(b, layer)) for a, b in _OWN]
     name = with_layer(pattern, layer)
-    for reader, path in ((saex, name.replace("*", "1.00E-05")), (gemma_scope, name)):
-        try:
-            sites = reader._sites(Path(path))
-        except ValueError:  # a name of another format
-            continue
+    if sites := saex.sites_in(Path(name)) or gemma_scope.sites_in(Path(name)):
         return [sites]
     found = next((site for part in reversed(Path(name).parts) if (site := site_named(part))), None)
     if found is None:
-        raise ValueError(
-            f"the name {pattern!r} does not say where its SAEs sit, so nothing can be counted or made for it"
-        )
+        raise ValueError(f"the name {pattern!r} does not say where its SAEs sit, so nothing can be counted for it")
     return [(found, found)]
 
 

@@ -72,9 +72,7 @@ def parse_devices(text: str) -> Devices:
     count = int(match[1] or match[3] or 1)
     if match[3] and kind in _TWO_CORES:
         if count % 2:
-            raise ValueError(
-                f"{text!r}: a {kind} slice is named by its cores, two a device, so the number must be even"
-            )
+            raise ValueError(f"{text!r}: a {kind} slice is named by its cores, two a device: the number must be even")
         count //= 2
     if count < 1:
         raise ValueError(f"{text!r}: the number of devices must be 1 or more")

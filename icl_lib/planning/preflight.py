@@ -88,9 +88,7 @@ def sizes_of(model: str) -> ModelConfig:
     """The config of a known model or of a folder. Raises `PreflightError` for any other."""
     config = config_of(model)
     if config is None:
-        raise PreflightError(
-            f"the sizes of {model!r} are not known here: pass a folder with its config.json as `model` in the card"
-        )
+        raise PreflightError(f"the sizes of {model!r} are not known here: make `model` a folder with its config.json")
     return config
 
 

@@ -42,32 +42,14 @@ MOST_LAYERS = 7
 # Tasks of each kind: shared inputs, shared outputs, several tokens, one of each group. Those that a source has are
 # taken.
 _TASKS = (
-    "country_capital",
-    "location_language",
-    "antonyms",
-    "present_past",
-    "present_simple_past_simple",
-    "en_es",
-    "es_en",
-    "next_item",
-    "algo_first",
-)
+    "country_capital", "location_language", "antonyms", "present_past", "present_simple_past_simple", "en_es", "es_en",
+    "next_item", "algo_first",
+)  # fmt: skip
 _SIZES = {
-    "n_shots": 4,
-    "list_shots": 3,
-    "n_prompts": 4,
-    "max_shots": 5,
-    "sweep_steps": 15,
-    "quality_rows": 8,
-    "rate_rows": 24,
-    "tvc_steps": 6,
-    "tvc_prompts": 4,
-    "detector_steps": 6,
-    "effect_prompts": 3,
-    "circuit_prompts": 2,
-    "circuit_shots": 3,
-    "circuit_list_shots": 2,
-}
+    "n_shots": 4, "list_shots": 3, "n_prompts": 4, "max_shots": 5, "sweep_steps": 15, "quality_rows": 8,
+    "rate_rows": 24, "tvc_steps": 6, "tvc_prompts": 4, "detector_steps": 6, "effect_prompts": 3, "circuit_prompts": 2,
+    "circuit_shots": 3, "circuit_list_shots": 2,
+}  # fmt: skip
 
 
 def small_layers(card: Mapping[str, Any], n_layers: int) -> tuple[dict[str, Any], int]:

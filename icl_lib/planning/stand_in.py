@@ -84,23 +84,12 @@ def small_config(config: ModelConfig, n_layers: int, tokenizer: PreTrainedTokeni
     windows = None if config.windows is None else tuple(None if w is None else 48 for w in config.windows[:n_layers])
     token = lambda name, other: other if getattr(tokenizer, name) is None else int(getattr(tokenizer, name))  # noqa: E731
     return dataclasses.replace(
-        config,
-        d_model=64,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=kv,
-        d_head=d_head,
-        d_mlp=128,
-        d_vocab=len(tokenizer),
-        n_ctx=512,
-        rotary_dim=None if config.rotary_dim is None else d_head * config.rotary_dim // config.d_head,
-        windows=windows,
-        attn_scale=None if config.attn_scale is None else d_head**-0.5,
-        bos_id=token("bos_token_id", None),
-        eos_id=token("eos_token_id", 0),
-        more_eos=(),
-        pad_id=token("pad_token_id", 0),
-    )
+        config, d_model=64, n_layers=n_layers, n_heads=n_heads, n_kv_heads=kv, d_head=d_head, d_mlp=128,
+        d_vocab=len(tokenizer), n_ctx=512,
+        rotary_dim=None if config.rotary_dim is None else d_head * config.rotary_dim // config.d_head, windows=windows,
+        attn_scale=None if config.attn_scale is None else d_head**-0.5, bos_id=token("bos_token_id", None),
+        eos_id=token("eos_token_id", 0), more_eos=(), pad_id=token("pad_token_id", 0),
+    )  # fmt: skip
 
 
 def write_model(
@@ -170,12 +159,9 @@ def random_sae(
     height = np.maximum(np.quantile(x @ read.T, _FIRE, axis=0), 1e-3)
     as_array = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
     weights = {
-        "W_enc": as_array(read.T),
-        "W_dec": as_array(write),
-        "b_dec": jnp.zeros(d_out),
-        "site_in": pair[0],
+        "W_enc": as_array(read.T), "W_dec": as_array(write), "b_dec": jnp.zeros(d_out), "site_in": pair[0],
         "site_out": pair[1],
-    }
+    }  # fmt: skip
     if gated:
         bias = as_array(
             -height

@@ -50,9 +50,7 @@ def n_tasks(source: str) -> int:
     if source in N_TASKS:
         return N_TASKS[source]
     if not (found := task_files(Path(resolve(source)))):
-        raise ValueError(
-            f"no task source {source!r}: there are {', '.join(N_TASKS)}, or a folder of .json or .tsv files"
-        )
+        raise ValueError(f"no task source {source!r}: there are {', '.join(N_TASKS)}, or a folder of .json or .tsv")
     return len(found)
 
 

@@ -1,5 +1,4 @@
-"""One sparse autoencoder (or transcoder) at one site of a model, in every form that the experiments and public files
-have."""
+"""One sparse autoencoder (or transcoder) at one site of a model, in every form of the experiments and public files."""
 
 import dataclasses
 from typing import Any
@@ -13,13 +12,7 @@ from icl_lib.models import Site
 
 ARCHITECTURES = ("standard", "gated", "jumprelu", "topk", "batchtopk")
 # what each form has beyond the two matrices and their biases
-_EXTRA = {
-    "standard": (),
-    "gated": ("r_mag", "b_mag"),
-    "jumprelu": ("threshold",),
-    "topk": (),
-    "batchtopk": ("threshold",),
-}
+_EXTRA = {"gated": ("r_mag", "b_mag"), "jumprelu": ("threshold",), "batchtopk": ("threshold",)}
 
 
 def along(vector: Float[Array, " n"], x: Array) -> Array:
@@ -33,8 +26,7 @@ def jumprelu(pre: Float[Array, "*batch d_sae"], threshold: Float[Array, " d_sae"
 
 
 def top_k(pre: Float[Array, "*batch d_sae"], k: int) -> Float[Array, "*batch d_sae"]:
-    """The k largest entries along the last axis where they are positive, zero elsewhere; never more than k, also where
-    values tie."""
+    """The k largest entries along the last axis where positive, zero elsewhere; where values tie too, k at most."""
     values, index = jax.lax.top_k(pre, k)
     return jnp.put_along_axis(jnp.zeros_like(pre), index, jax.nn.relu(values), axis=-1, inplace=False)
 
@@ -83,25 +75,21 @@ class SAE(eqx.Module):
             raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
         (d_in, d_sae), d_out = self.W_enc.shape, self.W_dec.shape[1]
         wanted = {"b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
-        wanted |= {name: (d_sae,) for name in _EXTRA[self.architecture]}
+        extra = _EXTRA.get(self.architecture, ())
+        wanted |= dict.fromkeys(extra, (d_sae,))
         wanted |= {} if self.W_skip is None else {"W_skip": (d_in, d_out)}
         for name, shape in wanted.items():
             value = getattr(self, name)
             if value is None or value.shape != shape:
                 came = "nothing" if value is None else f"shape {value.shape}"
-                raise ValueError(
-                    f"a {self.architecture} SAE with W_enc {self.W_enc.shape} needs {name} of shape {shape}, got {came}"
-                )
-        for name in {"threshold", "r_mag", "b_mag"} - set(_EXTRA[self.architecture]):
+                one = f"a {self.architecture} SAE with W_enc {self.W_enc.shape}"
+                raise ValueError(f"{one} needs {name} of shape {shape}, got {came}")
+        for name in {"threshold", "r_mag", "b_mag"} - set(extra):
             if getattr(self, name) is not None:
-                raise ValueError(
-                    f"a {self.architecture} SAE has no {name}: leave it out or choose another architecture"
-                )
+                raise ValueError(f"a {self.architecture} SAE has no {name}: leave it out or choose another form")
         if (self.k is None) == (self.architecture == "topk") or (self.k is not None and not 1 <= self.k <= d_sae):
-            raise ValueError(
-                f"a topk SAE needs k in 1..{d_sae}, other architectures have none; got k = {self.k} for "
-                f"{self.architecture}"
-            )
+            got = f"k = {self.k} for {self.architecture}"
+            raise ValueError(f"a topk SAE needs k in 1..{d_sae}, other architectures have none; got {got}")
         if self.W_skip is not None and not self.is_transcoder:
             raise ValueError(f"W_skip is for transcoders: with it, an SAE of {self.site_in} could copy its input")
 
@@ -148,18 +136,13 @@ class SAE(eqx.Module):
         """Reconstruction, in units of `site_out`. The skip matrix of a transcoder that has one acts on `x`, the encoded
         input. Raises `ValueError` if the last axis is not d_sae, or if `x` is needed and missing."""
         if f.shape[-1] != self.d_sae:
-            raise ValueError(
-                f"decode takes features with last axis d_sae = {self.d_sae}, got shape {f.shape}: was f encoded by "
-                "another SAE?"
-            )
+            raise ValueError(f"decode takes features of d_sae = {self.d_sae}, got shape {f.shape}: of another SAE?")
         x_hat = f.astype(self.W_dec.dtype) @ self.W_dec
         x_hat = x_hat + along(self.b_dec, x_hat)
         if self.W_skip is None:
             return x_hat
         if x is None:
-            raise ValueError(
-                f"the transcoder at {self.site_in} has a skip matrix, which acts on the input: call decode(f, x)"
-            )
+            raise ValueError(f"the transcoder at {self.site_in} has a skip matrix, which needs x: call decode(f, x)")
         return x_hat + x.astype(self.W_skip.dtype) @ self.W_skip
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
@@ -170,9 +153,7 @@ class SAE(eqx.Module):
         """The SAE with the named latents only, which it encodes as the whole does; not for topk, whose latents compete.
         The decoder's bias stays, so that what `decode` gives is not a part of the whole's reconstruction."""
         if self.architecture == "topk":
-            raise ValueError(
-                f"latents of the topk SAE at {self.site_in} compete: some of them alone do not fire as the whole does"
-            )
+            raise ValueError(f"latents of the topk SAE at {self.site_in} compete: some alone do not fire as all do")
         parts = {"W_enc": self.W_enc[:, latents], "W_dec": self.W_dec[latents]}
         vectors = ("b_enc", "threshold", "r_mag", "b_mag")
         parts |= {name: getattr(self, name)[latents] for name in vectors if getattr(self, name) is not None}
@@ -189,10 +170,8 @@ class SAE(eqx.Module):
         the same.
         """
         if self.architecture == "topk":
-            raise ValueError(
-                f"the topk SAE at {self.site_in} has no jumprelu form, since its latents compete for {self.k} places: "
-                "methods that fold (cleaning, ablation, links) need an SAE whose latents are on or off by themselves"
-            )
+            why = f"its latents compete for {self.k} places, and cleaning, ablation and links need independent ones"
+            raise ValueError(f"the topk SAE at {self.site_in} has no jumprelu form: {why}")
         parts: dict[str, Any] = {"r_mag": None, "b_mag": None, "threshold": self._magnitude_threshold()}
         if self.architecture == "gated":
             parts |= {"W_enc": self.W_enc * jnp.exp(self.r_mag)[None, :], "b_enc": self.b_mag}
@@ -200,10 +179,8 @@ class SAE(eqx.Module):
 
     def _project(self, x):
         if x.ndim == 0 or x.shape[-1] != self.d_in:
-            raise ValueError(
-                f"this SAE takes activations with last axis d_in = {self.d_in}, got shape {x.shape}; it was trained at "
-                f"{self.site_in}: was x taken from another site or model?"
-            )
+            takes = f"this SAE of {self.site_in} takes activations with last axis d_in = {self.d_in}"
+            raise ValueError(f"{takes}, got shape {x.shape}: was x taken from another site or model?")
         return x.astype(self.W_enc.dtype) @ self.W_enc
 
     def _magnitude(self, h):

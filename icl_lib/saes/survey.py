@@ -1,5 +1,4 @@
-"""The health of dictionaries beyond one number each: how often latents fire, how alike they are, which SAEs are worth
-keeping."""
+"""The health of dictionaries beyond one number each: how often latents fire, how alike they are, which SAEs to keep."""
 
 from collections.abc import Hashable, Mapping
 
@@ -10,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from icl_lib.files.processes import to_host
-from icl_lib.models import Transformer, record
+from icl_lib.models import Transformer
+from icl_lib.models.sites import activations_at
 from icl_lib.saes.activations import Mask, Rows, rows_that_count
 from icl_lib.saes.sae import SAE
 from icl_lib.text.tokens import batches
@@ -32,8 +32,7 @@ def firing_rates(
 
 @eqx.filter_jit
 def _count(model, saes: tuple[SAE, ...], tokens: Array, mask: Array, fired: list[Array]) -> list[Array]:
-    cache: dict = {}
-    model(tokens, tap=record([sae.site_in for sae in saes], cache))
+    cache = activations_at(model, tokens, [sae.site_in for sae in saes])
     on = [(sae.encode(cache[sae.site_in]) > 0) & mask[..., None] for sae in saes]
     return [n + jnp.sum(x, axis=(0, 1), dtype=jnp.float32) for n, x in zip(fired, on, strict=True)]
 
@@ -47,10 +46,8 @@ def rate_histogram(rates: np.ndarray, n_bins: int = 50, lowest: float = 1e-6) ->
     """
     rates = np.asarray(rates)
     if n_bins < 1 or not 0 < lowest < 1 or rates.ndim != 1 or ((rates < 0) | (rates > 1)).any():
-        raise ValueError(
-            f"rates (d_sae,) from 0 to 1, at least one bin and 0 < lowest < 1 are needed, got {rates.shape}, "
-            f"{n_bins}, {lowest}"
-        )
+        got = f"{rates.shape}, {n_bins}, {lowest}"
+        raise ValueError(f"rates (d_sae,) from 0 to 1, at least one bin and 0 < lowest < 1 are needed, got {got}")
     alive = rates[rates > 0]
     counts, edges = np.histogram(np.log10(np.maximum(alive, lowest)), bins=np.linspace(np.log10(lowest), 0, n_bins + 1))
     return counts, edges, int((rates == 0).sum())

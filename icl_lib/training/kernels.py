@@ -153,12 +153,9 @@ def top_of_all(f: Float[Array, "tokens d_sae"], n: int) -> tuple[Float[Array, " 
 
 @jax.custom_vjp
 def reconstruct(
-    pairs: Pairs,
-    x: Float[Array, "tokens d_in"],
-    W_enc: Float[Array, "d_sae d_in"],
-    b_enc: Float[Array, " d_sae"],
+    pairs: Pairs, x: Float[Array, "tokens d_in"], W_enc: Float[Array, "d_sae d_in"], b_enc: Float[Array, " d_sae"],
     W_dec: Float[Array, "d_sae d_out"],
-) -> Float[Array, "tokens d_out"]:
+) -> Float[Array, "tokens d_out"]:  # fmt: skip
     """f @ W_dec, where f is relu(x @ W_enc.T + b_enc) at the pairs, whose values are known already, and 0 elsewhere.
     The gradient goes to the three weights, through the pairs alone; x gets none."""
     return add_rows((x.shape[0], W_dec.shape[1]), pairs.token, pairs.value, pairs.latent, W_dec)
@@ -180,12 +177,9 @@ reconstruct.defvjp(_forward, _backward)
 
 
 def add_rows(
-    shape: tuple[int, int],
-    to: Int[Array, " n"],
-    scale: Float[Array, " n"],
-    origin: Int[Array, " n"],
+    shape: tuple[int, int], to: Int[Array, " n"], scale: Float[Array, " n"], origin: Int[Array, " n"],
     rows: Float[Array, "m d"],
-) -> Float[Array, "r d"]:
+) -> Float[Array, "r d"]:  # fmt: skip
     """Zeros of `shape`, to whose row `to[p]` is added `scale[p] * rows[origin[p]]` for every p. It is done in place, in
     half the time of a scatter."""
 

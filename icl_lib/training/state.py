@@ -80,7 +80,6 @@ def stop_if_bad(means: Means, plan: Plan) -> None:
     bad = np.asarray(means.bad_step)
     if (bad >= 0).any():
         i = int(np.argmin(np.where(bad >= 0, bad, np.iinfo(bad.dtype).max)))
-        raise TrainingError(
-            f"the loss of the SAE at {plan.members[i].site} is not finite at step {bad[i]}: check its activations "
-            "for inf or NaN (float16 overflows at 65504), or lower the learning rate"
-        )
+        what = f"the loss of the SAE at {plan.members[i].site} is not finite at step {bad[i]}"
+        todo = "check its activations for inf or NaN (float16 overflows at 65504), or lower the learning rate"
+        raise TrainingError(f"{what}: {todo}")

@@ -125,38 +125,24 @@ def _check(
 ) -> None:
     check_width(model, sae)
     if sae.d_in != sae.d_out:
-        raise ValueError(
-            f"cleaning needs an SAE of the residual stream, got a map from width {sae.d_in} to {sae.d_out}"
-        )
+        raise ValueError(f"cleaning needs an SAE of the residual stream, got one from width {sae.d_in} to {sae.d_out}")
     if vector.shape != (*cut.tasks, sae.d_in):
-        raise ValueError(
-            f"vector must have shape {(*cut.tasks, sae.d_in)} (the tasks of the cut, d_model), got {vector.shape}"
-        )
+        wanted = (*cut.tasks, sae.d_in)
+        raise ValueError(f"vector must have shape {wanted} (the tasks of the cut, d_model), got {vector.shape}")
     if monitor not in MONITORS:
         raise ValueError(f"monitor must be one of {', '.join(MONITORS)}, got {monitor!r}")
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
     if l1.ndim > 1 or l1.size == 0 or (l1 < 0).any() or max_steps < 1:
-        raise ValueError(
-            f"l1 must be one number or a list of numbers >= 0, and max_steps at least 1; got {l1.tolist()} and "
-            f"{max_steps}"
-        )
+        got = f"{l1.tolist()} and {max_steps}"
+        raise ValueError(f"l1 must be one number or a list of numbers >= 0, and max_steps at least 1; got {got}")
 
 
 def clean(
-    model: Transformer,
-    sae: SAE,
-    vector: Float[Array, "*task d_model"],
-    cut: Cut,
-    *,
-    l1: float | Sequence[float] | Float[Array, " n_l1"],
-    lr: float,
-    patience: int = 50,
-    max_steps: int = 1000,
-    monitor: str = "l0",
-    init: str = "encoder",
-    k: int = 7,
-) -> Cleaned:
+    model: Transformer, sae: SAE, vector: Float[Array, "*task d_model"], cut: Cut, *,
+    l1: float | Sequence[float] | Float[Array, " n_l1"], lr: float, patience: int = 50, max_steps: int = 1000,
+    monitor: str = "l0", init: str = "encoder", k: int = 7,
+) -> Cleaned:  # fmt: skip
     r"""Clean task vectors: Adam on $\mathrm{NLL}(v_\theta) + \lambda \sum_i f_i$ with $f = \mathrm{act}(\theta)$,
     $v_\theta = f W_{dec} + b_{dec}$.
 
@@ -184,13 +170,9 @@ def clean(
 
 
 def select_l1(
-    l0: Float[Array, "*task n_l1"] | Int[Array, "*task n_l1"],
-    nll: Float[Array, "*task n_l1"],
-    reference: Float[Array, "*task"],
-    *,
-    tolerance: float = 1.02,
-    shared: bool = False,
-) -> Int[Array, "*task"]:
+    l0: Float[Array, "*task n_l1"] | Int[Array, "*task n_l1"], nll: Float[Array, "*task n_l1"],
+    reference: Float[Array, "*task"], *, tolerance: float = 1.02, shared: bool = False,
+) -> Int[Array, "*task"]:  # fmt: skip
     r"""Index of the l1 with the smallest L0 among those with NLL <= `tolerance` x `reference`, per task.
 
     `nll` and `reference` (the task vector's own) are mean losses on **validation** prompts. Ties in L0 go to the lower

@@ -60,15 +60,10 @@ def insertion_cost(
         return run, cut, abstract_array((tasks, vectors, config.d_model), "float32")
 
     return Cost(
-        batch,
-        suffix,
-        layers,
-        lanes * batch * suffix * cost.token_flops(config, seq, layers=layers),
-        lanes * _pass_bytes(config, suffix, part),
-        program,
-        other_row=n_tasks * cost.past_bytes(config, seq - suffix, part),
-        passes=n_tasks * n_vectors / lanes,
-    )
+        batch, suffix, layers, lanes * batch * suffix * cost.token_flops(config, seq, layers=layers),
+        lanes * _pass_bytes(config, suffix, part), program,
+        other_row=n_tasks * cost.past_bytes(config, seq - suffix, part), passes=n_tasks * n_vectors / lanes,
+    )  # fmt: skip
 
 
 def steering_cost(
@@ -89,16 +84,9 @@ def steering_cost(
 
 
 def cleaning_cost(
-    config: ModelConfig,
-    batch: int,
-    suffix: int,
-    seq: int,
-    layers: int,
-    n_tasks: int,
-    n_l1: int,
-    n_steps: float | int,
+    config: ModelConfig, batch: int, suffix: int, seq: int, layers: int, n_tasks: int, n_l1: int, n_steps: float | int,
     part: Part,
-) -> Cost:
+) -> Cost:  # fmt: skip
     """`clean` of every task with `n_l1` penalties in `n_steps` steps each; a step is a pass and its gradient by the
     vector."""
     tasks, _ = cost.turn(config, batch, suffix, n_tasks, 2 * n_l1, _TURN_BYTES)

@@ -92,9 +92,7 @@ def cut(model: Transformer, prompts: Prompts, layer: int, where: str = "query_ar
     targets, valid, position = answers(prompts, n_first)
     predictor = np.where(valid, position - 1 - start[..., None], 0)
     if predictor.min() < 0:
-        raise ValueError(
-            f"the answer must come after the {where.replace('_', ' ')}, but in some prompt it stands before"
-        )
+        raise ValueError(f"the answer must come after the {where.replace('_', ' ')}, in some prompt it stands before")
     # static sizes shared by all tasks: the longest prefix, and the longest way from the cut to a predicting token
     n_past, n_suffix = int(start.max()), int(predictor.max()) + 1
     seq = prompts.tokens.shape[-1]
@@ -191,9 +189,7 @@ def inserted_nll_by_layer(
     for layer in first.tolist():
         model.config.check_layer(layer)
     if first.min() < cut.layer:
-        raise ValueError(
-            f"vectors enter at layers {first.tolist()}, before the cut at layer {cut.layer}; cut at layer 0"
-        )
+        raise ValueError(f"vectors enter at layers {first.tolist()}, before the cut at layer {cut.layer}: cut at 0")
     others = int(np.prod(vectors.shape[len(cut.tasks) : -2]))
     return _nll(model, cut, vectors, jnp.asarray(np.tile(first, others), jnp.int32))
 

@@ -26,12 +26,9 @@ def _steer(model, tokens, site, vector, mask):
 
 
 def steer(
-    model: Transformer,
-    tokens: Int[Array, "batch seq"],
-    site: Site,
-    vector: Float[Array, " d_model"],
+    model: Transformer, tokens: Int[Array, "batch seq"], site: Site, vector: Float[Array, " d_model"],
     mask: Bool[Array, "batch seq"],
-) -> Float[Array, "batch seq d_vocab"]:
+) -> Float[Array, "batch seq d_vocab"]:  # fmt: skip
     """Logits with `vector` added to the activation at `site` wherever `mask` is True. Raises `ValueError` on a layer
     that the model does not have."""
     if site.layer is not None:
@@ -61,14 +58,9 @@ def _steer_arrows(model, tokens, arrows, answer, vectors, layer: int, chunk: tup
 
 
 def negative_steering(
-    model: Transformer,
-    sae: SAE,
-    prompts: Prompts,
-    layer: int,
-    latents: Int[Array, "*grid"],
-    scale: Float[Array, "*grid"] | float,
-    n_first: int = 2,
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    model: Transformer, sae: SAE, prompts: Prompts, layer: int, latents: Int[Array, "*grid"],
+    scale: Float[Array, "*grid"] | float, n_first: int = 2,
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:  # fmt: skip
     r"""Take a latent away where the task is at work: $-s\,W_{dec}[f]/|W_{dec}[f]|$ at **all** arrows of many-shot
     prompts.
 

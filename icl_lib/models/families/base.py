@@ -52,9 +52,7 @@ class Keys:
     def above_zero(self, value: Any, what: str, whole: bool = False) -> Any:
         """`value` itself. Raises `ValueError` unless it is a number above 0."""
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value <= 0:
-            raise ValueError(
-                f"{self.source}: {what} must be a {'whole ' if whole else ''}number above 0, got {value!r}"
-            )
+            raise ValueError(f"{self.source}: {what} must be a {'whole ' * whole}number above 0, got {value!r}")
         return value
 
     def flag(self, key: str) -> bool:
@@ -76,10 +74,7 @@ class Keys:
         """`value` itself. Raises `ValueError` where another key for the same thing is there and says otherwise."""
         for key, other in others.items():
             if other is not None and other != value:
-                raise ValueError(
-                    f"{self.source}: {key} = {other!r} contradicts the {value!r} of another key for the same thing: "
-                    "correct the wrong one"
-                )
+                raise ValueError(f"{self.source}: {key} = {other!r} contradicts the {value!r} of another key: fix one")
         return value
 
     def activation(self, key: str, *allowed: str) -> str:

@@ -101,8 +101,6 @@ def read_torch(path: Path) -> Any:
                 raise ValueError(f"{path} was written on a big-endian machine: load and save it on an ordinary one")
             return _Reader(archive, roots[0]).load()
     except (zipfile.BadZipFile, EOFError, KeyError, OSError, IndexError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a PyTorch file ({error}): is it cut short, or from before PyTorch 1.6?"
-        ) from error
+        raise ValueError(f"{path} cannot be read as a PyTorch file ({error}): cut short, or before 1.6?") from error
     except (pickle.UnpicklingError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is refused: {error}. Only files with nothing but tensors in them are read") from error
