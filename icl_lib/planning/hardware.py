@@ -13,8 +13,7 @@ import time
 
 import numpy as np
 
-# kind: (memory in GB, 10^12 operations per second, pattern of JAX's device_kind: an L40S is no L4, and v5p is "TPU v5"
-# there)
+# kind: (memory in GB, 10^12 operations per second, pattern of JAX's device_kind: an L40S is no L4, v5p is "TPU v5")
 KINDS = {
     "v4": (32, 275, r"^TPU v4$"),
     "v5e": (16, 197, r"^TPU v5( lite|e)$"),
@@ -27,8 +26,7 @@ KINDS = {
     "cpu": (None, None, r"^cpu$"),
 }
 _TWO_CORES = ("v4", "v5p")  # named by cores, of which a device has two
-# What a process can have of it: JAX takes 92 % of a GPU (the Snakefile says so), the runtime keeps the rest. JAX's own
-# default is less.
+# What a process can have of it: JAX takes 92 % of a GPU (as the Snakefile says; JAX's own default is less).
 _USABLE, _TAKEN = 0.92, 0.75
 # The part of the peak that these experiments reach, by our own benchmarks and by common experience; only the times
 # depend on it. On a CPU it is a part of the matrix product's own rate, fitted to three steps of a 135M Llama on two

@@ -39,8 +39,7 @@ from icl_lib.tasks import Task, Template, load_tasks
 from icl_lib.tasks.tasks import DATA_VARIABLE, URLS
 
 MOST_LAYERS = 7
-# Tasks of each kind: shared inputs, shared outputs, several tokens, one of each group. Those that a source has are
-# taken.
+# Of what a source has: tasks of each kind (shared inputs, shared outputs, several tokens), one of each group.
 _TASKS = (
     "country_capital", "location_language", "antonyms", "present_past", "present_simple_past_simple", "en_es", "es_en",
     "next_item", "algo_first",
@@ -97,8 +96,7 @@ def small_tasks(source: str, folder: Path) -> dict[str, Task]:
 
 
 def prepare(card: Mapping[str, Any], folder: Path, **sizes: int) -> Path:
-    """Write the stand-ins of a card and its small card into `folder`, which is emptied first; the path of the small
-    card.
+    """Write the stand-ins of a card and its small card into `folder`, emptied first; the path of the small card.
 
     `sizes` changes the cut-down sizes. Raises `CardError` or `PreflightError` where the card does not fit its model.
     """
@@ -112,35 +110,27 @@ def prepare(card: Mapping[str, Any], folder: Path, **sizes: int) -> Path:
     small |= {"tvc_l1": sorted({card["tvc_l1"][0], card["tvc_l1"][-1]}), "card": f"rehearsal of {card['card']}"}
     write_saes(small, hub, model, tasks, load_tokenizer(hub / card["model"]), template)
     small |= {"model": str(hub / card["model"]), "tasks": str(folder / "tasks"), "run_dir": str(folder / "run")}
-    small |= {
-        "saes": [str(hub / pattern) for pattern in small["saes"]],
-        "text": str(_write_text(tasks, folder / "text.txt")),
-    }
+    small |= {"saes": [str(hub / pattern) for pattern in small["saes"]], "text": str(folder / "text.txt")}
+    _write_text(tasks, folder / "text.txt")
     path = folder / "card.yaml"
     path.write_text(yaml.safe_dump(small, sort_keys=False))
     return path
 
 
-def _write_text(tasks: Mapping[str, Task], path: Path) -> Path:
+def _write_text(tasks: Mapping[str, Task], path: Path) -> None:
     """The pairs of all tasks as a text, a paragraph for each ten."""
-    pairs = [
-        f"{x} -> {y}"
-        for pairs in itertools.zip_longest(*(task.pairs for task in tasks.values()))
-        for x, y in filter(None, pairs)
-    ]
+    in_turn = itertools.zip_longest(*(task.pairs for task in tasks.values()))
+    pairs = [f"{x} -> {y}" for pairs in in_turn for x, y in filter(None, pairs)]
     path.write_text("\n\n".join(", ".join(pairs[i : i + 10]) for i in range(0, len(pairs), 10)))
-    return path
 
 
 def run(small_card: Path, notebooks: Iterable[str] | None = None, cores: int = 2) -> tuple[bool, str]:
-    """Run the notebooks (all, or the named ones with what they need) of a small card; whether all went well, and what
-    was printed."""
+    """Run the notebooks of a small card (all, or the named ones with what they need); whether all went well, and the
+    output."""
     run_dir = Path(yaml.safe_load(small_card.read_text())["run_dir"])
     targets = ["all"] if notebooks is None else [str(run_dir / "notebooks" / f"{name}.ipynb") for name in notebooks]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = (
-        "1"  # most of the time goes into compiling, which then takes a third
-    )
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most time goes into compiling, which then takes a third
     options = f"--configfile {shlex.quote(str(small_card))} --cores {cores} --keep-going --nolock --quiet all"
     command = [sys.executable, "-m", "snakemake", *shlex.split(options)]
     done = subprocess.run([*command, "--", *targets], cwd=root(), env=environment, capture_output=True, text=True)
@@ -159,16 +149,10 @@ def rehearse(name: str, notebooks: Iterable[str] | None = None, **sizes: int) ->
     good, text = run(small, notebooks)
     times, seconds = re.findall(r"^(\S+): done in (\d+) s", text, re.MULTILINE), round(time.monotonic() - start)
     print("\n".join(f"{notebook}: done in {took} s" for notebook, took in times) if good else text)
-    print(
-        f"{card['card']}: {'rehearsed' if good else 'FAILED'} in {seconds} s; {small.parent.relative_to(root())}",
-        flush=True,
-    )
-    line = {
-        "card": card["card"],
-        "good": good,
-        "seconds": seconds,
-        "notebooks": {name: int(took) for name, took in times},
-    }
+    where = small.parent.relative_to(root())
+    print(f"{card['card']}: {'rehearsed' if good else 'FAILED'} in {seconds} s; {where}", flush=True)
+    took = {name: int(seconds) for name, seconds in times}
+    line = {"card": card["card"], "good": good, "seconds": seconds, "notebooks": took}
     line |= {"cores": os.cpu_count(), "date": datetime.date.today().isoformat()}
     with open(folder / "times.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")

@@ -179,8 +179,8 @@ class SAE(eqx.Module):
 
     def _project(self, x):
         if x.ndim == 0 or x.shape[-1] != self.d_in:
-            takes = f"this SAE of {self.site_in} takes activations with last axis d_in = {self.d_in}"
-            raise ValueError(f"{takes}, got shape {x.shape}: was x taken from another site or model?")
+            takes = f"this SAE takes activations of last axis d_in = {self.d_in} at {self.site_in}, got shape {x.shape}"
+            raise ValueError(f"{takes}: was x taken from another site or model?")
         return x.astype(self.W_enc.dtype) @ self.W_enc
 
     def _magnitude(self, h):

@@ -21,15 +21,14 @@ from jaxtyping import Array, Float, Int
 
 from icl_lib.models import Transformer
 from icl_lib.models.batches import map_tasks
-from icl_lib.models.cost import BUDGET
+from icl_lib.models.cost import BUDGET, turn
 from icl_lib.saes import SAE
-from icl_lib.vectors.insert import Cut, at_once, check_width, nll_of_one
+from icl_lib.vectors.insert import Cut, check_width, nll_of_one
 from icl_lib.vectors.pursuit import gradient_pursuit
 
 MONITORS = ("l0", "loss")
 INITS = ("encoder", "pursuit")
-# Tasks run in turns of about this size: a turn lasts as long as its slowest lane, and larger ones are no faster on a
-# CPU.
+# Tasks run in turns of about this size: a turn lasts as long as its slowest lane, and larger are no faster on a CPU.
 _TURN_BYTES = BUDGET // 4
 
 
@@ -120,9 +119,7 @@ def _clean(model, sae, theta, cut, l1, lr, patience: int, max_steps: int, monito
     return map_tasks(one_task, theta, cut, lead=cut.tasks, batch_size=chunk)
 
 
-def _check(
-    model: Transformer, sae: SAE, vector, cut: Cut, monitor: str, init: str, l1: np.ndarray, max_steps: int
-) -> None:
+def _check(model, sae: SAE, vector, cut: Cut, monitor: str, init: str, l1: np.ndarray, max_steps: int) -> None:
     check_width(model, sae)
     if sae.d_in != sae.d_out:
         raise ValueError(f"cleaning needs an SAE of the residual stream, got one from width {sae.d_in} to {sae.d_out}")
@@ -162,7 +159,7 @@ def clean(
     folded, stack = sae.fold(), cut if cut.tasks else jax.tree.map(lambda x: x[None], cut)
     theta = _start(folded, vector.reshape(-1, vector.shape[-1]), init, k)
     # the backward pass keeps about twice what the forward pass needs
-    chunk, _ = at_once(model, *stack.resid.shape[-3:-1], stack.tasks[0], 2 * penalties.size, _TURN_BYTES)
+    chunk, _ = turn(model.config, *stack.resid.shape[-3:-1], stack.tasks[0], 2 * penalties.size, _TURN_BYTES)
     l1 = jnp.asarray(penalties.reshape(-1))
     out = _clean(model, folded, theta, stack, l1, jnp.float32(lr), patience, max_steps, monitor, chunk)
     lanes = cut.tasks + penalties.shape

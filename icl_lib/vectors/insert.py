@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from icl_lib.models import Past, Site, Transformer, run_with_cache
 from icl_lib.models.batches import map_tasks
-from icl_lib.models.cost import BUDGET, turn
+from icl_lib.models.cost import turn
 from icl_lib.saes import SAE
 from icl_lib.tasks import Prompts, Role
 from icl_lib.tasks.template import DUMMY
@@ -126,14 +126,6 @@ def nll_of_one(model: Transformer, cut: Cut, vector: Array, layer: Array | None 
     return target_nll(logits, cut.target_position, cut.targets, cut.target_mask)
 
 
-def at_once(
-    model: Transformer, batch: int, seq: int, n_tasks: int, n_vectors: int, limit: int = BUDGET
-) -> tuple[int, int]:
-    """How many tasks and vectors fit into `limit` bytes of one compiled step, from the size of logits and activations.
-    `batch` and `seq` are the prompts of a task and the tokens of each that are run."""
-    return turn(model.config, batch, seq, n_tasks, n_vectors, limit)
-
-
 @eqx.filter_jit
 def _all_nll(model, cut, vectors, layers, chunk: tuple[int, int]):
     """(*task, n, b) NLL for vectors (*task, n, d); `layers` (n,) or None gives each its own layer."""
@@ -148,15 +140,13 @@ def _all_nll(model, cut, vectors, layers, chunk: tuple[int, int]):
 def _nll(model: Transformer, cut: Cut, vectors: Array, layers: Array | None = None) -> Array:
     lead = cut.tasks
     if vectors.shape[-1] != model.config.d_model or vectors.shape[: len(lead)] != lead or vectors.ndim <= len(lead):
-        raise ValueError(
-            f"vectors must have shape {(*lead, '...', model.config.d_model)}: the task axis of the cut, any other "
-            f"axes, d_model; got {vectors.shape}"
-        )
+        wanted = f"{(*lead, '...', model.config.d_model)}: the task axis of the cut, any other axes, d_model"
+        raise ValueError(f"vectors must have shape {wanted}; got {vectors.shape}")
     batch, suffix = cut.resid.shape[-3:-1]
     if vectors.size == 0:
         return jnp.zeros((*vectors.shape[:-1], batch))
     flat = vectors.reshape(*lead, -1, vectors.shape[-1])
-    chunk = at_once(model, batch, suffix, lead[0] if lead else 1, flat.shape[-2])
+    chunk = turn(model.config, batch, suffix, lead[0] if lead else 1, flat.shape[-2])
     return _all_nll(model, cut, flat, layers, chunk).reshape(*vectors.shape[:-1], batch)
 
 
@@ -215,10 +205,8 @@ def check_latents(sae: SAE, latents: Int[np.ndarray, "*n"]) -> None:
 def check_width(model: Transformer, sae: SAE) -> None:
     """Raises `ValueError` if the SAE does not write into a residual stream of the model's width."""
     if sae.W_dec.shape[-1] != model.config.d_model:
-        raise ValueError(
-            f"the SAE writes vectors of width {sae.W_dec.shape[-1]}, the model has d_model = {model.config.d_model}; "
-            "was the SAE trained on another model?"
-        )
+        has = f"the SAE writes vectors of width {sae.W_dec.shape[-1]}, the model has d_model = {model.config.d_model}"
+        raise ValueError(f"{has}; was the SAE trained on another model?")
 
 
 def relative_change(nll: Float[Array, "*axes batch"], base: Float[Array, "*task batch"]) -> Float[Array, "..."]:

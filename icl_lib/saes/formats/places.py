@@ -91,7 +91,7 @@ def located(cfg: Mapping[str, Any], path: Path, layer: int | None = None) -> tup
     if first is None and last is None:
         return None, ""
     if first is None:
-        raise ValueError(f"{path} names where its features go, {last}, not what they read: pass site=(input, output)")
+        raise ValueError(f"{path} names what its features write, {last}, but not what they read: pass site=(in, out)")
     (site_in, module_in), (site_out, module_out) = (locate(name, path, layer) for name in (first, last or first))
     return (site_in, site_out), " ".join(dict.fromkeys(filter(None, (module_in, module_out))))
 

@@ -63,7 +63,7 @@ def _sites(folder: Path, transcoder: bool) -> tuple[Sites, str]:
     found = site_named(name)
     if transcoder:
         if found is None or found.name != "mlp_out":
-            raise ValueError(f"{folder}: only transcoders of layers.N.mlp have default sites: pass site=(in, out)")
+            raise ValueError(f"{folder}: transcoders other than layers.N.mlp have no default: pass site=(in, out)")
         return (Site("mlp_in", found.layer), found), name
     if found is None:
         raise no_site(folder)
