@@ -59,10 +59,8 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} and {self.n_kv_heads}: each key-value "
-                "head serves an equal group of query heads"
-            )
+            got = f"{self.n_heads} and {self.n_kv_heads}: each key-value head serves equally many query heads"
+            raise ValueError(f"n_heads must be a multiple of n_kv_heads, got {got}")
         if self.d_head % 2:
             raise ValueError(f"d_head must be even for rotary embeddings, got {self.d_head}")
         if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.d_head):
@@ -84,8 +82,9 @@ class ModelConfig:
         `ValueError` on other sites."""
         if site == "z":
             return self.n_heads * self.d_head
-        widths = ("embed", *(f"resid_{place}" for place in ("pre", "mid", "post")), "attn_in", "attn_out", "mlp_in")
-        widths += ("mlp_normalized", "mlp_out", "final_norm")
+        widths = (
+            "embed resid_pre resid_mid resid_post attn_in attn_out mlp_in mlp_normalized mlp_out final_norm".split()
+        )
         if site in widths:
             return self.d_model
         raise ValueError(f"site {site!r} has no width of its own; those with one are {', '.join(widths)} and z")
@@ -100,8 +99,6 @@ class ModelConfig:
     def check_length(self, n: int, what: str = "a sequence") -> int:
         """`n` itself. Raises `ValueError` where it is more tokens than the context that the model was trained on."""
         if n > self.n_ctx:
-            raise ValueError(
-                f"{what} of {n} tokens is longer than the context of this model, {self.n_ctx}: take fewer examples or "
-                "shorter rows"
-            )
+            longer = f"{what} of {n} tokens is longer than the context of this model, {self.n_ctx}"
+            raise ValueError(f"{longer}: take fewer examples or shorter rows")
         return n

@@ -1,5 +1,4 @@
-r"""What a pass of a model costs in bytes and FLOPs: the one home of these formulas, for the library's own turns and for
-preflight.
+r"""What a pass of a model costs in bytes and FLOPs: the home of these formulas, for the library's turns and preflight.
 
 With b rows, s tokens, V words, D width, F MLP width, H heads and e bytes a number; what tensor parallelism divides is
 divided by the m devices of the model's axis:
@@ -120,8 +119,7 @@ def past_bytes(config: ModelConfig, tokens: int, part: Part = Part()) -> float |
 
 
 def lane_bytes(config: ModelConfig, batch: int, seq: int) -> int:
-    """Bytes of one vector's pass over the last `seq` tokens of `batch` prompts, from the size of logits and MLP
-    activations."""
+    """Bytes of one vector's pass over the last `seq` tokens of `batch` prompts, by logits and MLP activations."""
     return 4 * batch * seq * (3 * config.d_vocab + 4 * config.d_mlp + 8 * config.d_model)
 
 

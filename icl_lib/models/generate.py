@@ -10,12 +10,9 @@ from icl_lib.models.transformer import Past, Transformer
 
 
 def generate(
-    model: Transformer,
-    tokens: Int[Array, "batch seq"],
-    length: Int[Array, " batch"],
-    n_new: int,
+    model: Transformer, tokens: Int[Array, "batch seq"], length: Int[Array, " batch"], n_new: int,
     stop: tuple[int, ...] | None = None,
-) -> Int[Array, "batch n_new"]:
+) -> Int[Array, "batch n_new"]:  # fmt: skip
     """The `n_new` most probable next tokens, one after the other, of the prompts `tokens[b, :length[b]]`, right padded.
 
     A prompt ends with the first token of `stop` (None: the config's ends of text, if it has any), which is kept, and

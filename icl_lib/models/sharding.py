@@ -48,10 +48,9 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     problems += [f"n_kv_heads = {heads}"] if heads % n and n % heads else []
     if problems:
         fitting = [k for k in range(1, mesh.size + 1) if _divides(config, k)]
-        raise ValueError(
-            f"a 'model' axis of {n} devices does not divide {' and '.join(problems)} of this {config.family} model; "
-            f"up to {mesh.size} devices, {', '.join(map(str, fitting))} would do: give the others to the 'data' axis"
-        )
+        bad = f"a 'model' axis of {n} devices does not divide {' and '.join(problems)} of this {config.family} model"
+        good = f"up to {mesh.size} devices, {', '.join(map(str, fitting))} would do"
+        raise ValueError(f"{bad}; {good}: give the others to the 'data' axis")
 
 
 def _divides(config: ModelConfig, n: int) -> bool:
@@ -79,9 +78,8 @@ def mesh_of(model: Transformer) -> Mesh | None:
 def shardings(config: ModelConfig, mesh: Mesh) -> Transformer:
     """The place of every weight: a `Transformer` with a `NamedSharding` for each array. Raises as `check_mesh` does."""
     check_mesh(config, mesh)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: NamedSharding(mesh, _spec(config, mesh, leaf_path(path))), abstract(config)
-    )
+    place = lambda path, _: NamedSharding(mesh, _spec(config, mesh, leaf_path(path)))
+    return jax.tree_util.tree_map_with_path(place, abstract(config))
 
 
 def _spec(config: ModelConfig, mesh: Mesh, leaf: str) -> P:
@@ -106,10 +104,8 @@ def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
     place = NamedSharding(mesh, P("data"))
     for x in jax.tree.leaves(batch):
         if not np.ndim(x) or len(x) % mesh.shape["data"]:
-            raise ValueError(
-                f"a batch is spread over {mesh.shape['data']} devices along its first axis, which must be a multiple "
-                f"of that; got shape {np.shape(x)}: choose another batch size, or pad the batch"
-            )
+            wanted = f"a batch is spread over {mesh.shape['data']} devices along its first axis, a multiple of that"
+            raise ValueError(f"{wanted}; got shape {np.shape(x)}: choose another batch size, or pad the batch")
     return jax.tree.map(lambda x: _put(x, place), batch)
 
 

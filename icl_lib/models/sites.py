@@ -63,9 +63,7 @@ class Site:
             raise ValueError(f"site {self.name!r} {needs} layer, got {self.layer}")
 
     def __str__(self) -> str:
-        if self.layer is None:
-            return GLOBAL_SITES[self.name]
-        return f"blocks.{self.layer}.{LAYER_SITES[self.name]}"
+        return GLOBAL_SITES[self.name] if self.layer is None else f"blocks.{self.layer}.{LAYER_SITES[self.name]}"
 
     @property
     def kind(self) -> str:
@@ -87,11 +85,7 @@ Tap = Callable[[Site, Array], Array]
 
 def compose(*taps: Tap) -> Tap:
     """One tap that applies `taps` from left to right at every site."""
-
-    def tap(site, x):
-        return functools.reduce(lambda value, each: each(site, value), taps, x)
-
-    return tap
+    return lambda site, x: functools.reduce(lambda value, each: each(site, value), taps, x)
 
 
 def record(sites: Iterable[Site], cache: dict[Site, Array]) -> Tap:
@@ -108,20 +102,12 @@ def record(sites: Iterable[Site], cache: dict[Site, Array]) -> Tap:
 
 def replace(values: Mapping[Site, Array]) -> Tap:
     """A tap that puts `values[site]` in the place of the activation, e.g. a clean attention pattern."""
-
-    def tap(site, x):
-        return values.get(site, x)
-
-    return tap
+    return lambda site, x: values.get(site, x)
 
 
 def perturb(deltas: Mapping[Site, Array]) -> Tap:
     """A tap that adds `deltas[site]`. Differentiating at zero deltas gives the gradient at every site in one pass."""
-
-    def tap(site, x):
-        return x + deltas[site].astype(x.dtype) if site in deltas else x
-
-    return tap
+    return lambda site, x: x + deltas[site].astype(x.dtype) if site in deltas else x
 
 
 def check_sites(config, sites: Iterable[Site]) -> tuple[Site, ...]:

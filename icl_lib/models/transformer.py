@@ -108,7 +108,7 @@ class Attention(eqx.Module):
     b_o: Float[Array, " d_model"] | None = None
 
     def __call__(self, x, positions, mask, config: ModelConfig, layer: int, tap: Tap, past: Past | None):
-        heads = lambda w, b: linear(x, w, b).reshape(*x.shape[:-1], -1, config.d_head)  # noqa: E731
+        heads = lambda w, b: linear(x, w, b).reshape(*x.shape[:-1], -1, config.d_head)
         q = tap(Site("q", layer), heads(self.q, self.b_q))
         k = tap(Site("k", layer), heads(self.k, self.b_k))
         v = tap(Site("v", layer), heads(self.v, self.b_v))
@@ -123,12 +123,8 @@ class Attention(eqx.Module):
         # The queries that share a key head go side by side into one product (r and s as one axis): few large products,
         # not many small.
         # r before s, because heads may lie on several devices: the joint axis is then still cut where they are.
-        q = (
-            (q * scale)
-            .reshape(batch, seq, groups, -1, config.d_head)
-            .transpose(0, 2, 3, 1, 4)
-            .reshape(batch, groups, -1, config.d_head)
-        )
+        q = (q * scale).reshape(batch, seq, groups, -1, config.d_head).transpose(0, 2, 3, 1, 4)
+        q = q.reshape(batch, groups, -1, config.d_head)
         scores = jnp.einsum("bgmd,btgd->bgmt", q, k, preferred_element_type=jnp.float32)
         scores = soft_cap(scores, config.attn_softcap).reshape(batch, config.n_heads, seq, k.shape[1])
         scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
@@ -140,8 +136,7 @@ class Attention(eqx.Module):
 
 
 class MLP(eqx.Module):
-    r"""$W_{down}(\sigma(W_{gate} x) \odot W_{up} x)$; without a gate $W_{down}\,\sigma(W_{up} x)$. Biases where the
-    family has them."""
+    r"""$W_{down}(\sigma(W_{gate} x) \odot W_{up} x)$; without a gate $W_{down}\,\sigma(W_{up} x)$, plus any biases."""
 
     gate: Float[Array, "d_mlp d_model"] | None
     up: Float[Array, "d_mlp d_model"]
@@ -188,7 +183,7 @@ def _init_block(config: ModelConfig, key: PRNGKeyArray) -> Block:
     hidden, branch = config.d_mlp, (2 * config.n_layers) ** -0.5
     k = jax.random.split(key, 7)
     norm = partial(Norm.init, config)
-    zeros = lambda n, wanted: jnp.zeros(n) if wanted else None  # noqa: E731
+    zeros = lambda n, wanted: jnp.zeros(n) if wanted else None
     attn = Attention(
         _normal(k[0], width, d), _normal(k[1], kv, d), _normal(k[2], kv, d), _normal(k[3], d, width, branch),
         *(zeros(n, config.qkv_bias) for n in (width, kv, kv)), zeros(d, config.out_bias),

@@ -50,10 +50,8 @@ def load_config(name: str | Path, revision: str | None = None) -> ModelConfig:
     folder = fetch(name, revision)
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: a model folder holds config.json beside its *.safetensors; if saving a model was "
-            "interrupted here, save it again"
-        )
+        hint = "if saving a model was interrupted here, save it again"
+        raise FileNotFoundError(f"{path} does not exist: a model folder holds config.json beside its weights; {hint}")
     raw = _read_json(path)
     return from_hf(raw, str(path), _tokenizer_pad(folder) if raw.get("pad_token_id") is None else None)
 
@@ -153,11 +151,9 @@ def load_tokenizer(name: str | Path, revision: str | None = None):
         remedy = "download it again" if fast else "add the tokenizer.json of the model, so that none has to be made"
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): {remedy}") from error
     if not tokenizer.is_fast:
-        raise ValueError(
-            f"{folder} has only a slow tokenizer ({type(tokenizer).__name__}), which does not tell where in the text a "
-            "token came from: add the tokenizer.json of the model, or one converted by "
-            "transformers.convert_slow_tokenizer"
-        )
+        slow = f"a slow tokenizer ({type(tokenizer).__name__}), which does not tell where in the text a token came from"
+        todo = "add the tokenizer.json of the model, or one converted by transformers.convert_slow_tokenizer"
+        raise ValueError(f"{folder} has only {slow}: {todo}")
     return tokenizer
 
 
@@ -185,11 +181,8 @@ def _find_tensors(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[
     family = family_of(config.family)
     embed, head = family.names["embed"], family.names["unembed"]
     if config.tied and head in found and embed in found and not _same(files, found, embed, head):
-        warnings.warn(
-            f"{folder}: config.json says tie_word_embeddings, but {head} and {embed} differ; both are used, as in "
-            "transformers",
-            stacklevel=3,
-        )
+        differ = f"config.json says tie_word_embeddings, but {head} and {embed} differ"
+        warnings.warn(f"{folder}: {differ}; both are used, as in transformers", stacklevel=3)
         config = dataclasses.replace(config, tied=False)
     wanted = tensor_shapes(config)
     problems = [f"missing {name} {wanted[name]}" for name in sorted(wanted.keys() - found.keys())]
@@ -199,11 +192,9 @@ def _find_tensors(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[
         problems += [f"{name} has shape {shape}, expected {wanted[name]}"] if shape != wanted[name] else []
         problems += [f"{name} has dtype {dtype}, expected one of {', '.join(_FLOATS)}"] if dtype not in _FLOATS else []
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
-            f"{folder} does not hold the tensors that its config.json describes: {'; '.join(problems[:5])}{more}. "
-            "Check that config and weights belong to the same model, and that the weights are not quantised"
-        )
+        some = "; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
+        todo = "Check that config and weights belong to the same model, and that the weights are not quantised"
+        raise ValueError(f"{folder} does not hold the tensors that its config.json describes: {some}. {todo}")
     return config, files
 
 

@@ -110,11 +110,8 @@ def splice(sae: SAE, mask: Bool[Array, "batch seq"]):
 
 def ablate(site: Site, value: Float[Array, " d"], mask: Bool[Array, "batch seq"]):
     """A tap that puts the constant `value` in the place of the activation at `site` where `mask` is true."""
-
-    def tap(at, x):
-        return jnp.where(mask[..., None], jnp.broadcast_to(value.astype(x.dtype), x.shape), x) if at == site else x
-
-    return tap
+    put = lambda x: jnp.where(mask[..., None], jnp.broadcast_to(value.astype(x.dtype), x.shape), x)
+    return lambda at, x: put(x) if at == site else x
 
 
 def ce_recovered(
