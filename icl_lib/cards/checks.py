@@ -1,5 +1,4 @@
-"""What of a card can be held to its model and its tasks before anything is loaded: layers, prompts, the source of the
-tasks.
+"""What of a card can be held to its model and tasks before anything is loaded: layers, prompts, source of the tasks.
 
 No network is asked. The sizes of the cards' models are part of the package, those of a folder are read from its
 `config.json`; of any other hub id nothing is known before the download, and its layers are checked when it is loaded.

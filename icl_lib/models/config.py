@@ -78,8 +78,7 @@ class ModelConfig:
         return None if self.windows is None else self.windows[layer]
 
     def width(self, site: str) -> int:
-        """Length of the last axis at the sites that an SAE can be trained on: "resid_pre", "z", "mlp_out", ... Raises
-        `ValueError` on other sites."""
+        """Length of the last axis at a site that an SAE can be trained on. Raises `ValueError` on other sites."""
         if site == "z":
             return self.n_heads * self.d_head
         widths = (

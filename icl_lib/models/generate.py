@@ -18,8 +18,7 @@ def generate(
     A prompt ends with the first token of `stop` (None: the config's ends of text, if it has any), which is kept, and
     pad ids come after it; the loop ends when every prompt has. Prompts of any length from 1 to `seq` share one program.
 
-    Raises `ValueError` if `n_new` is below 1, a length is not in 1..seq, or the text would be longer than the model's
-    context.
+    Raises `ValueError` if `n_new` is below 1, a length is not in 1..seq, or the text would outgrow the context.
     """
     seq, longest, shortest = tokens.shape[1], int(length.max()), int(length.min())
     if n_new < 1 or shortest < 1 or longest > seq:

@@ -135,6 +135,5 @@ def _run_with_cache(model, tokens, sites):
 def run_with_cache(
     model, tokens: Int[Array, "batch seq"], sites: Iterable[Site]
 ) -> tuple[Float[Array, "batch seq d_vocab"], dict[Site, Array]]:
-    """Logits and the activations at `sites`, from one compiled forward pass. Raises `ValueError` on a layer out of
-    range, before anything is computed."""
+    """Logits and the activations at `sites`, in one compiled pass. Raises `ValueError` on a layer out of range."""
     return _run_with_cache(model, tokens, check_sites(model.config, sites))

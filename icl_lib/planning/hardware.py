@@ -58,8 +58,7 @@ class Devices:
 
 
 def parse_devices(text: str) -> Devices:
-    """`h100`, `8xv5e`, `v5e-8`, `v4-8` (8 cores, 4 devices), `cpu`. Raises `ValueError` on an unknown kind or
-    number."""
+    """`h100`, `8xv5e`, `v5e-8`, `v4-8` (8 cores, 4 devices), `cpu`. Raises `ValueError` on what is unknown."""
     match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*?)(?:-(\d+))?", text.strip().lower())
     if not match or match[2] not in KINDS or (match[1] and match[3]):
         known = ", ".join(KINDS)
@@ -104,8 +103,7 @@ def present(devices: Devices) -> bool:
 
 
 def with_own_memory(devices: Devices) -> Devices:
-    """The same devices, which are present, with the memory that they have: of an A100 there are two sizes, and a slice
-    has less.
+    """The same devices, which are present, with their own memory: there are two sizes of A100, and slices have less.
 
     What a program can have is what JAX says, but on a GPU where nothing was set JAX takes less here than for the
     notebooks. A CPU says nothing.

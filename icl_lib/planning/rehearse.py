@@ -6,8 +6,7 @@
 Writes `runs/rehearsal/CARD/`: a model of the card's family with few layers and random weights, SAEs in the card's
 formats, a few tasks, and a card with the same keys, whose layers are mapped onto the small model and whose sizes are
 cut down. Then it runs all notebooks on that card through the Snakefile, with the hub switched off, and adds a line with
-their times to `runs/rehearsal/times.jsonl`. Claims are not asserted, because nothing is true of random weights; all
-else is.
+their times to `runs/rehearsal/times.jsonl`. All is asserted but claims, because nothing is true of random weights.
 """
 
 import datetime
@@ -97,9 +96,7 @@ def small_tasks(source: str, folder: Path) -> dict[str, Task]:
 
 def prepare(card: Mapping[str, Any], folder: Path, **sizes: int) -> Path:
     """Write the stand-ins of a card and its small card into `folder`, emptied first; the path of the small card.
-
-    `sizes` changes the cut-down sizes. Raises `CardError` or `PreflightError` where the card does not fit its model.
-    """
+    `sizes` changes the cut-down sizes. Raises `CardError` or `PreflightError` where the card does not fit its model."""
     config = sizes_of(card["model"])
     shutil.rmtree(folder, ignore_errors=True)
     tasks = small_tasks(card["tasks"], folder / "tasks")
@@ -125,8 +122,7 @@ def _write_text(tasks: Mapping[str, Task], path: Path) -> None:
 
 
 def run(small_card: Path, notebooks: Iterable[str] | None = None, cores: int = 2) -> tuple[bool, str]:
-    """Run the notebooks of a small card (all, or the named ones with what they need); whether all went well, and the
-    output."""
+    """Run notebooks of a small card (all, or the named ones with what they need); whether all went well, the output."""
     run_dir = Path(yaml.safe_load(small_card.read_text())["run_dir"])
     targets = ["all"] if notebooks is None else [str(run_dir / "notebooks" / f"{name}.ipynb") for name in notebooks]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}

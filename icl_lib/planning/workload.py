@@ -1,7 +1,6 @@
 """What the notebooks of a card compute: which costly functions of the library each calls, on what, and how often.
 
-What one call costs is said where the function is (`cost.py` in the rooms of the library); here is only how often it is
-called.
+What one call costs is said where the function is (`cost.py` in the rooms of the library).
 """
 
 import dataclasses

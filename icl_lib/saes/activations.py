@@ -16,8 +16,7 @@ Mask = Bool[np.ndarray, "*stack n seq"] | Bool[Array, "*stack n seq"]
 
 
 def output_site(site_in: Site) -> Site:
-    """What an SAE that encodes `site_in` reconstructs: the MLP's output for what the MLP reads (a transcoder), else the
-    site itself."""
+    """What an SAE of `site_in` reconstructs: the MLP's output for what the MLP reads (a transcoder), else the site."""
     return Site("mlp_out", site_in.layer) if site_in.name in ("mlp_in", "mlp_normalized") else site_in
 
 
@@ -38,8 +37,7 @@ def rows_that_count(
 
     Of prompts, stacked or not, these are the prompts' tokens and `real`; of other rows, `mask` defaults to
     `token_mask`. Raises `ValueError` on a token id that the model does not have, on rows longer than its context, if
-    the mask has another shape than the tokens, or if nothing counts (with `pairs`: no two neighbours, which a loss
-    needs).
+    the mask has another shape than the tokens, or if nothing counts (with `pairs`: no two neighbours, for a loss).
     """
     if hasattr(tokens, "tokens") and hasattr(tokens, "real"):
         tokens, mask = tokens.tokens, tokens.real if mask is None else mask

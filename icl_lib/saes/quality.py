@@ -118,8 +118,7 @@ def ce_recovered(
     model: Transformer, sae: SAE, tokens: Rows, mask: Mask | None = None, ablation: str = "zero", *,
     batch_size: int = 32,
 ) -> float:  # fmt: skip
-    r"""$(CE_{abl} - CE_{sae}) / (CE_{abl} - CE_{clean})$: 1 if splicing the SAE in costs nothing, 0 if as much as the
-    ablation.
+    r"""$(CE_{abl} - CE_{sae}) / (CE_{abl} - CE_{clean})$: 1 if splicing the SAE in is free, 0 if it is an ablation.
 
     `ablation` puts 0 or the mean over these tokens at the SAE's target. BOS and padding stay clean throughout. Raises
     `ValueError` on another ablation, or if the SAE does not fit the model.

@@ -52,8 +52,7 @@ class SAE(eqx.Module):
     Sources: Rajamanoharan et al. (2024), "Improving Dictionary Learning with Gated Sparse Autoencoders", Eqs. (6) to
     (8); the same authors (2024), "Jumping Ahead", Eq. (3); Gao et al. (2024), "Scaling and evaluating sparse
     autoencoders", Sec. 2.3; Bussmann et al. (2024), "BatchTopK Sparse Autoencoders"; Dunefsky et al. (2024) and Paulo
-    et al. (2025), "Transcoders Beat Sparse Autoencoders for Interpretability", for transcoders without and with a skip
-    matrix.
+    et al. (2025), "Transcoders Beat Sparse Autoencoders for Interpretability", for transcoders without and with skip.
     """
 
     W_enc: Float[Array, "d_in d_sae"]
@@ -166,8 +165,7 @@ class SAE(eqx.Module):
         e^{r})$: the gate $h > -b_{enc}$ becomes a threshold on the magnitude's pre-activation. Exact but for rounding.
         A batchtopk SAE has its threshold.
 
-        Raises `ValueError` for a topk SAE: which latents are on depends on the others, so no threshold per latent does
-        the same.
+        Raises `ValueError` for a topk SAE: whether a latent is on depends on the others, which no threshold does.
         """
         if self.architecture == "topk":
             why = f"its latents compete for {self.k} places, and cleaning, ablation and links need independent ones"

@@ -38,8 +38,7 @@ def _count(model, saes: tuple[SAE, ...], tokens: Array, mask: Array, fired: list
 
 
 def rate_histogram(rates: np.ndarray, n_bins: int = 50, lowest: float = 1e-6) -> tuple[np.ndarray, np.ndarray, int]:
-    """Latents by the decade of their firing rate: counts (n_bins,), edges (n_bins + 1,) in log10, and the number that
-    never fire.
+    """Latents by decades of firing rate: counts (n_bins,), edges (n_bins + 1,) in log10, and how many never fire.
 
     The first bin also takes those that are rarer than `lowest`; NaN, the rate of nothing, is in none. The usual picture
     (Bricken et al., 2023): a healthy dictionary has one hump, and what lies far below it is "ultralow density".
@@ -76,11 +75,8 @@ def decoder_cosine(W_dec: Float[Array, "d_sae d_out"]) -> Float[Array, " d_sae"]
 
 
 def undominated(*costs: np.ndarray) -> np.ndarray:
-    """Which of n candidates no other beats: (n,) booleans. Each of `costs` is (n,), the lower the better, e.g. L0 and
-    FVU.
-
-    One candidate beats another that is at least as dear in every cost and dearer in one. NaN never lies on the front.
-    """
+    """Which of n candidates no other beats: (n,) booleans. Each of `costs` (L0, FVU) is (n,), lower is better. One
+    candidate beats another that is at least as dear in every cost and dearer in one. NaN never lies on the front."""
     points = np.stack([np.asarray(c, np.float64) for c in costs], axis=1)
     no_worse = (points[:, None] <= points[None]).all(axis=2)
     better = (points[:, None] < points[None]).any(axis=2)

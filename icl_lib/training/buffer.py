@@ -60,8 +60,7 @@ class ActivationBuffer:
         self.rows: dict[Site, Array] = {site: self._zeros(shape(site), dtype) for site in self.sites}
 
     def fill(self, say: Callable[[str], None] | None = None) -> None:
-        """All passes of a new buffer; `say` is told how far it is where that takes long. Raises `CorpusError` if the
-        text is too short."""
+        """All passes of a new buffer; `say` is told how far it is. Raises `CorpusError` if the text is too short."""
         for _ in self._told(range(self._passes), say):
             self.refill(step=0)
 
@@ -161,8 +160,7 @@ def _refill(inputs, rows: dict[Site, Array], bad: Array):
 
 
 def _written(rows: Array, new: Array, at: Array) -> Array:
-    """`rows` with `new` from row `at` on, where rows are divided. To write a slice, each device would have to hold all
-    of them for a moment."""
+    """`rows` with `new` from row `at` on, where rows are divided: to write a slice each device would hold all."""
     i = jnp.arange(len(rows), dtype=jnp.int32) - at
     return jnp.where(((i >= 0) & (i < len(new)))[:, None], new[jnp.clip(i, 0, len(new) - 1)], rows)
 

@@ -118,8 +118,7 @@ def least(f: Float[Array, "tokens d_sae"], k: Float[Array, ""], k_max: int, whol
 
 
 class Pairs(NamedTuple):
-    """Features that may be non-zero: their values, at least 0, their tokens and their latents. The order means
-    nothing."""
+    """Features that may be non-zero, in any order: their values, at least 0, their tokens and their latents."""
 
     value: Float[Array, " n"]
     token: Int[Array, " n"]
@@ -127,8 +126,7 @@ class Pairs(NamedTuple):
 
 
 def largest(f: Float[Array, "tokens d_sae"], k: Float[Array, ""], k_max: int, whole: bool) -> Pairs:
-    """The k largest of each token, or the (tokens x k) largest of the `whole` batch. There is room for `k_max`, the
-    others have value 0."""
+    """The k largest of each token, or (tokens x k) of the `whole` batch, in room for `k_max`; the others are 0."""
     n_tokens, d_sae = f.shape
     if whole:
         value, place = top_of_all(f, min(n_tokens * k_max, f.size))
@@ -180,8 +178,7 @@ def add_rows(
     shape: tuple[int, int], to: Int[Array, " n"], scale: Float[Array, " n"], origin: Int[Array, " n"],
     rows: Float[Array, "m d"],
 ) -> Float[Array, "r d"]:  # fmt: skip
-    """Zeros of `shape`, to whose row `to[p]` is added `scale[p] * rows[origin[p]]` for every p. It is done in place, in
-    half the time of a scatter."""
+    """Zeros of `shape` plus `scale[p] * rows[origin[p]]` at row `to[p]` for every p; twice as fast as a scatter."""
 
     def add(p, total):
         row = jax.lax.dynamic_slice(rows, (origin[p], 0), (1, rows.shape[1])).astype(jnp.float32)

@@ -84,8 +84,7 @@ class Reporter:
 
 
 class Curves:
-    """L0, FVU and dead fraction of every member at about 200 steps of a run. Part of the checkpoint, so that none is
-    lost or doubled."""
+    """L0, FVU and dead fraction of every member at about 200 steps of a run. Checkpoints have them: none is lost."""
 
     def __init__(self, members: Sequence[Member], n_steps: int):
         self.members, self._every = members, max(1, n_steps // 200)

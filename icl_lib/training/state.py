@@ -66,8 +66,7 @@ def everywhere(arrays: PyTree, plan: Plan) -> PyTree:
 
 
 def stop_if_silent(state: State, plan: Plan) -> None:
-    """Raises `TrainingError` naming the first SAE whose inputs or targets are all zero. They have no scale to be
-    brought to."""
+    """Raises `TrainingError` naming the first SAE whose inputs or targets are all zero, which no scale changes."""
     for stack, group in zip(state.stacks, plan.groups, strict=True):
         for i, *norms in zip(group, *map(np.asarray, everywhere((stack.norm_in, stack.norm_out), plan)), strict=True):
             if 0 in norms:

@@ -35,11 +35,8 @@ Buffer = Mapping[Site, Array]
 
 
 def init_state(plan: Plan, buffer: Buffer, *, key: PRNGKeyArray) -> State:
-    """Start of training, from a sample of the buffer; made in place on its shards if there is a mesh.
-
-    Raises `TrainingError` if the buffer lacks a site or is empty, its sites differ in their number of tokens, or one is
-    zero throughout.
-    """
+    """Start of training, from a sample of the buffer; made in place on its shards if there is a mesh. Raises
+    `TrainingError` if the buffer lacks a site or is empty, sites differ in their tokens, or one is all zero."""
     _check_buffer(plan, buffer)
     state = _init(plan, buffer, key)
     if not isinstance(state.step, jax.core.Tracer):  # whose values are not known yet
@@ -172,8 +169,7 @@ def _scale(x, norm):
 
 @functools.partial(jax.jit, static_argnames=("plan", "groups"), donate_argnames="stacks")
 def _run(stacks, start: Array, key: Array, buffer: Buffer, n: Array, plan: Plan, groups: tuple[int, ...]):
-    """`n` steps of some of the groups. What comes back is the step afterwards, their stacks, and their `Means` one
-    group after the other."""
+    """`n` steps of some of the groups: the step afterwards, their stacks, and their `Means` group after group."""
     n_tokens = buffer[plan.sites[0]].shape[0]
     members = [plan.groups[g] for g in groups]
     zeros = tuple(jnp.zeros(len(g)) for g in members)

@@ -112,10 +112,7 @@ def target_nll(logits, position, targets, mask) -> Array:
 
 def nll_of_one(model: Transformer, cut: Cut, vector: Array, layer: Array | None = None) -> Array:
     """(b,) NLL of one task with one `vector` (d_model,) added at the cut token; not compiled, for use inside a loop.
-
-    `layer` may be a traced number >= cut.layer: the vector then enters at that layer's input, so that one program
-    serves all layers.
-    """
+    `layer` may be a traced number >= cut.layer, whose input the vector enters: one program serves all layers."""
     add = lambda x, by: x.at[:, 0].add(by.astype(x.dtype))
     resid, tap = cut.resid, None
     if layer is None:

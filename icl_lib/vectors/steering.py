@@ -29,8 +29,7 @@ def steer(
     model: Transformer, tokens: Int[Array, "batch seq"], site: Site, vector: Float[Array, " d_model"],
     mask: Bool[Array, "batch seq"],
 ) -> Float[Array, "batch seq d_vocab"]:  # fmt: skip
-    """Logits with `vector` added to the activation at `site` wherever `mask` is True. Raises `ValueError` on a layer
-    that the model does not have."""
+    """Logits with `vector` added at `site` wherever `mask` is True. Raises `ValueError` on a layer out of range."""
     if site.layer is not None:
         model.config.check_layer(site.layer)
     return _steer(model, jnp.asarray(tokens), site, vector, jnp.asarray(mask))

@@ -23,8 +23,7 @@ def family_of(name: Any, source: str = "ModelConfig.family") -> Family:
 def from_hf(raw: Mapping[str, Any], source: str = "config.json", pad_id: int | None = None) -> ModelConfig:
     """Read a Hugging Face config by its old and its new names; `pad_id` pads where the config names no token for it.
 
-    Raises `ValueError` on an unknown family, a key that is missing, no number or not what we compute with, and on two
-    keys for one thing that disagree.
+    Raises `ValueError` on an unknown family, a key that is missing or not what we compute with, and two that disagree.
     """
     return family_of(raw.get("model_type"), source).from_hf(raw, source, pad_id)
 

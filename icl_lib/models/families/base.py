@@ -82,8 +82,7 @@ class Keys:
         return ACTIVATIONS[self[key]]
 
     def windows(self, size: int | None, slides: list[bool]) -> tuple[int | None, ...] | None:
-        """Keys that each layer sees, `size` where it slides; `layer_types`, where the config has it, says which layers
-        do.
+        """Keys that each layer sees, `size` where it slides; `layer_types`, where it is there, says which layers do.
 
         Raises `ValueError` where it has not one entry a layer, names another kind, or lets layers slide without a size.
         """

@@ -1,5 +1,4 @@
-"""What the readers and writers of SAE files share: checked JSON and tensors, files that appear whole, folding of
-normalisations.
+"""What readers and writers of SAE files share: checked JSON and tensors, files that appear whole, normalisations.
 
 A reader turns a file into `Weights`, numpy arrays of float32 by our names, and changes these until they take plain
 activations: each `fold_*` here is one step of that, exact but for rounding.
@@ -150,9 +149,7 @@ def check_finite(weights: Mapping[str, Any], where: str) -> None:
 
 def save(weights: Path, tensors: Mapping[str, Any], config: Path, cfg: Mapping[str, Any], dtype: str = "float32"):
     """Write tensors, matrices in `dtype` and all else in float32, and then the settings; the folder of the latter.
-
-    Raises `ValueError` if a number is not finite in that form.
-    """
+    Raises `ValueError` if a number is not finite in that form."""
     tensors = {name: jnp.asarray(value, dtype if np.ndim(value) == 2 else "float32") for name, value in tensors.items()}
     check_finite(tensors, f"{config.parent} (as {dtype})")
     replace_file(weights, lambda partial: save_file(tensors, partial))

@@ -42,15 +42,13 @@ def load_sae(
     variant: str | None = None,
     site: Site | tuple[Site, Site] | None = None,
 ) -> SAE:
-    """The SAE or transcoder in a folder, or in `owner/repository/path` on the hub at `revision`; its weights become
-    float32.
+    """The SAE or transcoder in a folder, or in `owner/repository/path` on the hub at `revision`, in float32.
 
     Formats, told by the files: SAELens (version 6, and flat before it), Gemma Scope (`canonical` may end the name),
     dictionary_learning, sparsify, saex, Llama Scope, per-layer transcoders (name the file `layer_3.safetensors`). A `*`
     in the last part stands for what is not known, such as a coefficient; the first match in sorted order is taken. What
     the original does to its input and output is folded into the weights, so that the SAE takes plain activations of its
-    site; what differs from token to token (layer_norm, constant_norm_rescale of SAELens) is in no fixed weights and is
-    refused.
+    site; what differs from token to token (SAELens' layer_norm, constant_norm_rescale) is refused: no weights do it.
 
     `site` says where the SAE sits, for files that do not, or in place of what they say; (input, output) for a
     transcoder. `variant="paper"` reads saex in the form of the ICL-SFC experiments instead of the trained one;

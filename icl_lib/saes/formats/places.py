@@ -1,5 +1,4 @@
-"""Where the SAE of a file sits: the names that other libraries give to places, and in which families these are our
-sites.
+"""Where the SAE of a file sits: the names other libraries give to places, and the families in which these are sites.
 
 A *hook* is TransformerLens' name of a tensor. Those that we read are the same tensors in every family of ours:
 `hook_attn_out` and `hook_mlp_out` lie behind the second norms of Gemma 2, `ln2.hook_normalized` before the norm's gain,

@@ -2,8 +2,7 @@
 
 `write` adds our sites and metadata to `cfg.json`, which sparsify skips over: a folder of any name is then read back.
 
-Source: eai-sparsify 1.3.3, with which tests/golden compares. (sae-lens transposes the decoder of these files by
-mistake.)
+Source: eai-sparsify 1.3.3, with which tests/golden compares. (sae-lens transposes the decoder of these by mistake.)
 """
 
 from pathlib import Path
@@ -37,12 +36,8 @@ def read(folder: Path, site: Sites | None = None, variant: str | None = None) ->
 
 
 def write(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
-    """Write a topk SAE or transcoder as sparsify does, matrices in `dtype`. It expects a folder named `layers.3` or
-    `layers.3.mlp`.
-
-    Raises `ValueError` on another architecture, on a transcoder between widths, or if a weight is not finite in
-    `dtype`.
-    """
+    """Write a topk SAE or transcoder as sparsify does, matrices in `dtype`, by its custom into `layers.3` or
+    `layers.3.mlp`. Raises `ValueError` on another form, on a transcoder between widths, or if a weight overflows."""
     if sae.architecture != "topk" or sae.d_in != sae.d_out:
         has = f"a {sae.architecture} one, {sae.d_in} to {sae.d_out}"
         raise ValueError(f"sparsify's files are for topk SAEs of one width, got {has}")

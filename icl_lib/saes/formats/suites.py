@@ -36,8 +36,7 @@ def load_suite(
     "google/gemma-scope-2b-pt-res/layer_{layer}/width_16k/canonical"; or a list of these. `layers` are the numbers to
     put there (default: all of the model; of `{layer:0-16}` those from 0 to 16, where there is no SAE for the others)
     and in a folder the layers of the sites to keep. `sites` are the names of the sites to keep, such as ["resid_pre"];
-    others are read and dropped one by one. With a mesh (that of the model: `mesh_of`) each device holds its part of the
-    latents.
+    others are read and dropped one by one. With a mesh (`mesh_of` the model) each device holds a part of the latents.
 
     With `config`, layers and widths are held to that model, and an SAE of the residual behind a block is keyed by the
     same tensor's other name, "resid_pre" of the next block, if there is one. Raises `FileNotFoundError` if there is no

@@ -157,8 +157,7 @@ def times_on(f: Float[Array, "tokens d_sae"]) -> Float[Array, " d_sae"]:
 
 
 def draw_dead(dead: Array, n: int, *, key: PRNGKeyArray) -> tuple[Array, Array]:
-    """`n` latents, the dead among them first, and which of them are dead. The order is random, so that stubborn ones do
-    not keep others waiting."""
+    """`n` latents, the dead first, in random order so that stubborn ones keep none waiting, and which are dead."""
     rank, latents = jax.lax.top_k(jnp.where(dead, jax.random.uniform(key, dead.shape), -1.0), n)
     return latents, rank >= 0
 

@@ -39,8 +39,7 @@ GHOST_BATCH, GHOST_LATENTS = 4, 8
 
 
 class IclSfc(base.Objective):
-    """The gated SAEs of Kharlapenko et al. It keeps `matmul`: by `product` the committed suite would not come out bit
-    for bit."""
+    """The gated SAEs of Kharlapenko et al., by `matmul`: by `product` the committed suite would have other bits."""
 
     name = "icl-sfc"
     # Kharlapenko et al. (2025), App. B (learning rate, betas), and their trainer; what is left out is above
@@ -55,8 +54,7 @@ class IclSfc(base.Objective):
 
         With `centred_start` no latent is born dead: encoder columns have norm 1 too, $b_{dec}$ is the mean target, and
         gate and magnitude biases are $-\bar x W_{enc}$, so that every latent fires on about half of the tokens at
-        first. A transcoder whose input and output widths differ gets an independent orthogonal decoder. Matrices are in
-        `recipe.dtype`.
+        first. A transcoder between widths gets an independent orthogonal decoder. Matrices are in `recipe.dtype`.
         """
         d_in, d_out, dtype = x.shape[1], y.shape[1], jnp.dtype(recipe.dtype)
         enc_key, dec_key = jax.random.split(key)

@@ -31,8 +31,7 @@ def auxiliary(
 
 
 def top_loss(weights: base.Weights, batch: base.Batch, whole: bool) -> tuple[Float[Array, ""], base.Stats, Array]:
-    """FVU by the k largest features of each token, or the (tokens x k) largest of the `whole` batch. With it come the
-    statistics and the features kept."""
+    """FVU by the k largest features of each token or (tokens x k) of the `whole` batch, statistics, features kept."""
     target, k, x = base.missing(weights, batch), batch.sparsity, batch.x
     if batch.sparse:
         fixed = jax.lax.stop_gradient(weights)
