@@ -85,9 +85,10 @@ class Checkpoints:
         except Exception as err:  # orbax and tensorstore raise many kinds
             earlier = [other for other in self._manager.all_steps() if other < step]
             start = f"from step {max(earlier)}" if earlier else "from the beginning, for there is none before it"
-            todo = f"delete the folder {self.folder / f'{step:09d}'} and start again: the job goes on {start}"
+            todo = f"delete the folder {self.folder / f'{step:09d}'} and start again with the same settings"
             what = f"could not read step {step} of {self.folder}: {_brief(err)}"
-            raise CheckpointError(f"{what}. If it stays so, the checkpoint is damaged: {todo}") from err
+            damaged = f"If it stays so, the checkpoint is damaged: {todo}: the job goes on {start}"
+            raise CheckpointError(f"{what}. {damaged}") from err
 
     def _try(self, what: str, action):
         try:
@@ -97,7 +98,7 @@ class Checkpoints:
         except Exception as err:  # orbax and tensorstore raise many kinds
             kept = sorted(int(p.name) for p in self.folder.glob("[0-9]*") if p.name.isdigit())
             there = f"Whole checkpoints there: {', '.join(map(str, kept)) or 'none'}"
-            todo = "Is the disk full? Make room and start again: the job goes on from the last of them"
+            todo = "Is the disk full? Make room and start again with the same settings: the job goes on from the last"
             raise CheckpointError(f"could not {what} {self.folder}: {_brief(err)}. {there}. {todo}") from err
 
 
