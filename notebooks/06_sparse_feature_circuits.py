@@ -588,7 +588,7 @@ def draw_circuit(number: int, task: int) -> circuits.Circuit:
     figures.show(
         number,
         f"The strongest nodes of `{names[task]}` and the edges between them. Layers run upwards, roles from left to right. A box is a latent, its colour the "
-        "effect on the logit (orange helps); the width of an edge is the size of its effect, and orange edges help.",
+        "effect on the logit (purple helps); the width of an edge is the size of its effect, and purple edges help.",
     )
     figures.style_table(named_nodes(circuit, task), caption=f"The strongest nodes of {names[task]}")
     return circuit

@@ -103,7 +103,7 @@ def test_turns_that_bound_memory_change_nothing(model, getkey, monkeypatch):
     frozen = cut(model, long_answers(5, 1), 1)
     vectors = jax.random.normal(getkey(), (7, 16))
     at_once = inserted_nll(model, frozen, vectors)
-    monkeypatch.setattr("icl_lib.vectors.insert.at_once", lambda *args: (1, 3))
+    monkeypatch.setattr("icl_lib.vectors.insert.turn", lambda *args: (1, 3))
     assert np.allclose(inserted_nll(model, frozen, vectors), at_once, atol=1e-5)
 
 

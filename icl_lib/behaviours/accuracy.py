@@ -26,29 +26,19 @@ def _guesses(model, tokens):
 
 
 def _same_start(tokenizer, guesses: np.ndarray, targets: np.ndarray, n: int = 3) -> np.ndarray:
-    """Whether two tokens are equal in their first `n` characters, blanks before them left out.
-
-    A token that is no text of its own, a blank or a part of a character, is equal to itself only.
-    """
+    """Whether two tokens are equal in their first `n` characters, blanks before them left out. A token that is no text
+    of its own, a blank or a part of a character, is equal to itself only."""
     ids = np.unique([guesses, targets])
-    starts = {
-        int(i): text.strip()[:n] for i, text in zip(ids, tokenizer.batch_decode([[int(i)] for i in ids]), strict=True)
-    }
+    texts = tokenizer.batch_decode([[int(i)] for i in ids])
+    starts = {int(i): text.strip()[:n] for i, text in zip(ids, texts, strict=True)}
     alike = lambda a, b: a == b or (starts[a] == starts[b] != "" and "\ufffd" not in starts[a])
     return np.array([alike(int(a), int(b)) for a, b in zip(guesses, targets, strict=True)], bool)
 
 
 def accuracy_table(
-    model,
-    tokenizer,
-    tasks: Mapping[str, Task],
-    *,
-    n_pairs: Sequence[int] = (12, 24),
-    n_prompts: int = 16,
-    seed: int = 0,
-    pool: str | None = None,
-    template: Template = PAPER_TEMPLATE,
-) -> pd.DataFrame:
+    model, tokenizer, tasks: Mapping[str, Task], *, n_pairs: Sequence[int] = (12, 24), n_prompts: int = 16,
+    seed: int = 0, pool: str | None = None, template: Template = PAPER_TEMPLATE,
+) -> pd.DataFrame:  # fmt: skip
     """Accuracy by task: columns `task`, `group`, `pairs` and one `acc@k` for each k of `n_pairs`.
 
     acc@k is the share of arrows, over all k arrows of prompts of k pairs, the first included, after which the most
@@ -57,26 +47,18 @@ def accuracy_table(
 
     Source: ICL-SFC, the measure of its published experiments.
     """
-    table = {
-        "task": list(tasks),
-        "group": [t.group for t in tasks.values()],
-        "pairs": [len(t.pairs) for t in tasks.values()],
-    }
-    for k in n_pairs:
-        table[f"acc@{k}"] = [
-            _accuracy(model, tokenizer, task, k, n_prompts, seed, pool, template) for task in tasks.values()
-        ]
-    return pd.DataFrame(table)
+    options = {"n_prompts": n_prompts, "seed": seed, "pool": pool, "template": template}
+    accuracy = lambda task, k: _accuracy(model, tokenizer, task, k, options)
+    table = {"task": list(tasks), "group": [t.group for t in tasks.values()]}
+    table |= {"pairs": [len(t.pairs) for t in tasks.values()]}
+    return pd.DataFrame(table | {f"acc@{k}": [accuracy(task, k) for task in tasks.values()] for k in n_pairs})
 
 
-def _accuracy(
-    model, tokenizer, task: Task, k: int, n_prompts: int, seed: int, pool: str | None, template: Template
-) -> float:
-    inputs = {x for x, _ in (task.pairs if pool is None else task.pool(pool))}
-    if len(inputs) < k:
+def _accuracy(model, tokenizer, task: Task, k: int, options: Mapping) -> float:
+    pool, n_prompts, config = options["pool"], options["n_prompts"], model.config
+    if len({x for x, _ in (task.pairs if pool is None else task.pool(pool))}) < k:
         return float("nan")
-    options = {"n_prompts": n_prompts, "n_shots": k - 1, "seed": seed, "pool": pool, "template": template}
-    prompts, config = make_prompts(task, tokenizer, n_ctx=model.config.n_ctx, **options), model.config
+    prompts = make_prompts(task, tokenizer, n_shots=k - 1, n_ctx=config.n_ctx, **options)
     seq = prompts.tokens.shape[1]
     wide = min(-(-seq // 64) * 64, config.n_ctx)  # a few widths in all, so that not every task compiles its own program
     rows = fitting(logits_bytes(config, wide))

@@ -39,9 +39,7 @@ def _there(name: str) -> str:
 
 
 def _there_or_made_later(name: str) -> str:
-    """SAEs below runs/ are made by the run itself, and a pattern names many files: both are looked for when they are
-    loaded.
-    """
+    """SAEs below runs/ are made by the run itself, and a pattern names many: both are looked for when loaded."""
     return name if name.startswith("runs/") or "{" in name else _there(name)
 
 
@@ -61,9 +59,7 @@ Amount = Annotated[float, Field(ge=0)]
 Length = Annotated[float, Field(ge=-1)]  # of a direction; -1 lets the run choose
 Different = AfterValidator(_different)
 Some = Field(min_length=1)
-OneOrMore = BeforeValidator(
-    lambda value: [value] if isinstance(value, str) else value
-)  # a text stands for a list of one
+OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)  # a text: a list of one
 
 
 class Card(pydantic.BaseModel):
@@ -155,17 +151,13 @@ def notebook_files(folder: Path | None = None) -> list[Path]:
 
 def parameters(notebook: Path) -> dict[str, dict[str, str]]:
     """What a notebook's parameters cell declares, as papermill reads it: name -> type, default and meaning as text.
-
-    Raises `CardError` for a file that is not a notebook.
-    """
+    Raises `CardError` for a file that is not a notebook."""
     import papermill  # slow to import, and only needed here
 
     try:
         return dict(papermill.inspect_notebook(str(notebook)))
     except Exception as err:  # of JSON, of nbformat, or papermill's own: they have no common class
-        raise CardError(
-            f"{notebook} is not a readable notebook ({err}); make it again: jupytext --update --to ipynb its .py"
-        ) from err
+        raise CardError(f"{notebook} is not a readable notebook ({err}): make it anew: jupytext --to ipynb") from err
 
 
 def for_notebook(card: Mapping[str, Any], notebook: Path) -> dict[str, Any]:
@@ -178,8 +170,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        twice = sorted({str(k) for k in keys if keys.count(k) > 1})
-        if twice:
+        if twice := sorted({str(k) for k in keys if keys.count(k) > 1}):
             raise CardError(f"{', '.join(twice)} is set more than once; keep one line")
         return super().construct_mapping(node, deep)
 
@@ -207,9 +198,7 @@ def check_card(path: str | Path) -> Card:
 
 
 def check_values(values: Mapping[str, Any], source: str) -> Card:
-    """The card with these values; `source` is its file. Raises `CardError` with unknown keys, wrong types, impossible
-    values.
-    """
+    """The card with these values of the file `source`. Raises `CardError` with all unknown keys and wrong values."""
     problems = {}
     if "run_dir" not in values:  # without it a card would write over the results of another one
         where = f"runs/{Path(source).stem}"

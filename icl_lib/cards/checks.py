@@ -1,5 +1,4 @@
-"""What of a card can be held to its model and its tasks before anything is loaded: layers, prompts, the source of the
-tasks.
+"""What of a card can be held to its model and tasks before anything is loaded: layers, prompts, source of the tasks.
 
 No network is asked. The sizes of the cards' models are part of the package, those of a folder are read from its
 `config.json`; of any other hub id nothing is known before the download, and its layers are checked when it is loaded.
@@ -30,9 +29,7 @@ def defaults_of(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_of(model: str) -> ModelConfig | None:
-    """The config of a known model or of a local folder; None for any other hub id. Raises `CardError` if the folder
-    has no usable one.
-    """
+    """The config of a known model or folder; None for any other hub id. Raises `CardError` on a folder without one."""
     folder = located(model, "model")
     if not folder.is_dir():
         return known_config(model)
@@ -50,19 +47,15 @@ def full_card(path: str | Path) -> dict[str, Any]:
 
 
 def check_against_model(card: Mapping[str, Any], source: str) -> None:
-    """Raises `CardError` listing what the model or the tasks of a checked card cannot serve; `source` is the card's
-    file.
-    """
+    """Raises `CardError` listing what model or tasks of a checked card cannot serve; `source` is the card's file."""
     card = defaults_of(card)
     config = config_of(card["model"])
-    problems = (
-        _tasks(card["tasks"]) + _saes(card) + ([] if config is None else _layers(card, config) + _prompts(card, config))
-    )
-    if card["layer_detector"] >= card["layer_executor"]:
-        problems.append(
-            f"`layer_detector` ({card['layer_detector']}) must be below `layer_executor` ({card['layer_executor']}): "
-            "detectors act on later layers"
-        )
+    problems = _tasks(card["tasks"]) + _saes(card)
+    problems += [] if config is None else _layers(card, config) + _prompts(card, config)
+    detector, executor = card["layer_detector"], card["layer_executor"]
+    if detector >= executor:
+        wanted = f"`layer_detector` ({detector}) must be below `layer_executor` ({executor})"
+        problems.append(f"{wanted}: detectors act on later layers")
     if problems:
         raise CardError(f"{source}:\n" + "\n".join(f"  - {p}" for p in problems))
 

@@ -9,8 +9,7 @@ from icl_lib.runs import Ledger, Store, devices
 
 
 def open_run(notebook: str, namespace: Mapping[str, Any]) -> tuple[Store, Ledger]:
-    """The store and the ledger of a notebook's run, by the parameters of its cell; figures get their style, JAX its
-    cache.
+    """Store and ledger of a notebook's run, by the parameters of its cell; figures get their style, JAX its cache.
 
     `notebook` is its file name without ending, `namespace` its `globals()`, of which the keys of a card are taken: so
     a value that was changed by hand in the cell is held to the card's rules, and goes into the provenance of what is

@@ -38,13 +38,13 @@ class SuiteCard(pydantic.BaseModel):
     shard: str = "latent"  # over several devices: "latent" divides each SAE, "sae" gives each device some
     devices_per_model: pydantic.PositiveInt = 1  # that one copy of the model is divided among, where one cannot hold it
 
-    # as in `JobSettings`
-    contexts: int = JobSettings.contexts  # in a pass of the language model
-    passes: int = JobSettings.passes  # that the activation buffer holds
+    # these, too, mean what they do in `JobSettings`
+    contexts: int = JobSettings.contexts
+    passes: int = JobSettings.passes
     steps_per_pass: int = JobSettings.steps_per_pass
-    held_out: int = 64  # first contexts of the text, kept for the table of quality at the end; 0: none
-    save_every: int = JobSettings.save_every  # steps
-    keep: int = JobSettings.keep  # checkpoints
+    held_out: int = 64
+    save_every: int = JobSettings.save_every
+    keep: int = JobSettings.keep
 
 
 def read_suite_card(path: str | Path) -> SuiteCard:

@@ -18,8 +18,6 @@ def map_tasks(function, *trees, lead: tuple[int, ...], batch_size: int | None = 
 def check_stacked(batch, what: str) -> int:
     """The number of tasks of a stacked batch. Raises `ValueError` if its tokens have no axis of tasks."""
     if batch.tokens.ndim != 3:
-        raise ValueError(
-            f"{what} takes stacked prompts (task, batch, seq), got tokens of shape {batch.tokens.shape}: use "
-            "stack_prompts"
-        )
+        shape = batch.tokens.shape
+        raise ValueError(f"{what} takes stacked prompts (task, batch, seq), got tokens {shape}: use stack_prompts")
     return batch.tokens.shape[0]

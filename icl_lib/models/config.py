@@ -21,10 +21,8 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What a decoder-only transformer is made of; hashable, so that it can be static under `jit`.
-
-    The defaults are Gemma's. Raises `ValueError` where the sizes do not go together.
-    """
+    """What a decoder-only transformer is made of; hashable, so that it can be static under `jit`. The defaults are
+    Gemma's. Raises `ValueError` where the sizes do not go together."""
 
     family: str  # whose tensor names and config keys a folder of this model has: "gemma", "llama", ...
     d_model: int  # width of the residual
@@ -61,10 +59,8 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} and {self.n_kv_heads}: each key-value "
-                "head serves an equal group of query heads"
-            )
+            got = f"{self.n_heads} and {self.n_kv_heads}: each key-value head serves equally many query heads"
+            raise ValueError(f"n_heads must be a multiple of n_kv_heads, got {got}")
         if self.d_head % 2:
             raise ValueError(f"d_head must be even for rotary embeddings, got {self.d_head}")
         if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.d_head):
@@ -82,14 +78,12 @@ class ModelConfig:
         return None if self.windows is None else self.windows[layer]
 
     def width(self, site: str) -> int:
-        """Length of the last axis at the sites that an SAE can be trained on: "resid_pre", "z", "mlp_out", ...
-
-        Raises `ValueError` on other sites.
-        """
+        """Length of the last axis at a site that an SAE can be trained on. Raises `ValueError` on other sites."""
         if site == "z":
             return self.n_heads * self.d_head
-        widths = ("embed", *(f"resid_{place}" for place in ("pre", "mid", "post")), "attn_in", "attn_out", "mlp_in")
-        widths += ("mlp_normalized", "mlp_out", "final_norm")
+        widths = (
+            "embed resid_pre resid_mid resid_post attn_in attn_out mlp_in mlp_normalized mlp_out final_norm".split()
+        )
         if site in widths:
             return self.d_model
         raise ValueError(f"site {site!r} has no width of its own; those with one are {', '.join(widths)} and z")
@@ -97,16 +91,13 @@ class ModelConfig:
     def check_layer(self, layer: int, what: str = "layer") -> int:
         """`layer` itself. Raises `ValueError` where the model has no such block."""
         if not 0 <= layer < self.n_layers:
-            raise ValueError(
-                f"{what} must be in 0..{self.n_layers - 1} for this model of {self.n_layers} layers, got {layer}"
-            )
+            most = self.n_layers - 1
+            raise ValueError(f"{what} must be in 0..{most} for this model of {self.n_layers} layers, got {layer}")
         return layer
 
     def check_length(self, n: int, what: str = "a sequence") -> int:
         """`n` itself. Raises `ValueError` where it is more tokens than the context that the model was trained on."""
         if n > self.n_ctx:
-            raise ValueError(
-                f"{what} of {n} tokens is longer than the context of this model, {self.n_ctx}: take fewer examples or "
-                "shorter rows"
-            )
+            longer = f"{what} of {n} tokens is longer than the context of this model, {self.n_ctx}"
+            raise ValueError(f"{longer}: take fewer examples or shorter rows")
         return n

@@ -1,5 +1,4 @@
-r"""What a pass of a model costs in bytes and FLOPs: the one home of these formulas, for the library's own turns and for
-preflight.
+r"""What a pass of a model costs in bytes and FLOPs: the home of these formulas, for the library's turns and preflight.
 
 With b rows, s tokens, V words, D width, F MLP width, H heads and e bytes a number; what tensor parallelism divides is
 divided by the m devices of the model's axis:
@@ -22,7 +21,7 @@ from typing import Any
 import jax
 
 from icl_lib.models.config import ModelConfig
-from icl_lib.models.sites import Site, record
+from icl_lib.models.sites import Site, activations_at
 from icl_lib.models.tensors import n_params
 
 # Work arrays of one compiled step stay below this many bytes; more lanes are done in turns.
@@ -120,8 +119,7 @@ def past_bytes(config: ModelConfig, tokens: int, part: Part = Part()) -> float |
 
 
 def lane_bytes(config: ModelConfig, batch: int, seq: int) -> int:
-    """Bytes of one vector's pass over the last `seq` tokens of `batch` prompts, from the size of logits and MLP
-    activations."""
+    """Bytes of one vector's pass over the last `seq` tokens of `batch` prompts, by logits and MLP activations."""
     return 4 * batch * seq * (3 * config.d_vocab + 4 * config.d_mlp + 8 * config.d_model)
 
 
@@ -148,25 +146,16 @@ def abstract_array(shape: tuple[int, ...], dtype="int32") -> jax.ShapeDtypeStruc
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _last_residual(model, tokens):
-    """A pass without logits: what is read from the residual stream comes out of such a one."""
-    cache = {}
-    model(tokens, tap=record([Site("resid_post", model.config.n_layers - 1)], cache))
-    return cache
-
-
 def forward_cost(
     config: ModelConfig, batch: int, seq: int, part: Part = Part(), *, layers: int | None = None, logits: bool = True,
     program: Callable | None = None, other_flops: float | int = 0, other_row: float | int = 0, fixed: float | int = 0,
 ) -> Cost:  # fmt: skip
     """A pass of whole prompts through `layers` blocks (all by default), to the logits (as `program` computes them) or
-    without.
-
-    `other_flops` are of each token; `other_row` and `fixed` are as in `Cost`.
-    """
+    without. `other_flops` are of each token; `other_row` and `fixed` are as in `Cost`."""
     flops = batch * seq * token_flops(config, seq, logits, layers)
     row = forward_bytes(config, seq, part) if logits else block_bytes(config, seq, part)
     depth = config.n_layers if layers is None else layers
     if not logits:
-        program = lambda model: (_last_residual, abstract_array((batch, seq)))
+        last = lambda model, tokens: activations_at(model, tokens, [Site("resid_post", model.config.n_layers - 1)])
+        program = lambda model: (last, abstract_array((batch, seq)))
     return Cost(batch, seq, depth, flops, row, program, batch * seq * other_flops, other_row, fixed)

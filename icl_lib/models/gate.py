@@ -47,9 +47,8 @@ def record(model: Transformer, tokenizer, folder: str | Path, prompt: str = PROM
         raise ValueError(f"the tokenizer makes no token of {prompt!r}: give another prompt")
     logits, dtype = _measure(model, ids)
     if not np.isfinite(logits).all():
-        raise FloatingPointError(
-            f"{(~np.isfinite(logits)).sum()} of {len(logits)} logits are not finite: this model cannot be a reference"
-        )
+        bad = f"{(~np.isfinite(logits)).sum()} of {len(logits)} logits are not finite"
+        raise FloatingPointError(f"{bad}: this model cannot be a reference")
     top = np.argsort(-logits, kind="stable")[:N_TOP]
     content = {
         "prompt": prompt, "tokens": ids, "dtype": dtype, "d_vocab": len(logits), "device": jax.devices()[0].device_kind,
@@ -74,31 +73,26 @@ def check(model: Transformer, tokenizer, folder: str | Path) -> float | None:
     kept = _read(path)
     ids = [int(i) for i in tokenizer(kept["prompt"])["input_ids"]]
     if ids != kept["tokens"]:
-        at = next(
-            (i for i, (a, b) in enumerate(zip(ids, kept["tokens"], strict=False)) if a != b),
-            min(len(ids), len(kept["tokens"])),
-        )
-        raise GateError(
-            f"this tokenizer is not the one recorded in {path}: of the prompt {kept['prompt']!r} token {at} is "
-            f"{ids[at : at + 1]}, recorded {kept['tokens'][at : at + 1]} ({len(ids)} tokens, recorded "
-            f"{len(kept['tokens'])}); load tokenizer and model from the same folder"
-        )
+        theirs = kept["tokens"]
+        both = zip(ids, theirs, strict=False)
+        at = next((i for i, (a, b) in enumerate(both) if a != b), min(len(ids), len(theirs)))
+        first = f"token {at} is {ids[at : at + 1]}, recorded {theirs[at : at + 1]}"
+        what = f"of the prompt {kept['prompt']!r} {first} ({len(ids)} tokens, recorded {len(theirs)})"
+        todo = "load tokenizer and model from the same folder"
+        raise GateError(f"this tokenizer is not the one recorded in {path}: {what}; {todo}")
     if model.config.d_vocab != kept["d_vocab"]:
-        raise GateError(
-            f"{path} was recorded with {kept['d_vocab']} logits, this model has {model.config.d_vocab}: it is another"
-        )
+        here = model.config.d_vocab
+        raise GateError(f"{path} was recorded with {kept['d_vocab']} logits, this model has {here}: it is another")
     logits, dtype = _measure(model, ids)
     tolerance = kept["tolerance"] * max(1.0, _share(dtype) / _share(kept["dtype"]))
     differ = np.abs(logits[kept["top_ids"]] - np.asarray(kept["top_logits"], np.float32))
     worst = int(differ.argmax())
     token = kept["top_ids"][worst]
     if not differ[worst] <= tolerance:  # NaN fails too
-        raise GateError(
-            f"these are not the weights recorded in {path}: the logit of token {token} after the prompt "
-            f"{kept['prompt']!r} is {logits[token]:.4f}, recorded {kept['top_logits'][worst]:.4f} on {kept['device']}, "
-            f"more than the tolerance of {tolerance:.3g} apart; check revision and files, or record the gate again if "
-            "the weights are right"
-        )
+        here = f"the logit of token {token} after the prompt {kept['prompt']!r} is {logits[token]:.4f}"
+        there = f"recorded {kept['top_logits'][worst]:.4f} on {kept['device']}, tolerance {tolerance:.3g}"
+        todo = "check revision and files, or record the gate again if the weights are right"
+        raise GateError(f"these are not the weights recorded in {path}: {here}, {there}; {todo}")
     return float(differ[worst])
 
 
@@ -111,7 +105,5 @@ def _read(path: Path) -> dict:
     fields = ("prompt", "tokens", "dtype", "d_vocab", "device", "top_ids", "top_logits", "tolerance")
     missing = [name for name in fields if not isinstance(kept, dict) or name not in kept]
     if missing:
-        raise ValueError(
-            f"{path} lacks {', '.join(missing)}: delete it, or record the gate again with icl_lib.models.gate.record"
-        )
+        raise ValueError(f"{path} lacks {', '.join(missing)}: delete it, or record the gate again (gate.record)")
     return kept

@@ -10,31 +10,23 @@ from icl_lib.models.transformer import Past, Transformer
 
 
 def generate(
-    model: Transformer,
-    tokens: Int[Array, "batch seq"],
-    length: Int[Array, " batch"],
-    n_new: int,
+    model: Transformer, tokens: Int[Array, "batch seq"], length: Int[Array, " batch"], n_new: int,
     stop: tuple[int, ...] | None = None,
-) -> Int[Array, "batch n_new"]:
+) -> Int[Array, "batch n_new"]:  # fmt: skip
     """The `n_new` most probable next tokens, one after the other, of the prompts `tokens[b, :length[b]]`, right padded.
 
     A prompt ends with the first token of `stop` (None: the config's ends of text, if it has any), which is kept, and
     pad ids come after it; the loop ends when every prompt has. Prompts of any length from 1 to `seq` share one program.
 
-    Raises `ValueError` if `n_new` is below 1, a length is not in 1..seq, or the text would be longer than the model's
-    context.
+    Raises `ValueError` if `n_new` is below 1, a length is not in 1..seq, or the text would outgrow the context.
     """
     seq, longest, shortest = tokens.shape[1], int(length.max()), int(length.min())
     if n_new < 1 or shortest < 1 or longest > seq:
-        raise ValueError(
-            f"n_new is at least 1 and lengths are 1 to {seq}, the width of tokens; got {n_new=} and lengths "
-            f"{shortest} to {longest}"
-        )
+        got = f"{n_new=} and lengths {shortest} to {longest}"
+        raise ValueError(f"n_new is at least 1 and lengths are 1 to {seq}, the width of tokens; got {got}")
     if longest + n_new > model.config.n_ctx:
-        raise ValueError(
-            f"{longest} tokens and {n_new} new ones are more than the model's context of "
-            f"{model.config.n_ctx}: lower n_new"
-        )
+        most = f"the model's context of {model.config.n_ctx}"
+        raise ValueError(f"{longest} tokens and {n_new} new ones are more than {most}: lower n_new")
     model.config.check_length(seq, "a table of prompts")
     stop = (model.config.eos_id, *model.config.more_eos) if stop is None else tuple(stop)
     stop = tuple(end for end in stop if end is not None)

@@ -29,9 +29,7 @@ def rotate(
     x: Float[Array, "batch seq heads d_head"], positions: Int[Array, "#batch seq"], frequency: Float[Array, " half"]
 ) -> Float[Array, "batch seq heads d_head"]:
     r"""Rotary embedding: the pair $(x_i, x_{i + n/2})$ turns by position times frequency (Hugging Face's half split).
-
-    Dimensions beyond the n = 2 half first ones stay as they are.
-    """
+    Dimensions beyond the n = 2 half first ones stay as they are."""
     half = frequency.shape[0]
     angle = (positions.astype(jnp.float32)[..., None] * frequency[None, None, :])[:, :, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -43,11 +41,8 @@ def rotate(
 def causal_mask(
     seq: int, past: tuple[int, Int[Array, " batch"]] | None, window: int | None = None
 ) -> Bool[Array, "rows seq keys"]:
-    """Where token s sees a key: the valid past and the tokens up to itself, the last `window` of them at most.
-
-    `past` is the width of the prefix axis and how many of its places each row uses. There is one row for all without
-    it.
-    """
+    """Where token s sees a key: the valid past and the tokens up to itself, the last `window` of them at most. `past`
+    is the width of the prefix axis and how many of its places each row uses. There is one row for all without it."""
     ago = jnp.arange(seq)[:, None] - jnp.arange(seq)[None, :]  # how many tokens the key lies behind the query
     own = (ago >= 0)[None] if window is None else ((ago >= 0) & (ago < window))[None]
     if past is None:

@@ -25,10 +25,8 @@ _COLUMNS = {"o", "down"}
 
 
 def make_mesh(data: int = 1, model: int | None = None) -> Mesh:
-    """All devices as a (`data`, `model`) mesh; `model` None takes as many as `data` leaves.
-
-    Raises `ValueError` unless the two multiply to the number of devices.
-    """
+    """All devices as a (`data`, `model`) mesh; `model` None takes as many as `data` leaves. Raises `ValueError` unless
+    the two multiply to the number of devices."""
     n = jax.device_count()
     if data < 1 or n % data or data * (n // data if model is None else model) != n:
         sizes = f"data = {data}" if model is None else f"data x model = {data} x {model}"
@@ -44,18 +42,15 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     keeps all of them). Words that do not divide are no error: every device then keeps the whole embedding.
     """
     if set(mesh.axis_names) != {"data", "model"}:
-        raise ValueError(
-            f"the mesh of a model has the axes 'data' and 'model', got {mesh.axis_names}: make it with make_mesh"
-        )
+        raise ValueError(f"a model's mesh has the axes 'data' and 'model', got {mesh.axis_names}: use make_mesh")
     n, heads = mesh.shape["model"], config.n_kv_heads
     problems = [f"{name} = {size}" for name, size in (("n_heads", config.n_heads), ("d_mlp", config.d_mlp)) if size % n]
     problems += [f"n_kv_heads = {heads}"] if heads % n and n % heads else []
     if problems:
         fitting = [k for k in range(1, mesh.size + 1) if _divides(config, k)]
-        raise ValueError(
-            f"a 'model' axis of {n} devices does not divide {' and '.join(problems)} of this {config.family} model; "
-            f"up to {mesh.size} devices, {', '.join(map(str, fitting))} would do: give the others to the 'data' axis"
-        )
+        bad = f"a 'model' axis of {n} devices does not divide {' and '.join(problems)} of this {config.family} model"
+        good = f"up to {mesh.size} devices, {', '.join(map(str, fitting))} would do"
+        raise ValueError(f"{bad}; {good}: give the others to the 'data' axis")
 
 
 def _divides(config: ModelConfig, n: int) -> bool:
@@ -83,9 +78,8 @@ def mesh_of(model: Transformer) -> Mesh | None:
 def shardings(config: ModelConfig, mesh: Mesh) -> Transformer:
     """The place of every weight: a `Transformer` with a `NamedSharding` for each array. Raises as `check_mesh` does."""
     check_mesh(config, mesh)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: NamedSharding(mesh, _spec(config, mesh, leaf_path(path))), abstract(config)
-    )
+    place = lambda path, _: NamedSharding(mesh, _spec(config, mesh, leaf_path(path)))
+    return jax.tree_util.tree_map_with_path(place, abstract(config))
 
 
 def _spec(config: ModelConfig, mesh: Mesh, leaf: str) -> P:
@@ -106,16 +100,12 @@ def shard_model(model: Transformer, mesh: Mesh) -> Transformer:
 
 def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
     """Arrays (or trees of them) with the first axis spread over `data`. Every process passes the same whole batch.
-
-    Raises `ValueError` if that axis does not divide.
-    """
+    Raises `ValueError` if that axis does not divide."""
     place = NamedSharding(mesh, P("data"))
     for x in jax.tree.leaves(batch):
         if not np.ndim(x) or len(x) % mesh.shape["data"]:
-            raise ValueError(
-                f"a batch is spread over {mesh.shape['data']} devices along its first axis, which must be a multiple "
-                f"of that; got shape {np.shape(x)}: choose another batch size, or pad the batch"
-            )
+            wanted = f"a batch is spread over {mesh.shape['data']} devices along its first axis, a multiple of that"
+            raise ValueError(f"{wanted}; got shape {np.shape(x)}: choose another batch size, or pad the batch")
     return jax.tree.map(lambda x: _put(x, place), batch)
 
 

@@ -59,14 +59,11 @@ class Site:
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"unknown site {self.name!r}{hint} Sites are {', '.join(known)}")
         if (self.layer is None) == (self.name in LAYER_SITES):
-            raise ValueError(
-                f"site {self.name!r} {'needs a' if self.layer is None else 'takes no'} layer, got {self.layer}"
-            )
+            needs = "needs a" if self.layer is None else "takes no"
+            raise ValueError(f"site {self.name!r} {needs} layer, got {self.layer}")
 
     def __str__(self) -> str:
-        if self.layer is None:
-            return GLOBAL_SITES[self.name]
-        return f"blocks.{self.layer}.{LAYER_SITES[self.name]}"
+        return GLOBAL_SITES[self.name] if self.layer is None else f"blocks.{self.layer}.{LAYER_SITES[self.name]}"
 
     @property
     def kind(self) -> str:
@@ -88,11 +85,7 @@ Tap = Callable[[Site, Array], Array]
 
 def compose(*taps: Tap) -> Tap:
     """One tap that applies `taps` from left to right at every site."""
-
-    def tap(site, x):
-        return functools.reduce(lambda value, each: each(site, value), taps, x)
-
-    return tap
+    return lambda site, x: functools.reduce(lambda value, each: each(site, value), taps, x)
 
 
 def record(sites: Iterable[Site], cache: dict[Site, Array]) -> Tap:
@@ -109,20 +102,12 @@ def record(sites: Iterable[Site], cache: dict[Site, Array]) -> Tap:
 
 def replace(values: Mapping[Site, Array]) -> Tap:
     """A tap that puts `values[site]` in the place of the activation, e.g. a clean attention pattern."""
-
-    def tap(site, x):
-        return values.get(site, x)
-
-    return tap
+    return lambda site, x: values.get(site, x)
 
 
 def perturb(deltas: Mapping[Site, Array]) -> Tap:
     """A tap that adds `deltas[site]`. Differentiating at zero deltas gives the gradient at every site in one pass."""
-
-    def tap(site, x):
-        return x + deltas[site].astype(x.dtype) if site in deltas else x
-
-    return tap
+    return lambda site, x: x + deltas[site].astype(x.dtype) if site in deltas else x
 
 
 def check_sites(config, sites: Iterable[Site]) -> tuple[Site, ...]:
@@ -134,6 +119,13 @@ def check_sites(config, sites: Iterable[Site]) -> tuple[Site, ...]:
     return sites
 
 
+def activations_at(model, tokens: Int[Array, "batch seq"], sites: Iterable[Site]) -> dict[Site, Array]:
+    """What `sites` see in one pass. Not compiled: inside of a compiled program nothing above the sites is computed."""
+    cache: dict[Site, Array] = {}
+    model(tokens, tap=record(sites, cache))
+    return cache
+
+
 @eqx.filter_jit
 def _run_with_cache(model, tokens, sites):
     cache: dict[Site, Array] = {}
@@ -143,8 +135,5 @@ def _run_with_cache(model, tokens, sites):
 def run_with_cache(
     model, tokens: Int[Array, "batch seq"], sites: Iterable[Site]
 ) -> tuple[Float[Array, "batch seq d_vocab"], dict[Site, Array]]:
-    """Logits and the activations at `sites`, from one compiled forward pass.
-
-    Raises `ValueError` on a layer out of range, before anything is computed.
-    """
+    """Logits and the activations at `sites`, in one compiled pass. Raises `ValueError` on a layer out of range."""
     return _run_with_cache(model, tokens, check_sites(model.config, sites))

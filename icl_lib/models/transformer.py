@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from icl_lib.models.config import ModelConfig
 from icl_lib.models.rotary import causal_mask, rotary_frequencies, rotate
-from icl_lib.models.sites import Site, Tap, record
+from icl_lib.models.sites import Site, Tap, activations_at
 
 _ACTIVATIONS = {
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
@@ -91,8 +91,7 @@ class Past(eqx.Module):
     def record(cls, model: "Transformer", tokens: Int[Array, "batch seq"], length: Int[Array, " batch"]) -> "Past":
         """The past of `tokens[b, :length[b]]`, from one clean run."""
         layers = range(model.config.n_layers)
-        cache: dict[Site, Array] = {}
-        model(tokens, tap=record([Site(name, i) for name in ("rot_k", "v") for i in layers], cache))
+        cache = activations_at(model, tokens, [Site(name, i) for name in ("rot_k", "v") for i in layers])
         return cls(tuple(cache[Site("rot_k", i)] for i in layers), tuple(cache[Site("v", i)] for i in layers), length)
 
 
@@ -109,7 +108,7 @@ class Attention(eqx.Module):
     b_o: Float[Array, " d_model"] | None = None
 
     def __call__(self, x, positions, mask, config: ModelConfig, layer: int, tap: Tap, past: Past | None):
-        heads = lambda w, b: linear(x, w, b).reshape(*x.shape[:-1], -1, config.d_head)  # noqa: E731
+        heads = lambda w, b: linear(x, w, b).reshape(*x.shape[:-1], -1, config.d_head)
         q = tap(Site("q", layer), heads(self.q, self.b_q))
         k = tap(Site("k", layer), heads(self.k, self.b_k))
         v = tap(Site("v", layer), heads(self.v, self.b_v))
@@ -124,12 +123,8 @@ class Attention(eqx.Module):
         # The queries that share a key head go side by side into one product (r and s as one axis): few large products,
         # not many small.
         # r before s, because heads may lie on several devices: the joint axis is then still cut where they are.
-        q = (
-            (q * scale)
-            .reshape(batch, seq, groups, -1, config.d_head)
-            .transpose(0, 2, 3, 1, 4)
-            .reshape(batch, groups, -1, config.d_head)
-        )
+        q = (q * scale).reshape(batch, seq, groups, -1, config.d_head).transpose(0, 2, 3, 1, 4)
+        q = q.reshape(batch, groups, -1, config.d_head)
         scores = jnp.einsum("bgmd,btgd->bgmt", q, k, preferred_element_type=jnp.float32)
         scores = soft_cap(scores, config.attn_softcap).reshape(batch, config.n_heads, seq, k.shape[1])
         scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
@@ -141,9 +136,7 @@ class Attention(eqx.Module):
 
 
 class MLP(eqx.Module):
-    r"""$W_{down}(\sigma(W_{gate} x) \odot W_{up} x)$; without a gate $W_{down}\,\sigma(W_{up} x)$. Biases where the
-    family has them.
-    """
+    r"""$W_{down}(\sigma(W_{gate} x) \odot W_{up} x)$; without a gate $W_{down}\,\sigma(W_{up} x)$, plus any biases."""
 
     gate: Float[Array, "d_mlp d_model"] | None
     up: Float[Array, "d_mlp d_model"]
@@ -190,7 +183,7 @@ def _init_block(config: ModelConfig, key: PRNGKeyArray) -> Block:
     hidden, branch = config.d_mlp, (2 * config.n_layers) ** -0.5
     k = jax.random.split(key, 7)
     norm = partial(Norm.init, config)
-    zeros = lambda n, wanted: jnp.zeros(n) if wanted else None  # noqa: E731
+    zeros = lambda n, wanted: jnp.zeros(n) if wanted else None
     attn = Attention(
         _normal(k[0], width, d), _normal(k[1], kv, d), _normal(k[2], kv, d), _normal(k[3], d, width, branch),
         *(zeros(n, config.qkv_bias) for n in (width, kv, kv)), zeros(d, config.out_bias),
@@ -214,19 +207,15 @@ def _checked(tap: Tap | None) -> Tap:
         y = x if tap is None else tap(site, x)
         if getattr(y, "shape", None) != x.shape:
             came = type(y).__name__ if getattr(y, "shape", None) is None else f"shape {y.shape}"
-            raise ValueError(
-                f"a tap must return an array of the site's shape: expected {x.shape} at {site}, got {came}"
-            )
+            raise ValueError(f"a tap must return an array of the site's shape: {x.shape} at {site}, got {came}")
         return y
 
     return checked
 
 
 class Transformer(eqx.Module):
-    """A language model: `model(tokens)` gives float32 logits, `model(tokens, tap=tap)` lets `tap` see every site.
-
-    Right padding needs no mask, because attention is causal: what stands after a token does not change it.
-    """
+    """A language model: `model(tokens)` gives float32 logits, `model(tokens, tap=tap)` lets `tap` see every site. Right
+    padding needs no mask, because attention is causal: what stands after a token does not change it."""
 
     embed: Float[Array, "d_vocab d_model"]
     blocks: tuple[Block, ...]
@@ -245,9 +234,7 @@ class Transformer(eqx.Module):
 
     def __call__(self, tokens: Int[Array, "batch seq"], tap: Tap | None = None) -> Float[Array, "batch seq d_vocab"]:
         if tokens.ndim != 2:
-            raise ValueError(
-                f"the model takes tokens of shape (batch, seq), got {tokens.shape}; is tokens[None] meant?"
-            )
+            raise ValueError(f"the model takes tokens (batch, seq), got {tokens.shape}; is tokens[None] meant?")
         self.config.check_length(tokens.shape[1])
         return self.run_from(0, _checked(tap)(Site("embed"), self.embedding(tokens)), tap)
 

@@ -39,25 +39,19 @@ _PIECE = 1 << 23  # elements of the file read at once, so that no whole tensor p
 
 
 def fetch(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model: `name` itself if it is one, else a snapshot of that hub repository.
-
-    Raises `FileNotFoundError`, which says what to do, if neither exists or the hub refuses or cannot be reached.
-    """
+    """The folder of a model: `name` itself if it is one, else a snapshot of that hub repository. Raises
+    `FileNotFoundError`, which says what to do, if neither exists or the hub refuses or cannot be reached."""
     return fetch_folder(name, revision, _FILES, "config.json, *.safetensors and tokenizer.json")
 
 
 def load_config(name: str | Path, revision: str | None = None) -> ModelConfig:
     """The config of a model folder or hub id, without its weights; where it names no padding, the tokenizer does.
-
-    `tied` is what config.json says: only `load_model` sees a head in the weights that differs from the embedding.
-    """
+    `tied` is what config.json says: only `load_model` sees a head in the weights that differs from the embedding."""
     folder = fetch(name, revision)
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: a model folder holds config.json beside its *.safetensors; if saving a model was "
-            "interrupted here, save it again"
-        )
+        hint = "if saving a model was interrupted here, save it again"
+        raise FileNotFoundError(f"{path} does not exist: a model folder holds config.json beside its weights; {hint}")
     raw = _read_json(path)
     return from_hf(raw, str(path), _tokenizer_pad(folder) if raw.get("pad_token_id") is None else None)
 
@@ -146,9 +140,8 @@ def load_tokenizer(name: str | Path, revision: str | None = None):
     folder = fetch(name, revision)
     known = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((folder / file).is_file() for file in known):
-        raise FileNotFoundError(
-            f"{folder} holds no tokenizer ({', '.join(known)}): copy tokenizer.json of the model into it"
-        )
+        without = f"{folder} holds no tokenizer ({', '.join(known)})"
+        raise FileNotFoundError(f"{without}: copy tokenizer.json of the model into it")
     from transformers import AutoTokenizer
 
     try:
@@ -158,11 +151,9 @@ def load_tokenizer(name: str | Path, revision: str | None = None):
         remedy = "download it again" if fast else "add the tokenizer.json of the model, so that none has to be made"
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): {remedy}") from error
     if not tokenizer.is_fast:
-        raise ValueError(
-            f"{folder} has only a slow tokenizer ({type(tokenizer).__name__}), which does not tell where in the text a "
-            "token came from: add the tokenizer.json of the model, or one converted by "
-            "transformers.convert_slow_tokenizer"
-        )
+        slow = f"a slow tokenizer ({type(tokenizer).__name__}), which does not tell where in the text a token came from"
+        todo = "add the tokenizer.json of the model, or one converted by transformers.convert_slow_tokenizer"
+        raise ValueError(f"{folder} has only {slow}: {todo}")
     return tokenizer
 
 
@@ -178,27 +169,20 @@ def _read_json(path: Path) -> dict:
 
 def _find_tensors(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[str, Path]]:
     """The file of every tensor of the checkpoint, once all are known to be there with the right shapes, and the config.
-
-    A tied model whose file has an output matrix of its own is not tied: the config comes back so.
-    """
+    A tied model whose file has an output matrix of its own is not tied: the config comes back so."""
     files, found = {}, {}
     for file in _tensor_files(folder):
         with _open(file) as handle:
             for name in handle.keys():
                 if name in files:
-                    raise ValueError(
-                        f"{folder} holds {name} twice, in {files[name].name} and in {file.name}: delete one"
-                    )
+                    raise ValueError(f"{folder} holds {name} twice, in {files[name].name} and in {file.name}")
                 files[name], part = file, handle.get_slice(name)
                 found[name] = (tuple(part.get_shape()), part.get_dtype())
     family = family_of(config.family)
     embed, head = family.names["embed"], family.names["unembed"]
     if config.tied and head in found and embed in found and not _same(files, found, embed, head):
-        warnings.warn(
-            f"{folder}: config.json says tie_word_embeddings, but {head} and {embed} differ; both are used, as in "
-            "transformers",
-            stacklevel=3,
-        )
+        differ = f"config.json says tie_word_embeddings, but {head} and {embed} differ"
+        warnings.warn(f"{folder}: {differ}; both are used, as in transformers", stacklevel=3)
         config = dataclasses.replace(config, tied=False)
     wanted = tensor_shapes(config)
     problems = [f"missing {name} {wanted[name]}" for name in sorted(wanted.keys() - found.keys())]
@@ -208,11 +192,9 @@ def _find_tensors(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[
         problems += [f"{name} has shape {shape}, expected {wanted[name]}"] if shape != wanted[name] else []
         problems += [f"{name} has dtype {dtype}, expected one of {', '.join(_FLOATS)}"] if dtype not in _FLOATS else []
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
-            f"{folder} does not hold the tensors that its config.json describes: {'; '.join(problems[:5])}{more}. "
-            "Check that config and weights belong to the same model, and that the weights are not quantised"
-        )
+        some = "; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
+        todo = "Check that config and weights belong to the same model, and that the weights are not quantised"
+        raise ValueError(f"{folder} does not hold the tensors that its config.json describes: {some}. {todo}")
     return config, files
 
 
@@ -236,9 +218,8 @@ def _tensor_files(folder: Path) -> list[Path]:
             raise ValueError(f"{index} has no weight_map, which says in which file each tensor is: download it again")
         files = [folder / name for name in sorted(set(names.values()))]
         if single.is_file() and single not in files:
-            raise ValueError(
-                f"{folder} holds two sets of weights, {_WEIGHTS} and the files of {_INDEX}: delete the older"
-            )
+            two = f"{_WEIGHTS} and the files of {_INDEX}"
+            raise ValueError(f"{folder} holds two sets of weights, {two}: delete the older")
     else:
         files = [single] if single.is_file() else sorted(folder.glob("[!.]*.safetensors"))
     if not files:
@@ -253,9 +234,7 @@ def _open(file: Path):
     try:
         return safe_open(file, framework="numpy")
     except (SafetensorError, struct.error, OSError) as error:
-        raise ValueError(
-            f"{file} cannot be read as safetensors ({error}): is it cut short? Download it again"
-        ) from error
+        raise ValueError(f"{file} cannot be read as safetensors ({error}): is it cut short? Get it again") from error
 
 
 def _read_leaf(file: Path, name: str, rows: np.ndarray | None, shape: tuple, dtype: np.dtype, place: Sharding) -> Array:

@@ -1,5 +1,4 @@
-"""The SAEs that a card names, as far as their names tell: where they read, how wide they are, what they hold and
-cost."""
+"""The SAEs that a card names, as far as their names tell: where they read, how wide they are, what they cost."""
 
 import json
 import re
@@ -28,17 +27,11 @@ def sites_of(pattern: str, layer: int) -> list[tuple[Site, Site]]:
     if not has_layer(pattern):
         return [(Site(a, layer), Site(b, layer)) for a, b in _OWN]
     name = with_layer(pattern, layer)
-    for reader, path in ((saex, name.replace("*", "1.00E-05")), (gemma_scope, name)):
-        try:
-            sites = reader._sites(Path(path))
-        except ValueError:  # a name of another format
-            continue
+    if sites := saex.sites_in(Path(name)) or gemma_scope.sites_in(Path(name)):
         return [sites]
     found = next((site for part in reversed(Path(name).parts) if (site := site_named(part))), None)
     if found is None:
-        raise ValueError(
-            f"the name {pattern!r} does not say where its SAEs sit, so nothing can be counted or made for it"
-        )
+        raise ValueError(f"the name {pattern!r} does not say where its SAEs sit, so nothing can be counted for it")
     return [(found, found)]
 
 
@@ -49,23 +42,20 @@ def dictionaries(card: Mapping[str, Any], config: ModelConfig) -> list[Dictionar
         width = _latents(pattern, config)
         for layer in layers_of(pattern, card["sae_layers"]):
             for read, write in sites_of(pattern, layer):
-                at = read
-                if read.name == "resid_post" and read.layer + 1 < config.n_layers:
-                    at = Site("resid_pre", read.layer + 1)
+                next_block = read.name == "resid_post" and read.layer + 1 < config.n_layers
+                at = Site("resid_pre", read.layer + 1) if next_block else read
                 found.append(Dictionary(at, config.width(read.name), config.width(write.name), width))
     return found
 
 
 def _latents(pattern: str, config: ModelConfig) -> int:
-    """Latents of the SAEs that a pattern names; of a suite of our own from its files, and 16 times the width where
-    there are none."""
+    """Latents of the SAEs that a pattern names; of our own suites from their files, or else 16 times the width."""
     if scope := re.search(r"width_(\d+)(k|m)", pattern):
         thousands = int(scope[1]) * (1000 if scope[2] == "k" else 1_000_000)
         return 2 ** thousands.bit_length()  # 16k is 2^14, 65k 2^16, 1m 2^20
     if number := re.search(r"_(\d{4,})$", pattern):
         return int(number[1])
-    for repo, width in _LATENTS.items():
-        if pattern.startswith(repo):
-            return width
+    if known := [width for repo, width in _LATENTS.items() if pattern.startswith(repo)]:
+        return known[0]
     file = next(iter(sorted(located(pattern, "saes").glob("*/cfg.json"))), None)
     return 16 * config.d_model if file is None else int(json.loads(file.read_text())["d_sae"])

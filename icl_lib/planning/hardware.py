@@ -13,8 +13,7 @@ import time
 
 import numpy as np
 
-# kind: (memory in GB, 10^12 operations per second, pattern of JAX's device_kind: an L40S is no L4, and v5p is "TPU v5"
-# there)
+# kind: (memory in GB, 10^12 operations per second, pattern of JAX's device_kind: an L40S is no L4, v5p is "TPU v5")
 KINDS = {
     "v4": (32, 275, r"^TPU v4$"),
     "v5e": (16, 197, r"^TPU v5( lite|e)$"),
@@ -27,13 +26,11 @@ KINDS = {
     "cpu": (None, None, r"^cpu$"),
 }
 _TWO_CORES = ("v4", "v5p")  # named by cores, of which a device has two
-# What a process can have of it: JAX takes 92 % of a GPU (the Snakefile says so), the runtime keeps the rest. JAX's own
-# default is less.
+# What a process can have of it: JAX takes 92 % of a GPU (as the Snakefile says; JAX's own default is less).
 _USABLE, _TAKEN = 0.92, 0.75
 # The part of the peak that these experiments reach, by our own benchmarks and by common experience; only the times
-# depend on it.
-# On a CPU it is a part of the matrix product's own rate, fitted to three steps of a 135M Llama on two cores of an Intel
-# Xeon (.51, .58 and .62: `benchmarks/preflight_check.py --hours`).
+# depend on it. On a CPU it is a part of the matrix product's own rate, fitted to three steps of a 135M Llama on two
+# cores of an Intel Xeon (.51, .58 and .62: `benchmarks/preflight_check.py --hours`).
 EFFICIENCY, _ON_CPU = 0.35, 0.57
 
 
@@ -61,8 +58,7 @@ class Devices:
 
 
 def parse_devices(text: str) -> Devices:
-    """`h100`, `8xv5e`, `v5e-8`, `v4-8` (8 cores, 4 devices), `cpu`. Raises `ValueError` on an unknown kind or
-    number."""
+    """`h100`, `8xv5e`, `v5e-8`, `v4-8` (8 cores, 4 devices), `cpu`. Raises `ValueError` on what is unknown."""
     match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*?)(?:-(\d+))?", text.strip().lower())
     if not match or match[2] not in KINDS or (match[1] and match[3]):
         known = ", ".join(KINDS)
@@ -73,9 +69,7 @@ def parse_devices(text: str) -> Devices:
     count = int(match[1] or match[3] or 1)
     if match[3] and kind in _TWO_CORES:
         if count % 2:
-            raise ValueError(
-                f"{text!r}: a {kind} slice is named by its cores, two a device, so the number must be even"
-            )
+            raise ValueError(f"{text!r}: a {kind} slice is named by its cores, two a device: the number must be even")
         count //= 2
     if count < 1:
         raise ValueError(f"{text!r}: the number of devices must be 1 or more")
@@ -109,8 +103,7 @@ def present(devices: Devices) -> bool:
 
 
 def with_own_memory(devices: Devices) -> Devices:
-    """The same devices, which are present, with the memory that they have: of an A100 there are two sizes, and a slice
-    has less.
+    """The same devices, which are present, with their own memory: there are two sizes of A100, and slices have less.
 
     What a program can have is what JAX says, but on a GPU where nothing was set JAX takes less here than for the
     notebooks. A CPU says nothing.

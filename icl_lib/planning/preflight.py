@@ -27,7 +27,7 @@ from icl_lib.cards.checks import check_against_model, config_of
 from icl_lib.files.names import located
 from icl_lib.models import ModelConfig
 from icl_lib.models.cost import Cost, Part
-from icl_lib.models.sharding import check_mesh, largest_split, make_mesh, shardings
+from icl_lib.models.sharding import largest_split, make_mesh, shardings
 from icl_lib.planning.dictionaries import dictionaries
 from icl_lib.planning.hardware import Devices, efficiency, host_memory, present, with_own_memory
 from icl_lib.planning.workload import TEXT_TOKENS, Step, steps
@@ -58,9 +58,8 @@ class Estimate:
 
     def host_bytes(self, step: Step) -> int:
         """Host memory while a step runs: the activations that notebook 01 keeps, and on a CPU all else too."""
-        return (self.host if step.notebook == "01" else 0) + (
-            self.peak(step) * self.devices.count if self.devices.kind == "cpu" else 0
-        )
+        kept = self.host if step.notebook == "01" else 0
+        return kept + (self.peak(step) * self.devices.count if self.devices.kind == "cpu" else 0)
 
     def sae_bytes(self, notebook: str) -> int:
         """SAEs that a notebook holds: none in 00, residual ones in 02 to 04, all in the others."""
@@ -88,15 +87,12 @@ def sizes_of(model: str) -> ModelConfig:
     """The config of a known model or of a folder. Raises `PreflightError` for any other."""
     config = config_of(model)
     if config is None:
-        raise PreflightError(
-            f"the sizes of {model!r} are not known here: pass a folder with its config.json as `model` in the card"
-        )
+        raise PreflightError(f"the sizes of {model!r} are not known here: make `model` a folder with its config.json")
     return config
 
 
 def estimate(card: Mapping[str, Any], devices: Devices, compile: bool | None = None) -> Estimate:
-    """What the card asks of these devices. `compile` None compiles where they are present. Raises `PreflightError` or
-    `CardError`."""
+    """What the card asks of these devices, compiled where they are present. Raises `PreflightError` or `CardError`."""
     config = sizes_of(card["model"])
     check_against_model(card, card["card"])
     split, size = largest_split(config, devices.count), 4 if devices.dtype == "float32" else 2
@@ -116,15 +112,13 @@ def estimate(card: Mapping[str, Any], devices: Devices, compile: bool | None = N
 
 
 def _downloaded(model: str) -> bool:
-    """Whether the model is a folder, or lies in the hub's cache with all its weights; a download that broke off has
-    none or some of them."""
+    """Whether the model is a folder, or lies in the hub's cache with all its weights: a download may break off."""
     if located(model, "model").is_dir():
         return True
-    cached = lambda name: try_to_load_from_cache(model, name)  # noqa: E731
-    index = cached("model.safetensors.index.json")
-    weights = (
-        json.loads(Path(index).read_text())["weight_map"].values() if isinstance(index, str) else ["model.safetensors"]
-    )
+    cached = lambda name: try_to_load_from_cache(model, name)
+    index, weights = cached("model.safetensors.index.json"), ["model.safetensors"]
+    if isinstance(index, str):
+        weights = json.loads(Path(index).read_text())["weight_map"].values()
     return all(isinstance(cached(name), str) for name in {"config.json", *weights})
 
 
@@ -146,31 +140,22 @@ def _stored(model: str) -> int:
 
 
 def measured(cost: Cost, config: ModelConfig, dtype: str, split: int = 1) -> Cost:
-    """The cost with the compiler's figures for the devices that are there; what the function leaves out stays as in the
-    arithmetic."""
+    """The cost with the compiler's figures for the devices that are there; what the function leaves out stays."""
     if cost.program is None:
         return cost
-    low, high = (_compiled(cost, _shallow(config, depth), dtype, split) for depth in _DEPTHS)
-    temp, flops = (
-        a + (b - a) / (_DEPTHS[1] - _DEPTHS[0]) * (cost.depth - _DEPTHS[0]) for a, b in zip(low, high, strict=True)
-    )
+    windows = lambda depth: None if config.windows is None else config.windows[:depth]
+    shallow = (dataclasses.replace(config, n_layers=depth, windows=windows(depth)) for depth in _DEPTHS)
+    low, high = (_compiled(cost, few, dtype, split) for few in shallow)
+    share = (cost.depth - _DEPTHS[0]) / (_DEPTHS[1] - _DEPTHS[0])
+    temp, flops = (a + (b - a) * share for a, b in zip(low, high, strict=True))
     return dataclasses.replace(cost, model_row=temp / cost.rows, model_flops=flops * split)
-
-
-def _shallow(config: ModelConfig, depth: int) -> ModelConfig:
-    windows = None if config.windows is None else config.windows[:depth]
-    return dataclasses.replace(config, n_layers=depth, windows=windows)
 
 
 def _compiled(cost: Cost, config: ModelConfig, dtype: str, split: int) -> tuple[float, float]:
     """Bytes of work arrays and results, and FLOPs, of one device."""
-    model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tensors.abstract(config))
-    if split > 1:
-        mesh = make_mesh(jax.device_count() // split)
-        check_mesh(config, mesh)
-        model = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place), model, shardings(config, mesh)
-        )
+    put = lambda leaf, place=None: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place)
+    places = [shardings(config, make_mesh(jax.device_count() // split))] if split > 1 else []
+    model = jax.tree.map(put, tensors.abstract(config), *places)
     function, *arguments = cost.program(model)
     program = jax.jit(function).lower(model, *arguments).compile()
     memory, cost = program.memory_analysis(), program.cost_analysis()
@@ -186,18 +171,12 @@ def refuse(e: Estimate) -> None:
         return
     worst, room = max(e.steps, key=e.host_bytes), host_memory()
     if e.host_bytes(worst) > room:
-        raise PreflightError(
-            f"{e.card['card']} does not fit into the memory of this machine: notebook {worst.notebook} "
-            f"({worst.what}) needs "
-            f"{_gb(e.host_bytes(worst))}, and {_gb(room)} can be used; fewer `rate_rows` or `sae_layers` would need "
-            "less"
-        )
+        needs = f"notebook {worst.notebook} ({worst.what}) needs {_gb(e.host_bytes(worst))} of {_gb(room)}"
+        less = "fewer `rate_rows` or `sae_layers` would need less"
+        raise PreflightError(f"{e.card['card']} does not fit into the memory of this machine: {needs}; {less}")
     if e.disk > (free := _free_disk()):
-        raise PreflightError(
-            f"{e.card['card']} downloads {_gb(e.disk)} of weights and SAEs, and {_gb(free)} are free in "
-            f"{constants.HF_HUB_CACHE}: "
-            "make room, or set HF_HUB_CACHE to a folder on another disk"
-        )
+        has = f"downloads {_gb(e.disk)} of weights and SAEs, and {_gb(free)} are free in {constants.HF_HUB_CACHE}"
+        raise PreflightError(f"{e.card['card']} {has}: make room, or set HF_HUB_CACHE to a folder on another disk")
 
 
 def _too_large(e: Estimate, worst: Step) -> str:
@@ -208,11 +187,9 @@ def _too_large(e: Estimate, worst: Step) -> str:
     more = next((n for n in (2, 4, 8, 16, 32, 64) if n > e.devices.count and _fits(e, n)), None)
     advice += [f"{more} x {e.devices.kind} would do"] if more else []
     advice += ["fewer `sae_layers` would need less"] if e.sae_bytes(worst.notebook) > e.weights else []
-    return (
-        f"{e.card['card']} does not fit on {e.devices}: notebook {worst.notebook} ({worst.what}) needs "
-        f"{_gb(e.peak(worst))} a device "
-        f"({parts}), and there are {_gb(e.devices.memory)}. {'; '.join(advice) or 'Take devices with more memory'}."
-    )
+    needs = f"notebook {worst.notebook} ({worst.what}) needs {_gb(e.peak(worst))} a device ({parts})"
+    advice = "; ".join(advice) or "Take devices with more memory"
+    return f"{e.card['card']} does not fit on {e.devices}: {needs}, and there are {_gb(e.devices.memory)}. {advice}."
 
 
 def _gb(x: float | int) -> str:

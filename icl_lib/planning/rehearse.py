@@ -6,8 +6,7 @@
 Writes `runs/rehearsal/CARD/`: a model of the card's family with few layers and random weights, SAEs in the card's
 formats, a few tasks, and a card with the same keys, whose layers are mapped onto the small model and whose sizes are
 cut down. Then it runs all notebooks on that card through the Snakefile, with the hub switched off, and adds a line with
-their times to `runs/rehearsal/times.jsonl`. Claims are not asserted, because nothing is true of random weights; all
-else is.
+their times to `runs/rehearsal/times.jsonl`. All is asserted but claims, because nothing is true of random weights.
 """
 
 import datetime
@@ -39,35 +38,16 @@ from icl_lib.tasks import Task, Template, load_tasks
 from icl_lib.tasks.tasks import DATA_VARIABLE, URLS
 
 MOST_LAYERS = 7
-# Tasks of each kind: shared inputs, shared outputs, several tokens, one of each group. Those that a source has are
-# taken.
+# Of what a source has: tasks of each kind (shared inputs, shared outputs, several tokens), one of each group.
 _TASKS = (
-    "country_capital",
-    "location_language",
-    "antonyms",
-    "present_past",
-    "present_simple_past_simple",
-    "en_es",
-    "es_en",
-    "next_item",
-    "algo_first",
-)
+    "country_capital", "location_language", "antonyms", "present_past", "present_simple_past_simple", "en_es", "es_en",
+    "next_item", "algo_first",
+)  # fmt: skip
 _SIZES = {
-    "n_shots": 4,
-    "list_shots": 3,
-    "n_prompts": 4,
-    "max_shots": 5,
-    "sweep_steps": 15,
-    "quality_rows": 8,
-    "rate_rows": 24,
-    "tvc_steps": 6,
-    "tvc_prompts": 4,
-    "detector_steps": 6,
-    "effect_prompts": 3,
-    "circuit_prompts": 2,
-    "circuit_shots": 3,
-    "circuit_list_shots": 2,
-}
+    "n_shots": 4, "list_shots": 3, "n_prompts": 4, "max_shots": 5, "sweep_steps": 15, "quality_rows": 8,
+    "rate_rows": 24, "tvc_steps": 6, "tvc_prompts": 4, "detector_steps": 6, "effect_prompts": 3, "circuit_prompts": 2,
+    "circuit_shots": 3, "circuit_list_shots": 2,
+}  # fmt: skip
 
 
 def small_layers(card: Mapping[str, Any], n_layers: int) -> tuple[dict[str, Any], int]:
@@ -115,11 +95,8 @@ def small_tasks(source: str, folder: Path) -> dict[str, Task]:
 
 
 def prepare(card: Mapping[str, Any], folder: Path, **sizes: int) -> Path:
-    """Write the stand-ins of a card and its small card into `folder`, which is emptied first; the path of the small
-    card.
-
-    `sizes` changes the cut-down sizes. Raises `CardError` or `PreflightError` where the card does not fit its model.
-    """
+    """Write the stand-ins of a card and its small card into `folder`, emptied first; the path of the small card.
+    `sizes` changes the cut-down sizes. Raises `CardError` or `PreflightError` where the card does not fit its model."""
     config = sizes_of(card["model"])
     shutil.rmtree(folder, ignore_errors=True)
     tasks = small_tasks(card["tasks"], folder / "tasks")
@@ -130,35 +107,26 @@ def prepare(card: Mapping[str, Any], folder: Path, **sizes: int) -> Path:
     small |= {"tvc_l1": sorted({card["tvc_l1"][0], card["tvc_l1"][-1]}), "card": f"rehearsal of {card['card']}"}
     write_saes(small, hub, model, tasks, load_tokenizer(hub / card["model"]), template)
     small |= {"model": str(hub / card["model"]), "tasks": str(folder / "tasks"), "run_dir": str(folder / "run")}
-    small |= {
-        "saes": [str(hub / pattern) for pattern in small["saes"]],
-        "text": str(_write_text(tasks, folder / "text.txt")),
-    }
+    small |= {"saes": [str(hub / pattern) for pattern in small["saes"]], "text": str(folder / "text.txt")}
+    _write_text(tasks, folder / "text.txt")
     path = folder / "card.yaml"
     path.write_text(yaml.safe_dump(small, sort_keys=False))
     return path
 
 
-def _write_text(tasks: Mapping[str, Task], path: Path) -> Path:
+def _write_text(tasks: Mapping[str, Task], path: Path) -> None:
     """The pairs of all tasks as a text, a paragraph for each ten."""
-    pairs = [
-        f"{x} -> {y}"
-        for pairs in itertools.zip_longest(*(task.pairs for task in tasks.values()))
-        for x, y in filter(None, pairs)
-    ]
+    in_turn = itertools.zip_longest(*(task.pairs for task in tasks.values()))
+    pairs = [f"{x} -> {y}" for pairs in in_turn for x, y in filter(None, pairs)]
     path.write_text("\n\n".join(", ".join(pairs[i : i + 10]) for i in range(0, len(pairs), 10)))
-    return path
 
 
 def run(small_card: Path, notebooks: Iterable[str] | None = None, cores: int = 2) -> tuple[bool, str]:
-    """Run the notebooks (all, or the named ones with what they need) of a small card; whether all went well, and what
-    was printed."""
+    """Run notebooks of a small card (all, or the named ones with what they need); whether all went well, the output."""
     run_dir = Path(yaml.safe_load(small_card.read_text())["run_dir"])
     targets = ["all"] if notebooks is None else [str(run_dir / "notebooks" / f"{name}.ipynb") for name in notebooks]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = (
-        "1"  # most of the time goes into compiling, which then takes a third
-    )
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most time goes into compiling, which then takes a third
     options = f"--configfile {shlex.quote(str(small_card))} --cores {cores} --keep-going --nolock --quiet all"
     command = [sys.executable, "-m", "snakemake", *shlex.split(options)]
     done = subprocess.run([*command, "--", *targets], cwd=root(), env=environment, capture_output=True, text=True)
@@ -166,10 +134,8 @@ def run(small_card: Path, notebooks: Iterable[str] | None = None, cores: int = 2
 
 
 def rehearse(name: str, notebooks: Iterable[str] | None = None, **sizes: int) -> bool:
-    """Rehearse one card; prints how it went and how long it took. Whether all notebooks ran through.
-
-    Raises `CardError` for the embedded model, which has nothing to rehearse, besides what `prepare` raises.
-    """
+    """Rehearse one card; prints how it went and how long it took. Whether all notebooks ran through. Raises `CardError`
+    for the embedded model, which has nothing to rehearse, besides what `prepare` raises."""
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else root() / "params" / f"{name}.yaml"
     start, folder = time.monotonic(), root() / "runs" / "rehearsal"
     card = defaults_of(full_card(path))
@@ -179,16 +145,10 @@ def rehearse(name: str, notebooks: Iterable[str] | None = None, **sizes: int) ->
     good, text = run(small, notebooks)
     times, seconds = re.findall(r"^(\S+): done in (\d+) s", text, re.MULTILINE), round(time.monotonic() - start)
     print("\n".join(f"{notebook}: done in {took} s" for notebook, took in times) if good else text)
-    print(
-        f"{card['card']}: {'rehearsed' if good else 'FAILED'} in {seconds} s; {small.parent.relative_to(root())}",
-        flush=True,
-    )
-    line = {
-        "card": card["card"],
-        "good": good,
-        "seconds": seconds,
-        "notebooks": {name: int(took) for name, took in times},
-    }
+    where = small.parent.relative_to(root())
+    print(f"{card['card']}: {'rehearsed' if good else 'FAILED'} in {seconds} s; {where}", flush=True)
+    took = {name: int(seconds) for name, seconds in times}
+    line = {"card": card["card"], "good": good, "seconds": seconds, "notebooks": took}
     line |= {"cores": os.cpu_count(), "date": datetime.date.today().isoformat()}
     with open(folder / "times.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")

@@ -43,8 +43,7 @@ _SPECIAL = {
 
 
 def small_tokenizer(family: str, lines: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of the family's kind trained on `lines`: SentencePiece-like for Gemma and Phi, byte-level for the
-    others."""
+    """A tokenizer of the family's kind trained on `lines`: SentencePiece-like for Gemma and Phi, else byte-level."""
     named, others = _SPECIAL[family]
     special = list(dict.fromkeys([*named.values(), *others]))
     if family in ("gemma", "gemma2", "phi3"):
@@ -74,33 +73,20 @@ def small_tokenizer(family: str, lines: list[str]) -> PreTrainedTokenizerFast:
 
 
 def small_config(config: ModelConfig, n_layers: int, tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
-    """The same family with few and narrow layers: shared and separate key heads, rotary part and windows in
-    proportion."""
+    """The same family with few narrow layers: shared and separate key heads, rotary part and windows in proportion."""
     n_heads = 4
     kv = {1: 1, config.n_heads: n_heads}.get(config.n_kv_heads, 2)
-    # where the heads together are wider or narrower than the residual stream, they are here: SAEs of `z` see the
-    # difference
+    # heads that are together wider or narrower than the residual stream are so here: SAEs of `z` see the difference
     d_head = 16 if config.n_heads * config.d_head == config.d_model else 24
     windows = None if config.windows is None else tuple(None if w is None else 48 for w in config.windows[:n_layers])
-    token = lambda name, other: other if getattr(tokenizer, name) is None else int(getattr(tokenizer, name))  # noqa: E731
+    token = lambda name, other: other if getattr(tokenizer, name) is None else int(getattr(tokenizer, name))
     return dataclasses.replace(
-        config,
-        d_model=64,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=kv,
-        d_head=d_head,
-        d_mlp=128,
-        d_vocab=len(tokenizer),
-        n_ctx=512,
-        rotary_dim=None if config.rotary_dim is None else d_head * config.rotary_dim // config.d_head,
-        windows=windows,
-        attn_scale=None if config.attn_scale is None else d_head**-0.5,
-        bos_id=token("bos_token_id", None),
-        eos_id=token("eos_token_id", 0),
-        more_eos=(),
-        pad_id=token("pad_token_id", 0),
-    )
+        config, d_model=64, n_layers=n_layers, n_heads=n_heads, n_kv_heads=kv, d_head=d_head, d_mlp=128,
+        d_vocab=len(tokenizer), n_ctx=512,
+        rotary_dim=None if config.rotary_dim is None else d_head * config.rotary_dim // config.d_head, windows=windows,
+        attn_scale=None if config.attn_scale is None else d_head**-0.5, bos_id=token("bos_token_id", None),
+        eos_id=token("eos_token_id", 0), more_eos=(), pad_id=token("pad_token_id", 0),
+    )  # fmt: skip
 
 
 def write_model(
@@ -118,28 +104,22 @@ def write_model(
 def write_saes(
     card: Mapping[str, Any], root: Path, model: Transformer, tasks: Mapping[str, Task], tokenizer, template: Template
 ) -> None:
-    """The SAEs of a card in the format of each of its names, below `root`; thresholds so that about a tenth of the
-    latents fire."""
+    """The SAEs of a card in the format of each of its names, below `root`; about a tenth of the latents fire."""
     # (input, output) -> name and layer
-    wanted = {
-        sites: (pattern, layer)
-        for pattern in card["saes"]
-        for layer in layers_of(pattern, card["sae_layers"])
-        for sites in sites_of(pattern, layer)
-    }
-    prompts = stack_prompts(
-        [make_prompts(t, tokenizer, n_prompts=4, n_shots=4, seed=0, template=template) for t in tasks.values()]
-    )
+    named = [(pattern, layer) for pattern in card["saes"] for layer in layers_of(pattern, card["sae_layers"])]
+    wanted = {sites: each for each in named for sites in sites_of(*each)}
+    options = {"n_prompts": 4, "n_shots": 4, "seed": 0, "template": template}
+    prompts = stack_prompts([make_prompts(task, tokenizer, **options) for task in tasks.values()])
     tokens = prompts.tokens.reshape(-1, prompts.tokens.shape[-1])
     real = np.asarray(prompts.roles).reshape(tokens.shape) > 0
     _, seen = run_with_cache(model, tokens, sorted({site for pair in wanted for site in pair}))
     own: dict[str, dict[Site, SAE]] = {}
     for i, (pair, (pattern, layer)) in enumerate(wanted.items()):
         x = np.asarray(seen[pair[0]], np.float32)[real]
-        sae = random_sae(
-            pair, x, seen[pair[1]].shape[-1], gated="gemma-scope" not in pattern and "dictionar" not in pattern, seed=i
-        )
-        folder = root / _folder(pattern, layer)
+        gated = "gemma-scope" not in pattern and "dictionar" not in pattern
+        sae = random_sae(pair, x, seen[pair[1]].shape[-1], gated=gated, seed=i)
+        # `canonical` is spelt out as on the hub, a star is some coefficient
+        folder = root / gemma_scope.resolve(with_layer(pattern, layer)).replace("*", "3.0e-05")
         if "saex" in pattern:
             norm = None if "phi" in pattern else float(np.linalg.norm(x, axis=-1).mean())
             saex.write(sae, folder, mean_norm=norm)
@@ -154,31 +134,21 @@ def write_saes(
         save_suite(suite, root / pattern)
 
 
-def _folder(pattern: str, layer: int) -> str:
-    """The folder of one SAE: `canonical` spelt out as on the hub, a star as some coefficient."""
-    return gemma_scope.resolve(with_layer(pattern, layer)).replace("*", "3.0e-05")
-
-
 def random_sae(
     pair: tuple[Site, Site], x: np.ndarray, d_out: int, *, gated: bool, seed: int, n_latents: int = _D_SAE
 ) -> SAE:
     """Random directions of length 1, read and written; a latent fires on a tenth of the tokens `x` (n, d_in)."""
     rng = np.random.default_rng(seed)
-    unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)  # noqa: E731
+    unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)
     read = unit(rng.normal(size=(n_latents, x.shape[1])))
     write = read if pair[0] == pair[1] else unit(rng.normal(size=(n_latents, d_out)))
     height = np.maximum(np.quantile(x @ read.T, _FIRE, axis=0), 1e-3)
-    as_array = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
+    as_array = lambda a: jnp.asarray(a, jnp.float32)
     weights = {
-        "W_enc": as_array(read.T),
-        "W_dec": as_array(write),
-        "b_dec": jnp.zeros(d_out),
-        "site_in": pair[0],
+        "W_enc": as_array(read.T), "W_dec": as_array(write), "b_dec": jnp.zeros(d_out), "site_in": pair[0],
         "site_out": pair[1],
-    }
+    }  # fmt: skip
     if gated:
-        bias = as_array(
-            -height
-        )  # of gate and magnitude alike, so that the authors' two forms of their SAEs fire on the same tokens
+        bias = as_array(-height)  # of gate and magnitude: the authors' two forms of their SAEs fire on the same tokens
         return SAE(**weights, b_enc=bias, r_mag=jnp.zeros(n_latents), b_mag=bias, architecture="gated")
     return SAE(**weights, b_enc=jnp.zeros(n_latents), threshold=as_array(height), architecture="jumprelu")

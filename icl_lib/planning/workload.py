@@ -1,8 +1,6 @@
-"""What the notebooks of a card compute: which of the library's costly functions each calls, on what, and how many
-times.
+"""What the notebooks of a card compute: which costly functions of the library each calls, on what, and how often.
 
-What one call costs is said where the function is (`cost.py` in the rooms of the library); here is only how often it is
-called.
+What one call costs is said where the function is (`cost.py` in the rooms of the library).
 """
 
 import dataclasses
@@ -50,24 +48,17 @@ def n_tasks(source: str) -> int:
     if source in N_TASKS:
         return N_TASKS[source]
     if not (found := task_files(Path(resolve(source)))):
-        raise ValueError(
-            f"no task source {source!r}: there are {', '.join(N_TASKS)}, or a folder of .json or .tsv files"
-        )
+        raise ValueError(f"no task source {source!r}: there are {', '.join(N_TASKS)}, or a folder of .json or .tsv")
     return len(found)
 
 
 def steps(card: Mapping[str, Any], config: ModelConfig, part: Part) -> list[Step]:
-    """The computations of all notebooks that decide memory or time, on one `part` of the devices along the model's
-    axis."""
+    """The computations of all notebooks that decide memory or time, on one `part` of the model's devices."""
     saes, tasks = dictionaries(card, config), n_tasks(card["tasks"])
     pair = PAIR_TOKENS.get(card["tasks"], PAIR_TOKENS["paper"])  # of a folder's words nothing is known
     seq = lambda shots: min((shots + 1) * pair + PREFIX_TOKENS, config.n_ctx)
-    n, long, executor, detector = (
-        card["n_prompts"],
-        seq(card["n_shots"]),
-        card["layer_executor"],
-        card["layer_detector"],
-    )
+    n, executor, detector = (card[key] for key in ("n_prompts", "layer_executor", "layer_detector"))
+    long = seq(card["n_shots"])
     behind = lambda layer: config.n_layers - layer  # layers that run from there on
 
     def insert(layer, vectors, suffix=ANSWER_TOKENS):
@@ -78,37 +69,27 @@ def steps(card: Mapping[str, Any], config: ModelConfig, part: Part) -> list[Step
 
     text, d_sae = min(TEXT_TOKENS, config.n_ctx), max((d.d_sae for d in saes), default=0)
     swept = [d.site.layer for d in saes if d.site.name == "resid_pre" and d.site.layer >= 2]
-    of_tvc = (card["tvc_prompts"], card["tvc_steps"])
+    tvc = lambda layer, n_l1: clean(layer, card["tvc_prompts"], n_l1, card["tvc_steps"])
+    rate_rows = card["rate_rows"]
     dummy = pair + ANSWER_TOKENS  # from the dummy's output to the answer
     shots, prompts = seq(card["circuit_shots"]), card["circuit_prompts"]
     circuit = [d for d in saes if d.site.layer in card["circuit_layers"] and d.site.name != "resid_post"]
     below = behind(min(card["circuit_layers"]))
     ablate = lambda whole: ablation_cost(config, prompts, shots, below, tasks * len(Role), circuit, part, whole)
+    between = forward_cost(config, 6, long, part, layers=executor - detector, logits=False)
+    effects = node_effects_cost(config, card["effect_prompts"], shots, below, tasks * len(Role), circuit, part)
     table = [
         ("00", "accuracy by shots", answers_cost(config, n, seq(card["max_shots"]), part), 3 * tasks),
         ("00", "controls", answers_cost(config, n, seq(5), part), 15 * tasks),
-        (
-            "01",
-            "activations of all SAE sites",
-            recording_cost(config, 16, text, part, len(saes)),
-            card["rate_rows"] / 16,
-        ),
-        *(("01", "firing rates", encoding_cost(card["rate_rows"], text, sae), 1) for sae in saes),
+        ("01", "activations of all SAE sites", recording_cost(config, 16, text, part, len(saes)), rate_rows / 16),
+        *(("01", "firing rates", encoding_cost(rate_rows, text, sae), 1) for sae in saes),
         ("01", "quality with each SAE in place", quality_cost(config, 16, text, part, saes), card["quality_rows"] / 16),
         ("02", "task vectors", task_vector_cost(config, n, long, part), 8 * tasks),
         # 5 of methods and the choice, 8 by shots, 7 of controls, 3 of differences; all from layer 0 on
         ("02", "vectors inserted at every layer", insert(0, config.n_layers), 23),
-        *(
-            ("03", f"cleaning at layer {layer}", clean(layer, of_tvc[0], len(card["tvc_l1"]), of_tvc[1]), 1)
-            for layer in swept
-        ),
+        *(("03", f"cleaning at layer {layer}", tvc(layer, len(card["tvc_l1"])), 1) for layer in swept),
         # stability, and the SAEs that notebook 01 trained
-        (
-            "03",
-            "cleaning, one penalty",
-            clean(executor, of_tvc[0], 1, of_tvc[1]),
-            3 + len(card["sweep_widths"]) * len(card["sweep_sparsity"]),
-        ),
+        ("03", "cleaning, one penalty", tvc(executor, 1), 3 + len(card["sweep_widths"]) * len(card["sweep_sparsity"])),
         # at five lengths with the control of 100, on either pool, and at each latent's own lengths
         ("04", "latents one by one", insert(executor, CANDIDATES + 100), 7 + len(card["latent_scales"])),
         ("04", "random sets", insert(executor, min(1000, d_sae) + CANDIDATES), 2),
@@ -120,22 +101,11 @@ def steps(card: Mapping[str, Any], config: ModelConfig, part: Part) -> list[Step
         ("05", "detectors one by one", insert(detector, CANDIDATES + 20, dummy), 8),
         ("05", "random sets", insert(detector, min(400, d_sae) + CANDIDATES, dummy), 2),
         # half as many detectors as tasks, at six strengths and in two controls, and twice at six lengths
-        (
-            "05",
-            "detectors to executors",
-            forward_cost(config, 6, long, part, layers=executor - detector, logits=False),
-            12 * tasks**2,
-        ),
-        (
-            "06",
-            "node effects",
-            node_effects_cost(config, card["effect_prompts"], shots, below, tasks * len(Role), circuit, part),
-            2 * tasks,
-        ),
-        # nodes kept, at seven counts and at random, and both ends of three settings
-        ("06", "ablation", ablate(True), (2 * 7 + 3 * 2) * tasks),
-        # nodes taken away likewise, two halvings, the matrix and its control, means; and 2 x 200 nodes alone in one
-        # task
-        ("06", "ablation of few nodes", ablate(False), (2 * 7 + 2 * 20 + tasks + 1 + 2 * 7) * tasks + 400),
+        ("05", "detectors to executors", between, 12 * tasks**2),
+        ("06", "node effects", effects, 2 * tasks),
+        # nodes kept, at seven counts and at random, and both ends of four settings
+        ("06", "ablation", ablate(True), (2 * 7 + 4 * 2) * tasks),
+        # nodes taken away likewise, two halvings, two matrices and their controls, means; 2 x 200 nodes in one task
+        ("06", "ablation of few nodes", ablate(False), (2 * 7 + 2 * 20 + 2 * tasks + 3 + 2 * 7) * tasks + 400),
     ]
     return [Step(*line) for line in table]

@@ -1,15 +1,13 @@
-"""Activations of a model at many sites, harvested for training SAEs: one forward pass for all sites, special tokens
-dropped.
-"""
+"""Activations of a model at many sites, harvested for SAEs: one forward pass for all sites, without special tokens."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from icl_lib.models import Site, Transformer, record
-from icl_lib.models.sites import check_sites
+from icl_lib.models import Site, Transformer
+from icl_lib.models.sites import activations_at, check_sites
 from icl_lib.tasks import Prompts
 from icl_lib.text.tokens import batches, check_tokens, token_mask
 
@@ -18,9 +16,7 @@ Mask = Bool[np.ndarray, "*stack n seq"] | Bool[Array, "*stack n seq"]
 
 
 def output_site(site_in: Site) -> Site:
-    """What an SAE that encodes `site_in` reconstructs: the MLP's output for what the MLP reads (a transcoder), else the
-    site itself.
-    """
+    """What an SAE of `site_in` reconstructs: the MLP's output for what the MLP reads (a transcoder), else the site."""
     return Site("mlp_out", site_in.layer) if site_in.name in ("mlp_in", "mlp_normalized") else site_in
 
 
@@ -41,8 +37,7 @@ def rows_that_count(
 
     Of prompts, stacked or not, these are the prompts' tokens and `real`; of other rows, `mask` defaults to
     `token_mask`. Raises `ValueError` on a token id that the model does not have, on rows longer than its context, if
-    the mask has another shape than the tokens, or if nothing counts (with `pairs`: no two neighbours, which a loss
-    needs).
+    the mask has another shape than the tokens, or if nothing counts (with `pairs`: no two neighbours, for a loss).
     """
     if hasattr(tokens, "tokens") and hasattr(tokens, "real"):
         tokens, mask = tokens.tokens, tokens.real if mask is None else mask
@@ -61,14 +56,9 @@ def rows_that_count(
 
 
 def harvest(
-    model: Transformer,
-    tokens: Rows,
-    sites: Iterable[Site],
-    mask: Mask | None = None,
-    *,
-    batch_size: int = 64,
+    model: Transformer, tokens: Rows, sites: Iterable[Site], mask: Mask | None = None, *, batch_size: int = 64,
     dtype: str = "float32",
-) -> dict[Site, np.ndarray]:
+) -> dict[Site, np.ndarray]:  # fmt: skip
     """Activations in host memory, `acts[site]` (n_tokens, d_model) in `dtype`, for the tokens where `mask` is true.
 
     `tokens` are rows or prompts; see `rows_that_count`, also for `mask` and for what is raised. Row i is the same token
@@ -89,22 +79,10 @@ def harvest(
                 acts[site] = np.empty((n, *values.shape[1:]), dtype)
             acts[site][start:stop] = values
         start = stop
-    _check_finite(acts)
+    for site, values in acts.items():
+        if not np.isfinite(values).all():
+            raise ValueError(f"activations at {site} are not finite in {dtype}: harvest in float32, or check the model")
     return acts
 
 
-@eqx.filter_jit
-def _activations(model: Transformer, tokens: Array, sites: tuple[Site, ...]) -> dict[Site, Array]:
-    """What `sites` see. The compiler drops what they do not need: the layers above them and the logits."""
-    cache: dict[Site, Array] = {}
-    model(tokens, tap=record(sites, cache))
-    return cache
-
-
-def _check_finite(acts: Mapping[Site, np.ndarray]) -> None:
-    for site, values in acts.items():
-        if not np.isfinite(values).all():
-            raise ValueError(
-                f"activations at {site} are not finite in {values.dtype}: harvest in float32, or check the model's "
-                "weights"
-            )
+_activations = eqx.filter_jit(activations_at)

@@ -1,5 +1,4 @@
-"""What SAEs cost: their own sizes, and the passes in which they encode, are recorded for, or stand in the model's
-place."""
+"""What SAEs cost: their own sizes, and the passes in which they encode, are recorded for, or stand in the model."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -52,9 +51,7 @@ def latents_bytes(seq: int, saes: Sequence[Dictionary], copies: int = 2) -> int:
 def recording_cost(
     config: ModelConfig, batch: int, seq: int, part: Part, sites: int = 0, encoders: Sequence[Dictionary] = ()
 ) -> Cost:
-    """A pass without logits that keeps `sites` residuals, some of which `encoders` then encode (`harvest`,
-    `activation_mass`)."""
-
+    """A pass without logits that keeps `sites` residuals, some of which `encoders` encode (`harvest`, ...)."""
     return forward_cost(
         config, batch, seq, part, logits=False,
         other_flops=sum(d.encode_flops for d in encoders),

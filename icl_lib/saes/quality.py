@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Array, Bool, Float, Int
 
-from icl_lib.models import Site, Transformer, record
+from icl_lib.models import Site, Transformer
+from icl_lib.models.sites import activations_at
 from icl_lib.saes.activations import Mask, Rows, rows_that_count
 from icl_lib.saes.formats import check_fit
 from icl_lib.saes.sae import SAE
@@ -50,9 +51,7 @@ def fvu(
     x: Float[Array, "*batch d"], x_hat: Float[Array, "*batch d"], mask: Bool[Array, "*batch"] | None = None
 ) -> Float[Array, ""]:
     r"""Fraction of variance unexplained, $\sum\|x - \hat x\|^2 / \sum\|x - \bar x\|^2$: 0 is perfect, 1 is the mean.
-
-    NaN where x does not vary.
-    """
+    NaN where x does not vary."""
     w = _weights(x, mask)
     mean = jnp.broadcast_to(masked_mean(x, mask), x.shape)
     x, x_hat = x.astype(jnp.float32), x_hat.astype(jnp.float32)
@@ -88,19 +87,15 @@ def dense_fraction(freq: Float[Array, " d_sae"]) -> Float[Array, ""]:
 def cross_entropy(
     logits: Float[Array, "batch seq d_vocab"], tokens: Int[Array, "batch seq"], mask: Bool[Array, "batch seq"]
 ) -> Float[Array, ""]:
-    """Summed next-token CE in nats where both the token and the next are in `mask`; divide by their number for the
-    mean.
-    """
+    """Next-token CE in nats, summed where both the token and the next are in `mask`."""
     logp = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
     picked = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
     return -jnp.sum(jnp.where(mask[:, :-1] & mask[:, 1:], picked, 0))
 
 
 def splice(sae: SAE, mask: Bool[Array, "batch seq"]):
-    """A tap that puts `decode(encode(x))` in the place of the activation where `mask` is true.
-
-    A transcoder reads `site_in` and replaces `site_out`; the error is not added back, elsewhere nothing changes.
-    """
+    """A tap that puts `decode(encode(x))` in the place of the activation where `mask` is true. A transcoder reads
+    `site_in` and replaces `site_out`; the error is not added back, elsewhere nothing changes."""
     seen = {}
 
     def tap(site, x):
@@ -115,24 +110,15 @@ def splice(sae: SAE, mask: Bool[Array, "batch seq"]):
 
 def ablate(site: Site, value: Float[Array, " d"], mask: Bool[Array, "batch seq"]):
     """A tap that puts the constant `value` in the place of the activation at `site` where `mask` is true."""
-
-    def tap(at, x):
-        return jnp.where(mask[..., None], jnp.broadcast_to(value.astype(x.dtype), x.shape), x) if at == site else x
-
-    return tap
+    put = lambda x: jnp.where(mask[..., None], jnp.broadcast_to(value.astype(x.dtype), x.shape), x)
+    return lambda at, x: put(x) if at == site else x
 
 
 def ce_recovered(
-    model: Transformer,
-    sae: SAE,
-    tokens: Rows,
-    mask: Mask | None = None,
-    ablation: str = "zero",
-    *,
+    model: Transformer, sae: SAE, tokens: Rows, mask: Mask | None = None, ablation: str = "zero", *,
     batch_size: int = 32,
-) -> float:
-    r"""$(CE_{abl} - CE_{sae}) / (CE_{abl} - CE_{clean})$: 1 if splicing the SAE in costs nothing, 0 if as much as the
-    ablation.
+) -> float:  # fmt: skip
+    r"""$(CE_{abl} - CE_{sae}) / (CE_{abl} - CE_{clean})$: 1 if splicing the SAE in is free, 0 if it is an ablation.
 
     `ablation` puts 0 or the mean over these tokens at the SAE's target. BOS and padding stay clean throughout. Raises
     `ValueError` on another ablation, or if the SAE does not fit the model.
@@ -163,18 +149,12 @@ def quality_table(
     return pd.DataFrame([_row(sae, {k: np.asarray(v[i]) for k, v in table.items()}) for i, sae in enumerate(saes)])
 
 
-def _record(model: Transformer, sites, tokens) -> dict[Site, Array]:
-    cache: dict[Site, Array] = {}
-    model(tokens, tap=record(sites, cache))
-    return cache
-
-
 @eqx.filter_jit
 def _target_means(model: Transformer, saes: tuple[SAE, ...], tokens: Array, mask: Array) -> list[Array]:
     """Mean of each SAE's target over all tokens that count."""
 
     def one(batch):
-        cache = _record(model, [sae.site_out for sae in saes], batch[0])
+        cache = activations_at(model, batch[0], [sae.site_out for sae in saes])
         w = batch[1].astype(jnp.float32)
         return [jnp.einsum("bs,bsd->d", w, cache[sae.site_out].astype(jnp.float32)) for sae in saes]
 
@@ -186,10 +166,8 @@ def _target_means(model: Transformer, saes: tuple[SAE, ...], tokens: Array, mask
 def _measure(
     model: Transformer, saes: tuple[SAE, ...], means: list[Array], tokens: Array, mask: Array
 ) -> dict[str, Array]:
-    """All columns, (n_saes,) each, in one compiled program.
-
-    The model is compiled once, with a switch at each site; which SAE is spliced in, and how, is a value of the run.
-    """
+    """All columns, (n_saes,) each, in one compiled program. The model is compiled once, with a switch at each site;
+    which SAE is spliced in, and how, is a value of the run."""
     n, d_sae = len(saes), max(sae.d_sae for sae in saes)
 
     def run(batch, which, how):
@@ -197,7 +175,7 @@ def _measure(
         return cross_entropy(logits, *batch)
 
     def one(batch):
-        cache = _record(model, {s for sae in saes for s in (sae.site_in, sae.site_out)}, batch[0])
+        cache = activations_at(model, batch[0], {s for sae in saes for s in (sae.site_in, sae.site_out)})
         parts = [_parts(sae, mean, cache, batch[1], d_sae) for sae, mean in zip(saes, means, strict=True)]
         sums = {name: jnp.stack([p[name] for p in parts]) for name in parts[0]}
         grid = jnp.stack(jnp.meshgrid(jnp.arange(n), jnp.arange(3), indexing="ij"), axis=-1).reshape(-1, 2)
@@ -208,11 +186,8 @@ def _measure(
     pairs = jnp.sum(mask[..., :-1] & mask[..., 1:], dtype=jnp.float32)
     count = jnp.sum(mask, dtype=jnp.float32)
     ce, clean = sums["ce"] / pairs, jnp.broadcast_to(sums["clean"] / pairs, (n,))
-    columns = {
-        "l0": jnp.sum(sums["fired"], axis=1) / count,
-        "fvu": _unexplained(sums["err"], sums["var"], sums["square"]),
-        "fired": sums["fired"] / count,
-    }
+    columns = {"l0": jnp.sum(sums["fired"], axis=1) / count, "fired": sums["fired"] / count}
+    columns |= {"fvu": _unexplained(sums["err"], sums["var"], sums["square"])}
     return columns | {"ce_clean": clean, "ce_sae": ce[:, 0], "ce_zero": ce[:, 1], "ce_mean": ce[:, 2]}
 
 

@@ -1,6 +1,4 @@
-"""One sparse autoencoder (or transcoder) at one site of a model, in every form that the experiments and public files
-have.
-"""
+"""One sparse autoencoder (or transcoder) at one site of a model, in every form of the experiments and public files."""
 
 import dataclasses
 from typing import Any
@@ -14,13 +12,7 @@ from icl_lib.models import Site
 
 ARCHITECTURES = ("standard", "gated", "jumprelu", "topk", "batchtopk")
 # what each form has beyond the two matrices and their biases
-_EXTRA = {
-    "standard": (),
-    "gated": ("r_mag", "b_mag"),
-    "jumprelu": ("threshold",),
-    "topk": (),
-    "batchtopk": ("threshold",),
-}
+_EXTRA = {"gated": ("r_mag", "b_mag"), "jumprelu": ("threshold",), "batchtopk": ("threshold",)}
 
 
 def along(vector: Float[Array, " n"], x: Array) -> Array:
@@ -34,9 +26,7 @@ def jumprelu(pre: Float[Array, "*batch d_sae"], threshold: Float[Array, " d_sae"
 
 
 def top_k(pre: Float[Array, "*batch d_sae"], k: int) -> Float[Array, "*batch d_sae"]:
-    """The k largest entries along the last axis where they are positive, zero elsewhere; never more than k, also where
-    values tie.
-    """
+    """The k largest entries along the last axis where positive, zero elsewhere; where values tie too, k at most."""
     values, index = jax.lax.top_k(pre, k)
     return jnp.put_along_axis(jnp.zeros_like(pre), index, jax.nn.relu(values), axis=-1, inplace=False)
 
@@ -62,8 +52,7 @@ class SAE(eqx.Module):
     Sources: Rajamanoharan et al. (2024), "Improving Dictionary Learning with Gated Sparse Autoencoders", Eqs. (6) to
     (8); the same authors (2024), "Jumping Ahead", Eq. (3); Gao et al. (2024), "Scaling and evaluating sparse
     autoencoders", Sec. 2.3; Bussmann et al. (2024), "BatchTopK Sparse Autoencoders"; Dunefsky et al. (2024) and Paulo
-    et al. (2025), "Transcoders Beat Sparse Autoencoders for Interpretability", for transcoders without and with a skip
-    matrix.
+    et al. (2025), "Transcoders Beat Sparse Autoencoders for Interpretability", for transcoders without and with skip.
     """
 
     W_enc: Float[Array, "d_in d_sae"]
@@ -85,25 +74,21 @@ class SAE(eqx.Module):
             raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
         (d_in, d_sae), d_out = self.W_enc.shape, self.W_dec.shape[1]
         wanted = {"b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
-        wanted |= {name: (d_sae,) for name in _EXTRA[self.architecture]}
+        extra = _EXTRA.get(self.architecture, ())
+        wanted |= dict.fromkeys(extra, (d_sae,))
         wanted |= {} if self.W_skip is None else {"W_skip": (d_in, d_out)}
         for name, shape in wanted.items():
             value = getattr(self, name)
             if value is None or value.shape != shape:
                 came = "nothing" if value is None else f"shape {value.shape}"
-                raise ValueError(
-                    f"a {self.architecture} SAE with W_enc {self.W_enc.shape} needs {name} of shape {shape}, got {came}"
-                )
-        for name in {"threshold", "r_mag", "b_mag"} - set(_EXTRA[self.architecture]):
+                one = f"a {self.architecture} SAE with W_enc {self.W_enc.shape}"
+                raise ValueError(f"{one} needs {name} of shape {shape}, got {came}")
+        for name in {"threshold", "r_mag", "b_mag"} - set(extra):
             if getattr(self, name) is not None:
-                raise ValueError(
-                    f"a {self.architecture} SAE has no {name}: leave it out or choose another architecture"
-                )
+                raise ValueError(f"a {self.architecture} SAE has no {name}: leave it out or choose another form")
         if (self.k is None) == (self.architecture == "topk") or (self.k is not None and not 1 <= self.k <= d_sae):
-            raise ValueError(
-                f"a topk SAE needs k in 1..{d_sae}, other architectures have none; got k = {self.k} for "
-                f"{self.architecture}"
-            )
+            got = f"k = {self.k} for {self.architecture}"
+            raise ValueError(f"a topk SAE needs k in 1..{d_sae}, other architectures have none; got {got}")
         if self.W_skip is not None and not self.is_transcoder:
             raise ValueError(f"W_skip is for transcoders: with it, an SAE of {self.site_in} could copy its input")
 
@@ -128,10 +113,8 @@ class SAE(eqx.Module):
         return self.site_in != self.site_out
 
     def pre(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
-        r"""Pre-activations: $f$ equals them where a latent is on. For a gated SAE those of the magnitude.
-
-        Raises `ValueError` if the last axis is not d_in.
-        """
+        r"""Pre-activations: $f$ equals them where a latent is on. For a gated SAE those of the magnitude. Raises
+        `ValueError` if the last axis is not d_in."""
         h = self._project(x)
         return h + along(self.b_enc, h) if self.b_mag is None else self._magnitude(h)
 
@@ -150,23 +133,15 @@ class SAE(eqx.Module):
         self, f: Float[Array, "*batch d_sae"], x: Float[Array, "*batch d_in"] | None = None
     ) -> Float[Array, "*batch d_out"]:
         """Reconstruction, in units of `site_out`. The skip matrix of a transcoder that has one acts on `x`, the encoded
-        input.
-
-        Raises `ValueError` if the last axis is not d_sae, or if `x` is needed and missing.
-        """
+        input. Raises `ValueError` if the last axis is not d_sae, or if `x` is needed and missing."""
         if f.shape[-1] != self.d_sae:
-            raise ValueError(
-                f"decode takes features with last axis d_sae = {self.d_sae}, got shape {f.shape}: was f encoded by "
-                "another SAE?"
-            )
+            raise ValueError(f"decode takes features of d_sae = {self.d_sae}, got shape {f.shape}: of another SAE?")
         x_hat = f.astype(self.W_dec.dtype) @ self.W_dec
         x_hat = x_hat + along(self.b_dec, x_hat)
         if self.W_skip is None:
             return x_hat
         if x is None:
-            raise ValueError(
-                f"the transcoder at {self.site_in} has a skip matrix, which acts on the input: call decode(f, x)"
-            )
+            raise ValueError(f"the transcoder at {self.site_in} has a skip matrix, which needs x: call decode(f, x)")
         return x_hat + x.astype(self.W_skip.dtype) @ self.W_skip
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
@@ -175,13 +150,9 @@ class SAE(eqx.Module):
 
     def take(self, latents: Int[Array, " k"]) -> "SAE":
         """The SAE with the named latents only, which it encodes as the whole does; not for topk, whose latents compete.
-
-        The decoder's bias stays, so that what `decode` gives is not a part of the whole's reconstruction.
-        """
+        The decoder's bias stays, so that what `decode` gives is not a part of the whole's reconstruction."""
         if self.architecture == "topk":
-            raise ValueError(
-                f"latents of the topk SAE at {self.site_in} compete: some of them alone do not fire as the whole does"
-            )
+            raise ValueError(f"latents of the topk SAE at {self.site_in} compete: some alone do not fire as all do")
         parts = {"W_enc": self.W_enc[:, latents], "W_dec": self.W_dec[latents]}
         vectors = ("b_enc", "threshold", "r_mag", "b_mag")
         parts |= {name: getattr(self, name)[latents] for name in vectors if getattr(self, name) is not None}
@@ -194,14 +165,11 @@ class SAE(eqx.Module):
         e^{r})$: the gate $h > -b_{enc}$ becomes a threshold on the magnitude's pre-activation. Exact but for rounding.
         A batchtopk SAE has its threshold.
 
-        Raises `ValueError` for a topk SAE: which latents are on depends on the others, so no threshold per latent does
-        the same.
+        Raises `ValueError` for a topk SAE: whether a latent is on depends on the others, which no threshold does.
         """
         if self.architecture == "topk":
-            raise ValueError(
-                f"the topk SAE at {self.site_in} has no jumprelu form, since its latents compete for {self.k} places: "
-                "methods that fold (cleaning, ablation, links) need an SAE whose latents are on or off by themselves"
-            )
+            why = f"its latents compete for {self.k} places, and cleaning, ablation and links need independent ones"
+            raise ValueError(f"the topk SAE at {self.site_in} has no jumprelu form: {why}")
         parts: dict[str, Any] = {"r_mag": None, "b_mag": None, "threshold": self._magnitude_threshold()}
         if self.architecture == "gated":
             parts |= {"W_enc": self.W_enc * jnp.exp(self.r_mag)[None, :], "b_enc": self.b_mag}
@@ -209,10 +177,8 @@ class SAE(eqx.Module):
 
     def _project(self, x):
         if x.ndim == 0 or x.shape[-1] != self.d_in:
-            raise ValueError(
-                f"this SAE takes activations with last axis d_in = {self.d_in}, got shape {x.shape}; it was trained at "
-                f"{self.site_in}: was x taken from another site or model?"
-            )
+            takes = f"this SAE takes activations of last axis d_in = {self.d_in} at {self.site_in}, got shape {x.shape}"
+            raise ValueError(f"{takes}: was x taken from another site or model?")
         return x.astype(self.W_enc.dtype) @ self.W_enc
 
     def _magnitude(self, h):

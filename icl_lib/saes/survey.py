@@ -1,6 +1,4 @@
-"""The health of dictionaries beyond one number each: how often latents fire, how alike they are, which SAEs are worth
-keeping.
-"""
+"""The health of dictionaries beyond one number each: how often latents fire, how alike they are, which SAEs to keep."""
 
 from collections.abc import Hashable, Mapping
 
@@ -11,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from icl_lib.files.processes import to_host
-from icl_lib.models import Transformer, record
+from icl_lib.models import Transformer
+from icl_lib.models.sites import activations_at
 from icl_lib.saes.activations import Mask, Rows, rows_that_count
 from icl_lib.saes.sae import SAE
 from icl_lib.text.tokens import batches
@@ -23,9 +22,7 @@ def firing_rates(
     model: Transformer, suite: Mapping[Hashable, SAE], tokens: Rows, mask: Mask | None = None, *, batch_size: int = 32
 ) -> dict[Hashable, np.ndarray]:
     """Part of the tokens on which each latent fires, (d_sae,) for each SAE; see `rows_that_count` for tokens and mask.
-
-    Activations stay on the device, so that it may be counted on as many tokens as wanted.
-    """
+    Activations stay on the device, so that it may be counted on as many tokens as wanted."""
     tokens, mask = rows_that_count(model, tokens, mask)
     fired = [jnp.zeros(sae.d_sae) for sae in suite.values()]
     for rows, keep in batches(tokens, mask, batch_size):
@@ -35,25 +32,21 @@ def firing_rates(
 
 @eqx.filter_jit
 def _count(model, saes: tuple[SAE, ...], tokens: Array, mask: Array, fired: list[Array]) -> list[Array]:
-    cache: dict = {}
-    model(tokens, tap=record([sae.site_in for sae in saes], cache))
+    cache = activations_at(model, tokens, [sae.site_in for sae in saes])
     on = [(sae.encode(cache[sae.site_in]) > 0) & mask[..., None] for sae in saes]
     return [n + jnp.sum(x, axis=(0, 1), dtype=jnp.float32) for n, x in zip(fired, on, strict=True)]
 
 
 def rate_histogram(rates: np.ndarray, n_bins: int = 50, lowest: float = 1e-6) -> tuple[np.ndarray, np.ndarray, int]:
-    """Latents by the decade of their firing rate: counts (n_bins,), edges (n_bins + 1,) in log10, and the number that
-    never fire.
+    """Latents by decades of firing rate: counts (n_bins,), edges (n_bins + 1,) in log10, and how many never fire.
 
     The first bin also takes those that are rarer than `lowest`; NaN, the rate of nothing, is in none. The usual picture
     (Bricken et al., 2023): a healthy dictionary has one hump, and what lies far below it is "ultralow density".
     """
     rates = np.asarray(rates)
     if n_bins < 1 or not 0 < lowest < 1 or rates.ndim != 1 or ((rates < 0) | (rates > 1)).any():
-        raise ValueError(
-            f"rates (d_sae,) from 0 to 1, at least one bin and 0 < lowest < 1 are needed, got {rates.shape}, "
-            f"{n_bins}, {lowest}"
-        )
+        got = f"{rates.shape}, {n_bins}, {lowest}"
+        raise ValueError(f"rates (d_sae,) from 0 to 1, at least one bin and 0 < lowest < 1 are needed, got {got}")
     alive = rates[rates > 0]
     counts, edges = np.histogram(np.log10(np.maximum(alive, lowest)), bins=np.linspace(np.log10(lowest), 0, n_bins + 1))
     return counts, edges, int((rates == 0).sum())
@@ -82,11 +75,8 @@ def decoder_cosine(W_dec: Float[Array, "d_sae d_out"]) -> Float[Array, " d_sae"]
 
 
 def undominated(*costs: np.ndarray) -> np.ndarray:
-    """Which of n candidates no other beats: (n,) booleans. Each of `costs` is (n,), the lower the better, e.g. L0 and
-    FVU.
-
-    One candidate beats another that is at least as dear in every cost and dearer in one. NaN never lies on the front.
-    """
+    """Which of n candidates no other beats: (n,) booleans. Each of `costs` (L0, FVU) is (n,), lower is better. One
+    candidate beats another that is at least as dear in every cost and dearer in one. NaN never lies on the front."""
     points = np.stack([np.asarray(c, np.float64) for c in costs], axis=1)
     no_worse = (points[:, None] <= points[None]).all(axis=2)
     better = (points[:, None] < points[None]).any(axis=2)

@@ -7,13 +7,5 @@ from icl_lib.training.progress import Progress
 from icl_lib.training.recipes import Recipe, TrainingError, make_recipe
 
 __all__ = [
-    "JobSettings",
-    "Member",
-    "Plan",
-    "Progress",
-    "Recipe",
-    "TrainingError",
-    "make_recipe",
-    "train_on",
-    "train_suite",
-]
+    "JobSettings", "Member", "Plan", "Progress", "Recipe", "TrainingError", "make_recipe", "train_on", "train_suite",
+]  # fmt: skip

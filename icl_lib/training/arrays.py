@@ -19,23 +19,12 @@ Activations = Mapping[Site, np.ndarray | Array]
 
 
 def train_on(
-    acts: Activations | Iterable[Activations],
-    sites: Sequence[Site],
-    *,
-    d_sae: int,
-    sparsity: float | Mapping[Site, float],
-    key: PRNGKeyArray,
-    n_steps: int = 1500,
-    batch_size: int = 1024,
-    learning_rate: float = 1e-3,
-    warmup: int = 128,
-    sparsity_warmup: int | None = None,
-    dead_after: int = 100,
-    clip: float = 1.0,
-    chunk: int = 100,
-    metadata: Mapping[str, str | int | float | bool] | None = None,
+    acts: Activations | Iterable[Activations], sites: Sequence[Site], *, d_sae: int,
+    sparsity: float | Mapping[Site, float], key: PRNGKeyArray, n_steps: int = 1500, batch_size: int = 1024,
+    learning_rate: float = 1e-3, warmup: int = 128, sparsity_warmup: int | None = None, dead_after: int = 100,
+    clip: float = 1.0, chunk: int = 100, metadata: Mapping[str, str | int | float | bool] | None = None,
     progress: Callable[[Progress], None] | None = print,
-) -> dict[Site, SAE]:
+) -> dict[Site, SAE]:  # fmt: skip
     r"""Train one gated SAE for each site in `sites`, all of width `d_sae`, by the objective of icl_sfc.py.
 
     `acts[site]` (n_tokens, d) in host memory, float32 or float16, row i the same token at every site, for the sites and
@@ -85,6 +74,4 @@ def _buffers(acts) -> Iterator[Buffer]:
             yield buffer
     for each in acts:
         yield {site: jnp.asarray(a) for site, a in each.items()}
-    raise TrainingError(
-        "the iterator of activations ended before the last step: give more buffers, fewer steps or a longer chunk"
-    )
+    raise TrainingError("the iterator of activations ended before the last step: give more, or fewer or longer chunks")

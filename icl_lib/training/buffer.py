@@ -19,9 +19,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from icl_lib.models import Site, Transformer, record
+from icl_lib.models import Site, Transformer
 from icl_lib.models.sharding import mesh_of
-from icl_lib.models.sites import GLOBAL_SITES, LAYER_SITES, check_sites
+from icl_lib.models.sites import GLOBAL_SITES, LAYER_SITES, activations_at, check_sites
 from icl_lib.text.corpus import Corpus
 from icl_lib.text.tokens import check_tokens, token_mask
 from icl_lib.training.recipes import TrainingError
@@ -39,50 +39,29 @@ class ActivationBuffer:
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        corpus: Corpus,
-        sites: Iterable[Site],
-        *,
-        contexts: int,
-        passes: int,
-        dtype: str = "float32",
-        mesh: Mesh | None = None,
-    ):
+        self, model: Transformer, corpus: Corpus, sites: Iterable[Site], *, contexts: int, passes: int,
+        dtype: str = "float32", mesh: Mesh | None = None,
+    ):  # fmt: skip
         self.sites = tuple(sorted(check_sites(model.config, set(sites)), key=_order))
         self._model, self._corpus, self._mesh = model, corpus, mesh
         n_processes, n_devices = jax.process_count(), 1 if mesh is None else mesh.size
-        self._pass_rows = contexts * (corpus.seq - (model.config.bos_id is not None))
+        self.tokens_per_pass = contexts * (corpus.seq - (model.config.bos_id is not None))  # rows that a pass replaces
         if min(contexts, passes) < 1 or contexts % n_devices or contexts % n_processes:
-            raise TrainingError(
-                f"a pass of {contexts} contexts must be a multiple of {n_devices} devices and {n_processes} processes, "
-                f"and at least one pass is kept, got {passes}: change contexts or passes"
-            )
-        self._local = contexts // n_processes
+            wanted = f"{contexts} contexts must be a multiple of {n_devices} devices and {n_processes} processes"
+            raise TrainingError(f"{wanted}, and at least one pass is kept, got {passes}: change contexts or passes")
+        self._local, self._passes = contexts // n_processes, passes
         self._recent: collections.deque[np.ndarray] = collections.deque(maxlen=passes)
         self._n_passes = 0
-        self._bad = _place(
-            np.full(len(self.sites), -1, np.int32), None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        )
         self._rows = None if mesh is None else NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        self._bad = _place(np.full(len(self.sites), -1, np.int32), whole)
         self._tokens = self._sharding_of_tokens(contexts)
-        widths = [model.config.width(site.name) for site in self.sites]
-        self.rows: dict[Site, Array] = {
-            site: self._zeros((passes * self._pass_rows, width), dtype)
-            for site, width in zip(self.sites, widths, strict=True)
-        }
-
-    @property
-    def tokens_per_pass(self) -> int:
-        """Rows that a pass replaces."""
-        return self._pass_rows
+        shape = lambda site: (passes * self.tokens_per_pass, model.config.width(site.name))
+        self.rows: dict[Site, Array] = {site: self._zeros(shape(site), dtype) for site in self.sites}
 
     def fill(self, say: Callable[[str], None] | None = None) -> None:
-        """All passes of a new buffer; `say` is told how far it is where that takes long.
-
-        Raises `CorpusError` if the text is too short.
-        """
-        for _ in self._told(range(self._recent.maxlen or 0), say):
+        """All passes of a new buffer; `say` is told how far it is. Raises `CorpusError` if the text is too short."""
+        for _ in self._told(range(self._passes), say):
             self.refill(step=0)
 
     def _told(self, passes: Sequence | np.ndarray, say: Callable[[str], None] | None) -> Iterator:
@@ -102,19 +81,14 @@ class ActivationBuffer:
         tokens = self._corpus.batch(self._local)
         check_tokens(tokens, self._model.config)
         if not np.any(token_mask(tokens, self._model.config)):
-            raise TrainingError(
-                f"the {len(tokens)} contexts of the pass at step {step} hold nothing but BOS and padding: "
-                "check the text and its tokenizer"
-            )
+            empty = f"the {len(tokens)} contexts of the pass at step {step} hold nothing but BOS and padding"
+            raise TrainingError(f"{empty}: check the text and its tokenizer")
         self._recent.append(tokens)
         self._run(tokens, self._n_passes, step)
         self._n_passes += 1
 
     def first_bad(self) -> tuple[Site, int] | None:
-        """The site and step of the first activation that is not finite in the buffer's dtype, if any.
-
-        It waits for the device.
-        """
+        """Site and step of the first activation that is not finite, if any. It waits for the device."""
         bad = np.asarray(self._bad)
         if (bad < 0).all():
             return None
@@ -125,12 +99,12 @@ class ActivationBuffer:
         """What a checkpoint needs: JSON, and the tokens (processes, passes, contexts, seq) that are in the buffer."""
         states = _gather_json(self._corpus.state_dict())
         recent = np.stack(self._recent)
-        tokens = _allgather(recent) if jax.process_count() > 1 else recent[None]
+        tokens = np.asarray(multihost_utils.process_allgather(recent)) if jax.process_count() > 1 else recent[None]
         return {"corpus": states, "n_passes": self._n_passes}, tokens
 
     def abstract_tokens(self) -> np.ndarray:
         """An array of the shape of the tokens of `state`."""
-        return np.zeros((jax.process_count(), self._recent.maxlen or 0, self._local, self._corpus.seq), np.int32)
+        return np.zeros((jax.process_count(), self._passes, self._local, self._corpus.seq), np.int32)
 
     def load(self, state: dict[str, Any], tokens: np.ndarray, say: Callable[[str], None] | None = None) -> None:
         """Fill the buffer as it was when `state` was taken, by the same passes."""
@@ -142,8 +116,7 @@ class ActivationBuffer:
             self._run(batch, i, 0)
 
     def _run(self, tokens: np.ndarray, number: int, step: int) -> None:
-        slot = number % (self._recent.maxlen or 1)
-        at, now = np.int32(slot * self._pass_rows), np.int32(step)
+        at, now = np.int32(number % self._passes * self.tokens_per_pass), np.int32(step)
         inputs = (self._model, _place(tokens, self._tokens), self.sites, at, now, self._rows)
         self.rows, self._bad = _refill(inputs, self.rows, self._bad)
 
@@ -155,11 +128,9 @@ class ActivationBuffer:
         sharding = NamedSharding(of_model, PartitionSpec("data"))
         mine = {str(where) for where in sharding.addressable_devices_indices_map((contexts,)).values()}
         if len(mine) * jax.process_count() != of_model.shape["data"]:
-            raise TrainingError(
-                f"the devices of one copy of the model must be in one process: its mesh is {dict(of_model.shape)}, "
-                f"and there are {jax.process_count()} processes of "
-                f"{jax.local_device_count()} devices: divide it over fewer"
-            )
+            there = f"{jax.process_count()} processes of {jax.local_device_count()} devices"
+            has = f"its mesh is {dict(of_model.shape)}, and there are {there}"
+            raise TrainingError(f"a copy of the model must be on devices of one process: {has}: divide it over fewer")
         return sharding
 
     def _zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
@@ -174,13 +145,9 @@ def _order(site: Site) -> tuple[int, int]:
 
 @eqx.filter_jit(donate="all-except-first")
 def _refill(inputs, rows: dict[Site, Array], bad: Array):
-    """`rows` with one pass written at row `at`.
-
-    `bad` with the step of the first pass of each site that is not finite.
-    """
+    """`rows` with a pass written at row `at`, and `bad` with the step of each site's first pass that is not finite."""
     model, tokens, sites, at, step, place = inputs
-    cache: dict[Site, Array] = {}
-    model(tokens, tap=record(sites, cache))
+    cache = activations_at(model, tokens, sites)
     n = tokens.size - tokens.shape[0] * (model.config.bos_id is not None)
     keep = token_mask(tokens, model.config).ravel()
     order = jnp.argsort(~keep, stable=True)  # tokens that count come first
@@ -195,10 +162,7 @@ def _refill(inputs, rows: dict[Site, Array], bad: Array):
 
 
 def _written(rows: Array, new: Array, at: Array) -> Array:
-    """`rows` with `new` from row `at` on, where rows are divided.
-
-    To write a slice, each device would have to hold all of them for a moment.
-    """
+    """`rows` with `new` from row `at` on, where rows are divided: to write a slice each device would hold all."""
     i = jnp.arange(len(rows), dtype=jnp.int32) - at
     return jnp.where(((i >= 0) & (i < len(new)))[:, None], new[jnp.clip(i, 0, len(new) - 1)], rows)
 
@@ -207,17 +171,12 @@ def _place(x: np.ndarray, sharding: NamedSharding | None) -> Array:
     return jnp.asarray(x) if sharding is None else jax.make_array_from_process_local_data(sharding, x)
 
 
-def _allgather(x: np.ndarray) -> np.ndarray:
-    return np.asarray(multihost_utils.process_allgather(x))
-
-
 def _gather_json(state: dict[str, Any]) -> list[dict[str, Any]]:
     """The states of all processes, in their order, known to every one of them."""
     if jax.process_count() == 1:
         return [state]
+    gather = lambda x: np.asarray(multihost_utils.process_allgather(x))
     data = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    lengths = _allgather(np.asarray([len(data)], np.int32)).ravel()
-    padded = _allgather(np.pad(data, (0, int(lengths.max()) - len(data))))
-    return [
-        json.loads(bytes(row[:n]).decode()) for row, n in zip(padded.reshape(len(lengths), -1), lengths, strict=True)
-    ]
+    lengths = gather(np.asarray([len(data)], np.int32)).ravel()
+    padded = gather(np.pad(data, (0, int(lengths.max()) - len(data)))).reshape(len(lengths), -1)
+    return [json.loads(bytes(row[:n]).decode()) for row, n in zip(padded, lengths, strict=True)]

@@ -5,6 +5,7 @@ any moment finds whole checkpoints only. Each carries the configuration it was m
 one.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -21,9 +22,7 @@ from jaxtyping import Array, PyTree
 
 from icl_lib.training.recipes import TrainingError
 
-logging.getLogger("absl").setLevel(
-    logging.CRITICAL
-)  # orbax reports every phase of a save, and every error three times over
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports each phase of a save, and each error three times
 _PRIMES = tuple(map(np.uint32, (2654435761, 2246822519, 3266489917, 668265263)))  # of the places in a checksum
 
 
@@ -32,27 +31,22 @@ class CheckpointError(TrainingError):
 
 
 class Checkpoints:
-    """The last `keep` checkpoints of a job with the configuration `config`, in `folder`.
-
-    All processes call every method; arrays are written by those that hold them, everything else by process 0.
-    """
+    """The last `keep` checkpoints of a job with the configuration `config`, in `folder`. All processes call every
+    method; arrays are written by those that hold them, everything else by process 0."""
 
     def __init__(self, folder: str | Path, config: Mapping[str, Any], keep: int = 2):
         self.folder, self.config = Path(folder).absolute(), dict(config)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, step_format_fixed_length=9
-        )
-        self._manager = self._try("open", lambda: ocp.CheckpointManager(self.folder, options=options))
+        how = dict(max_to_keep=keep, cleanup_tmp_directories=True, step_format_fixed_length=9)
+        open_ = lambda: ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(**how))
+        self._manager = self._try("open", open_)
 
     def latest(self) -> int | None:
         """Step of the last whole checkpoint."""
         return self._manager.latest_step()
 
     def save(self, step: int, arrays: PyTree, data: Mapping[str, Any]) -> None:
-        """Write arrays and JSON in the background; returns when the arrays may be overwritten.
-
-        Raises `CheckpointError` if this or the save before it fails; the checkpoints before are untouched.
-        """
+        """Write arrays and JSON in the background; returns when the arrays may be overwritten. Raises `CheckpointError`
+        if this or the save before it fails; the checkpoints before are untouched."""
         job = json.loads(json.dumps({"config": self.config, "data": data}))  # as it is now: it is written later
         items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), job=ocp.args.JsonSave(job))
         self._try(f"write step {step} to", lambda: self._manager.save(step, args=items))
@@ -68,10 +62,9 @@ class Checkpoints:
             return None
         job = self._read(step, "job", ocp.args.JsonRestore())
         if differing := differences(job["config"], self.config):
-            raise CheckpointError(
-                f"the checkpoint in {self.folder} (step {step}) was made with another configuration: "
-                f"{'; '.join(differing)}. Set these back to go on with it, or choose another folder to start anew"
-            )
+            made = f"the checkpoint in {self.folder} (step {step}) was made with another configuration"
+            todo = "Set these back to go on with it, or choose another folder to start anew"
+            raise CheckpointError(f"{made}: {'; '.join(differing)}. {todo}")
         return step, self._read(step, "arrays", ocp.args.StandardRestore(abstract)), job["data"]
 
     def wait(self) -> None:
@@ -86,20 +79,16 @@ class Checkpoints:
             logging.getLogger(__name__).warning("closing the checkpoints in %s: %s", self.folder, err)
 
     def _read(self, step: int, item: str, how) -> Any:
-        """One item of a checkpoint. A damaged one is left where it is.
-
-        Whether it is the disk or the file, we cannot know.
-        """
+        """One item of a checkpoint. A damaged one is left where it is: the disk may be at fault."""
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
         except Exception as err:  # orbax and tensorstore raise many kinds
             earlier = [other for other in self._manager.all_steps() if other < step]
-            raise CheckpointError(
-                f"could not read step {step} of {self.folder}: {_brief(err)}. If it stays so, the checkpoint is "
-                f"damaged: delete the folder {self.folder / f'{step:09d}'} and start again with the same settings: the "
-                "job goes on "
-                + (f"from step {max(earlier)}" if earlier else "from the beginning, for there is none before it")
-            ) from err
+            start = f"from step {max(earlier)}" if earlier else "from the beginning, for there is none before it"
+            todo = f"delete the folder {self.folder / f'{step:09d}'} and start again with the same settings"
+            what = f"could not read step {step} of {self.folder}: {_brief(err)}"
+            damaged = f"If it stays so, the checkpoint is damaged: {todo}: the job goes on {start}"
+            raise CheckpointError(f"{what}. {damaged}") from err
 
     def _try(self, what: str, action):
         try:
@@ -107,16 +96,10 @@ class Checkpoints:
         except CheckpointError:
             raise
         except Exception as err:  # orbax and tensorstore raise many kinds
-            kept = (
-                sorted(int(p.name) for p in self.folder.glob("[0-9]*") if p.name.isdigit())
-                if self.folder.is_dir()
-                else []
-            )
-            raise CheckpointError(
-                f"could not {what} {self.folder}: {_brief(err)}. Whole checkpoints there: "
-                f"{', '.join(map(str, kept)) or 'none'}. Is the disk full? Make room and start again with the same "
-                "settings: the job goes on from the last of them"
-            ) from err
+            kept = sorted(int(p.name) for p in self.folder.glob("[0-9]*") if p.name.isdigit())
+            there = f"Whole checkpoints there: {', '.join(map(str, kept)) or 'none'}"
+            todo = "Is the disk full? Make room and start again with the same settings: the job goes on from the last"
+            raise CheckpointError(f"could not {what} {self.folder}: {_brief(err)}. {there}. {todo}") from err
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -131,11 +114,9 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    items = (
-        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else None
-    )
-    if items is None:
+    if not isinstance(value, Mapping | list | tuple):
         return {prefix: value}
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
     return {k: v for key, each in items for k, v in _flat(each, f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
@@ -145,16 +126,8 @@ def _brief(err: BaseException) -> str:
     return f"{type(err).__name__}: {text if len(text) < 300 else f'{text[:120]} ... {text[-150:]}'}"
 
 
-def abstract_like(state: PyTree) -> PyTree:
-    """Shapes, dtypes and shardings of a state, to restore another one to."""
-    return jax.tree.map(ocp.tree.to_shape_dtype_struct, state)
-
-
 def fingerprint(model: PyTree) -> str:
-    """Tells models apart by the bits of every weight.
-
-    Sums of integers are the same in any order, so on any number of devices.
-    """
+    """Tells models apart by the bits of every weight. Sums of integers are the same in any order, on any devices."""
     sums = jnp.stack([_checksum(w) for w in jax.tree.leaves(model) if eqx.is_inexact_array(w)])
     return hashlib.sha256(np.asarray(sums).tobytes()).hexdigest()[:16]
 
@@ -163,8 +136,6 @@ def fingerprint(model: PyTree) -> str:
 def _checksum(w: Array) -> Array:
     r"""$\sum_i b_i m_i$ modulo $2^{32}$ of the bits b, with an odd m that differs from place to place."""
     bits = jax.lax.bitcast_convert_type(w, f"uint{8 * w.dtype.itemsize}").astype(jnp.uint32)
-    places = [
-        jax.lax.broadcasted_iota(jnp.uint32, w.shape, axis) * prime
-        for axis, prime in zip(range(w.ndim), _PRIMES, strict=False)
-    ]
+    iota = functools.partial(jax.lax.broadcasted_iota, jnp.uint32, w.shape)
+    places = [iota(axis) * prime for axis, prime in zip(range(w.ndim), _PRIMES, strict=False)]
     return jnp.sum(bits * (2 * sum(places, jnp.uint32(0)) + 1), dtype=jnp.uint32)

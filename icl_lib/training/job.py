@@ -38,9 +38,7 @@ from icl_lib.training.steps import finish, init_state, run_steps
 
 @dataclasses.dataclass(frozen=True)
 class JobSettings:
-    """How a job goes about its work. With n tokens a pass, a token is drawn steps_per_pass x batch_size / n times on
-    average.
-    """
+    """How a job goes about its work. Of n tokens a pass, each is drawn steps_per_pass x batch_size / n times or so."""
 
     seed: int = 0  # of the start, and of which rows a step draws
     contexts: int = 32  # of `corpus.seq` tokens, in one pass of the language model
@@ -59,20 +57,14 @@ class JobSettings:
     def __post_init__(self):
         counts = {name: getattr(self, name) for name in ("keep", "steps_per_pass", "save_every")}
         if min(counts.values()) < 1 or self.held_out < 0:
-            raise TrainingError(
-                f"keep, steps_per_pass and save_every must be at least 1 and held_out at least 0, got {counts} and "
-                f"{self.held_out}"
-            )
+            wanted = "keep, steps_per_pass and save_every must be at least 1 and held_out at least 0"
+            raise TrainingError(f"{wanted}, got {counts} and {self.held_out}")
 
 
 def train_suite(
-    model: Transformer,
-    corpus: Corpus,
-    members: Sequence[Member],
-    recipe: Recipe,
-    folder: str | Path,
+    model: Transformer, corpus: Corpus, members: Sequence[Member], recipe: Recipe, folder: str | Path,
     settings: JobSettings | None = None,
-) -> dict[Member, SAE]:
+) -> dict[Member, SAE]:  # fmt: skip
     """Train `members` by `recipe` on activations of `model` over `corpus`.
 
     The same call goes on with a run that was interrupted. Wherever the corpus stands, it is read from its start
@@ -89,11 +81,9 @@ def train_suite(
     if a result, cannot be written. The last good checkpoint stays, and the next call goes on from it.
     """
     if corpus.seq > model.config.n_ctx:
-        raise TrainingError(
-            f"contexts of {corpus.seq} tokens are longer than the model's {model.config.n_ctx}: make the corpus with a "
-            "shorter seq"
-        )
-    settings = JobSettings() if settings is None else settings
+        longer = f"contexts of {corpus.seq} tokens are longer than the model's {model.config.n_ctx}"
+        raise TrainingError(f"{longer}: make the corpus with a shorter seq")
+    settings = settings or JobSettings()
     settings = dataclasses.replace(settings, dtype=settings.dtype or str(model.embed.dtype))
     sites = needed_sites(m.site for m in members)
     widths = {s: model.config.width(s.name) for s in sites}
@@ -111,7 +101,9 @@ def train_suite(
     trained = finish(job.state, plan, settings.metadata)
     _write(trained, job.curves, Path(folder))
     if held is not None and jax.process_count() == 1:
-        _save_table(_quality(model, trained, held), Path(folder) / "quality.parquet")
+        table = quality_table(model, trained, held, batch_size=16)
+        table.insert(table.columns.get_loc("d_sae") + 1, "sparsity", [member.sparsity for member in trained])
+        _save_table(table, Path(folder) / "quality.parquet")
     return trained
 
 
@@ -174,14 +166,11 @@ class _Job:
         for group, finite in zip(self.plan.groups, everywhere(_finite(self.state), self.plan), strict=True):
             if (bad := np.flatnonzero(~np.asarray(finite))).size:
                 site = self.plan.members[group[bad[0]]].site
-                raise TrainingError(
-                    f"a weight of the SAE at {site} is not finite after step {self.step - 1}: lower the learning rate; "
-                    f"{self.kept()}"
-                )
+                bad = f"a weight of the SAE at {site} is not finite after step {self.step - 1}"
+                raise TrainingError(f"{bad}: lower the learning rate; {self.kept()}")
         data, tokens = self.buffer.state()
-        self.checkpoints.save(
-            self.step, {"state": self.state, "tokens": tokens}, {"buffer": data, "curves": self.curves.points}
-        )
+        arrays = {"state": self.state, "tokens": tokens}
+        self.checkpoints.save(self.step, arrays, {"buffer": data, "curves": self.curves.points})
 
     def _abstract(self, key: Array) -> State:
         """Shapes and shardings of the state, without computing it."""
@@ -192,10 +181,7 @@ class _Job:
         return jax.tree.map(place, shapes, shardings(self.plan, shapes))
 
     def _check(self, means: Means) -> None:
-        """Raises `TrainingError` if data or losses are not finite.
-
-        Waits for the device, but not for other processes.
-        """
+        """Raises `TrainingError` if data or losses are not finite; waits for the device, not for other processes."""
         self._check_data()
         try:
             stop_if_bad(means, self.plan)
@@ -205,31 +191,20 @@ class _Job:
     def _check_data(self) -> None:
         if (bad := self.buffer.first_bad()) is not None:
             site, step = bad
-            dtype = self.buffer.rows[site].dtype
-            raise TrainingError(
-                f"activations at {site} are not finite in {dtype}, from the pass at step {step} on: check the model's "
-                f"weights, or take a dtype of wider range (float16 overflows at 65504); {self.kept()}"
-            )
+            what = f"activations at {site} are not finite in {self.buffer.rows[site].dtype}"
+            todo = "check the model's weights, or take a dtype of wider range (float16 overflows at 65504)"
+            raise TrainingError(f"{what}, from the pass at step {step} on: {todo}; {self.kept()}")
 
     def kept(self) -> str:
-        last = self.checkpoints.latest()
-        return (
-            "there is no checkpoint yet"
-            if last is None
-            else f"the last good checkpoint, of step {last}, is in {self.checkpoints.folder}"
-        )
+        if (last := self.checkpoints.latest()) is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint, of step {last}, is in {self.checkpoints.folder}"
 
     def remedy(self) -> str:
-        """What helps where the text has ended.
-
-        The steps, and which text it is, belong to the configuration of a checkpoint.
-        """
+        """What helps where the text has ended. Steps and text belong to the configuration of a checkpoint."""
         if self.checkpoints.latest() is None:
             return ": give more text, more epochs or fewer steps"
-        return (
-            ", and with more epochs the same call goes on from it. With another text or fewer steps, choose another "
-            "folder to start anew"
-        )
+        return ", and with more epochs the same call goes on from it; other text or fewer steps need another folder"
 
 
 @jax.jit
@@ -261,17 +236,9 @@ def _config(model: Transformer, corpus: Corpus, plan: Plan, settings: JobSetting
     }
 
 
-def _quality(model: Transformer, trained: Mapping[Member, SAE], tokens: np.ndarray) -> pd.DataFrame:
-    table = quality_table(model, trained, tokens, batch_size=16)
-    table.insert(table.columns.get_loc("d_sae") + 1, "sparsity", [member.sparsity for member in trained])
-    return table
-
-
 def _write(trained: Mapping[Member, SAE], curves: Curves, folder: Path) -> None:
     """The SAEs and the training curves. A suite with several SAEs at one site has a folder for each width and sparsity.
-
-    All processes call it, since an SAE may lie across them; the first one writes.
-    """
+    All processes call it, since an SAE may lie across them; the first one writes."""
     several = len({m.site for m in trained}) < len(trained)
     for member, sae in trained.items():
         name = f"d_sae_{member.d_sae}_sparsity_{member.sparsity:g}" if several else ""

@@ -77,11 +77,8 @@ product.defvjp(_matmul_forward, _product_backward)
 
 
 def over_tokens(f: Float[Array, "tokens d"]) -> Float[Array, " d"]:
-    """The sum over tokens.
-
-    It is a product with ones: on a CPU XLA takes several times as long for its own sum over the first axis. With two
-    rows of ones, since XLA takes a single one into a slow loop with the operations before it.
-    """
+    """The sum over tokens. It is a product with ones: on a CPU XLA takes several times as long for its own sum over the
+    first axis. With two rows of ones, since XLA takes a single one into a slow loop with the operations before it."""
     return jnp.matmul(jnp.ones((2, len(f)), f.dtype), f, precision=jax.lax.Precision.HIGHEST)[0]
 
 
@@ -121,10 +118,7 @@ def least(f: Float[Array, "tokens d_sae"], k: Float[Array, ""], k_max: int, whol
 
 
 class Pairs(NamedTuple):
-    """Features that may be non-zero: their values, at least 0, their tokens and their latents.
-
-    The order means nothing.
-    """
+    """Features that may be non-zero, in any order: their values, at least 0, their tokens and their latents."""
 
     value: Float[Array, " n"]
     token: Int[Array, " n"]
@@ -132,10 +126,7 @@ class Pairs(NamedTuple):
 
 
 def largest(f: Float[Array, "tokens d_sae"], k: Float[Array, ""], k_max: int, whole: bool) -> Pairs:
-    """The k largest of each token, or the (tokens x k) largest of the `whole` batch.
-
-    There is room for `k_max`, the others have value 0.
-    """
+    """The k largest of each token, or (tokens x k) of the `whole` batch, in room for `k_max`; the others are 0."""
     n_tokens, d_sae = f.shape
     if whole:
         value, place = top_of_all(f, min(n_tokens * k_max, f.size))
@@ -147,10 +138,8 @@ def largest(f: Float[Array, "tokens d_sae"], k: Float[Array, ""], k_max: int, wh
 
 
 def top_of_all(f: Float[Array, "tokens d_sae"], n: int) -> tuple[Float[Array, " n"], Int[Array, " n"]]:
-    """The n largest entries in falling order and their flat positions, exactly.
-
-    The n chunks with the largest maxima hold the n largest entries, so that no sort has to look at all of them.
-    """
+    """The n largest entries in falling order and their flat positions, exactly. The n chunks with the largest maxima
+    hold the n largest entries, so that no sort has to look at all of them."""
     value, place = f.ravel(), jnp.arange(f.size, dtype=jnp.int32)
     for size in _CHUNKS:
         if value.size % size == 0 and value.size // size > n:
@@ -162,16 +151,11 @@ def top_of_all(f: Float[Array, "tokens d_sae"], n: int) -> tuple[Float[Array, " 
 
 @jax.custom_vjp
 def reconstruct(
-    pairs: Pairs,
-    x: Float[Array, "tokens d_in"],
-    W_enc: Float[Array, "d_sae d_in"],
-    b_enc: Float[Array, " d_sae"],
+    pairs: Pairs, x: Float[Array, "tokens d_in"], W_enc: Float[Array, "d_sae d_in"], b_enc: Float[Array, " d_sae"],
     W_dec: Float[Array, "d_sae d_out"],
-) -> Float[Array, "tokens d_out"]:
+) -> Float[Array, "tokens d_out"]:  # fmt: skip
     """f @ W_dec, where f is relu(x @ W_enc.T + b_enc) at the pairs, whose values are known already, and 0 elsewhere.
-
-    The gradient goes to the three weights, through the pairs alone; x gets none.
-    """
+    The gradient goes to the three weights, through the pairs alone; x gets none."""
     return add_rows((x.shape[0], W_dec.shape[1]), pairs.token, pairs.value, pairs.latent, W_dec)
 
 
@@ -191,16 +175,10 @@ reconstruct.defvjp(_forward, _backward)
 
 
 def add_rows(
-    shape: tuple[int, int],
-    to: Int[Array, " n"],
-    scale: Float[Array, " n"],
-    origin: Int[Array, " n"],
+    shape: tuple[int, int], to: Int[Array, " n"], scale: Float[Array, " n"], origin: Int[Array, " n"],
     rows: Float[Array, "m d"],
-) -> Float[Array, "r d"]:
-    """Zeros of `shape`, to whose row `to[p]` is added `scale[p] * rows[origin[p]]` for every p.
-
-    It is done in place, in half the time of a scatter.
-    """
+) -> Float[Array, "r d"]:  # fmt: skip
+    """Zeros of `shape` plus `scale[p] * rows[origin[p]]` at row `to[p]` for every p; twice as fast as a scatter."""
 
     def add(p, total):
         row = jax.lax.dynamic_slice(rows, (origin[p], 0), (1, rows.shape[1])).astype(jnp.float32)

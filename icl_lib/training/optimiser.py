@@ -1,7 +1,4 @@
-"""What happens to the weights of one SAE between gradients.
-
-Adam, unit decoder rows, rounding to bfloat16, resampling of dead latents.
-"""
+"""The weights of one SAE between gradients: Adam, unit decoder rows, rounding to bfloat16, resampled dead latents."""
 
 from typing import NamedTuple
 
@@ -77,15 +74,9 @@ def round_to(value: Float[Array, "..."], dtype, *, key: PRNGKeyArray) -> Array:
 
 
 def resample(
-    weights: Weights,
-    moments: Moments,
-    dead: Array,
-    x: Float[Array, "tokens d_in"],
-    y: Float[Array, "tokens d_out"],
-    recipe: Recipe,
-    *,
-    key: PRNGKeyArray,
-) -> tuple[Weights, Moments]:
+    weights: Weights, moments: Moments, dead: Array, x: Float[Array, "tokens d_in"], y: Float[Array, "tokens d_out"],
+    recipe: Recipe, *, key: PRNGKeyArray,
+) -> tuple[Weights, Moments]:  # fmt: skip
     """Dead latents start again at inputs that are poorly explained; their moments at 0.
 
     A token is drawn with probability proportional to its squared loss. The decoder row points along the target less
@@ -101,31 +92,18 @@ def resample(
     drawn = jnp.searchsorted(weight, weight[-1] * jax.random.uniform(jax.random.fold_in(key, 2), dead.shape))
     drawn = jnp.minimum(drawn, x.shape[0] - 1)
     living = jnp.maximum(jnp.sum(~dead, dtype=jnp.float32), 1)
-    norm_dec = jnp.sum(jnp.where(dead, 0, jnp.linalg.norm(weights.W_dec.astype(jnp.float32), axis=1))) / living
-    norm_enc = jnp.sum(jnp.where(dead, 0, jnp.linalg.norm(weights.W_enc.astype(jnp.float32), axis=0))) / living
-    rows_dec = norm_dec * unit_rows(y - weights.b_dec[None])
-    rows_enc = RESAMPLED_NORM * norm_enc * unit_rows(x - centre[None])
+    norm = lambda W, axis: jnp.sum(jnp.where(dead, 0, jnp.linalg.norm(W.astype(jnp.float32), axis=axis))) / living
+    rows_dec = norm(weights.W_dec, 1) * unit_rows(y - weights.b_dec[None])
+    rows_enc = RESAMPLED_NORM * norm(weights.W_enc, 0) * unit_rows(x - centre[None])
     bias = -(rows_enc @ centre)
     fresh = Weights(
-        W_enc=rows_enc.T[:, drawn],
-        W_dec=rows_dec[drawn],
-        b_enc=bias[drawn],
-        b_mag=bias[drawn],
-        r_mag=jnp.zeros(len(dead)),
-        b_dec=weights.b_dec,
-        log_threshold=None if weights.log_threshold is None else start_threshold(len(dead), x.shape[1], recipe),
-        W_skip=weights.W_skip,
-    )
+        rows_enc.T[:, drawn], rows_dec[drawn], b_enc=bias[drawn], b_mag=bias[drawn], r_mag=jnp.zeros(len(dead)),
+        b_dec=weights.b_dec, log_threshold=start_threshold(len(dead), x.shape[1], recipe), W_skip=weights.W_skip,
+    )  # fmt: skip
     fresh = Weights(*(None if p is None else f.astype(p.dtype) for f, p in zip(fresh, weights, strict=True)))
     zeros = jax.tree.map(jnp.zeros_like, moments.second)
-    put = lambda new, old: _where_dead(dead, new, old)
-    return put(fresh, weights), Moments(
-        None if moments.first is None else put(zeros, moments.first), put(zeros, moments.second)
-    )
-
-
-def _where_dead(dead, new: Weights, old: Weights) -> Weights:
-    """`new` for what belongs to a dead latent."""
     per_latent = Weights(dead[None], dead[:, None], dead, dead, dead, None, dead)
     pick = lambda mask, n, o: o if o is None or mask is None else jnp.where(mask, n, o)
-    return Weights(*map(pick, per_latent, new, old))
+    put = lambda new, old: Weights(*map(pick, per_latent, new, old))  # `new` for what belongs to a dead latent
+    first = None if moments.first is None else put(zeros, moments.first)
+    return put(fresh, weights), Moments(first, put(zeros, moments.second))

@@ -45,25 +45,18 @@ class Plan:
         object.__setattr__(self, "members", tuple(self.members))
         object.__setattr__(self, "widths", tuple(sorted(dict(self.widths).items())))
         if not self.members or len(set(self.members)) != len(self.members):
-            raise TrainingError(
-                "sites must be different and at least one (or their d_sae or sparsity), got "
-                f"{[str(m.site) for m in self.members]}"
-            )
+            got = [str(m.site) for m in self.members]
+            raise TrainingError(f"sites must be different and at least one (or their d_sae or sparsity), got {got}")
         if missing := [str(s) for s in self.sites if s not in dict(self.widths)]:
-            raise TrainingError(
-                f"no activations for {', '.join(missing)}: harvest needed_sites(sites), inputs and targets"
-            )
+            raise TrainingError(f"no activations for {', '.join(missing)}: harvest needed_sites(sites)")
         for m in self.members:
             whole = not self.recipe.top or float(m.sparsity).is_integer() and 1 <= m.sparsity <= m.d_sae
             if m.d_sae < 1 or not m.sparsity >= 0 or not whole:
                 wanted = f"a whole k from 1 to d_sae = {m.d_sae}" if self.recipe.top else "0 or more"
-                raise TrainingError(
-                    f"sparsity of a {self.recipe.objective} SAE must be {wanted}, got {m.sparsity} at {m.site}"
-                )
+                name = self.recipe.objective
+                raise TrainingError(f"sparsity of a {name} SAE must be {wanted}, got {m.sparsity} at {m.site}")
         if self.recipe.skip and (plain := [str(m.site) for m in self.members if output_site(m.site) == m.site]):
-            raise TrainingError(
-                f"skip is for transcoders: with a skip matrix the SAE at {', '.join(plain)} would copy its input"
-            )
+            raise TrainingError(f"skip is for transcoders: with it the SAE at {', '.join(plain)} would copy its input")
         self._check_mesh()
 
     def _check_mesh(self):
@@ -75,13 +68,10 @@ class Plan:
             raise TrainingError(f"the mesh needs an axis {AXIS!r}, it has {', '.join(self.mesh.shape)}")
         n = self.mesh.shape[AXIS]
         for group in self.groups:
-            size, what = (
-                (len(group), "SAEs of one shape") if self.shard == "sae" else (self.members[group[0]].d_sae, "latents")
-            )
+            by_sae = self.shard == "sae"
+            size, what = (len(group), "SAEs of one shape") if by_sae else (self.members[group[0]].d_sae, "latents")
             if size % n:
-                raise TrainingError(
-                    f"the mesh divides {what} by {n}, which {size} is no multiple of: choose another mesh or shard"
-                )
+                raise TrainingError(f"the mesh divides {what} by {n}, no divisor of {size}: take another mesh or shard")
 
     @property
     def sites(self) -> list[Site]:

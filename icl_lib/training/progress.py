@@ -1,7 +1,4 @@
-"""What training says while it runs.
-
-One line every few seconds, a bar in a terminal, and the curves that notebooks plot.
-"""
+"""What training says while it runs: a line every few seconds, a bar in a terminal, and the curves of notebooks."""
 
 import dataclasses
 import datetime
@@ -33,10 +30,8 @@ class Progress:
 
     def __str__(self) -> str:
         left = datetime.timedelta(seconds=round(self.seconds_left)) if math.isfinite(self.seconds_left) else "?"
-        return (
-            f"step {self.step} / {self.n_steps}  {self.tokens_per_second:.0f} tokens/s  ETA {left}  L0 "
-            f"{_span(self.l0, 1)}  FVU {_span(self.fvu, 3)}  dead {_span(self.dead, 3)}"
-        )
+        means = f"L0 {_span(self.l0, 1)}  FVU {_span(self.fvu, 3)}  dead {_span(self.dead, 3)}"
+        return f"step {self.step} / {self.n_steps}  {self.tokens_per_second:.0f} tokens/s  ETA {left}  {means}"
 
 
 def _span(values: Mapping[Member, float], digits: int) -> str:
@@ -89,10 +84,7 @@ class Reporter:
 
 
 class Curves:
-    """L0, FVU and dead fraction of every member at about 200 steps of a run.
-
-    Part of the checkpoint, so that none is lost or doubled.
-    """
+    """L0, FVU and dead fraction of every member at about 200 steps of a run. Checkpoints have them: none is lost."""
 
     def __init__(self, members: Sequence[Member], n_steps: int):
         self.members, self._every = members, max(1, n_steps // 200)

@@ -66,8 +66,7 @@ class Recipe:
         for name in ("n_steps", "batch_size", "learning_rate", "dead_after", "bandwidth", "threshold"):
             if getattr(self, name) <= 0:
                 raise TrainingError(f"{name} must be above 0, got {getattr(self, name)}")
-        natural = "warmup period sparsity_warmup clip resample_every k_aux aux loss_scale dead_rate"
-        for name in natural.split():
+        for name in "warmup period sparsity_warmup clip resample_every k_aux aux loss_scale dead_rate".split():
             if getattr(self, name) < 0:
                 raise TrainingError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name, high in (("beta1", 1), ("beta2", 1), ("norm_decay", 1 + 1e-9)):
@@ -97,8 +96,7 @@ class Recipe:
         return jnp.minimum(1.0, (step + 1) / max(1, self.sparsity_warmup))
 
 
-# Changes to icl-sfc that suit a run of some thousand steps: a learning rate that comes down, no latent born dead. See
-# icl_sfc.py
+# Changes to icl-sfc for a run of some thousand steps: a learning rate that comes down, no latent born dead (icl_sfc.py)
 SHORT_RUN = {"period": 0, "centred_start": True, "loss_scale": 0.0, "dead_rate": 0.0}
 
 
@@ -114,9 +112,6 @@ def make_recipe(name: str, *, n_steps: int, batch_size: int, **changes) -> Recip
     known = {f.name for f in dataclasses.fields(Recipe)} - {"objective", "n_steps", "batch_size"}
     if unknown := sorted(set(changes) - known):
         raise TrainingError(f"a recipe has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    values = (
-        {"objective": name, "n_steps": n_steps, "batch_size": batch_size} | dict(OBJECTIVES[name].published) | changes
-    )
-    return Recipe(
-        **{field: value(n_steps, batch_size) if callable(value) else value for field, value in values.items()}
-    )
+    values = OBJECTIVES[name].published | changes
+    values = {field: value(n_steps, batch_size) if callable(value) else value for field, value in values.items()}
+    return Recipe(name, n_steps, batch_size, **values)

@@ -66,10 +66,7 @@ def everywhere(arrays: PyTree, plan: Plan) -> PyTree:
 
 
 def stop_if_silent(state: State, plan: Plan) -> None:
-    """Raises `TrainingError` naming the first SAE whose inputs or targets are all zero.
-
-    They have no scale to be brought to.
-    """
+    """Raises `TrainingError` naming the first SAE whose inputs or targets are all zero, which no scale changes."""
     for stack, group in zip(state.stacks, plan.groups, strict=True):
         for i, *norms in zip(group, *map(np.asarray, everywhere((stack.norm_in, stack.norm_out), plan)), strict=True):
             if 0 in norms:
@@ -82,7 +79,6 @@ def stop_if_bad(means: Means, plan: Plan) -> None:
     bad = np.asarray(means.bad_step)
     if (bad >= 0).any():
         i = int(np.argmin(np.where(bad >= 0, bad, np.iinfo(bad.dtype).max)))
-        raise TrainingError(
-            f"the loss of the SAE at {plan.members[i].site} is not finite at step {bad[i]}: check its activations "
-            "for inf or NaN (float16 overflows at 65504), or lower the learning rate"
-        )
+        what = f"the loss of the SAE at {plan.members[i].site} is not finite at step {bad[i]}"
+        todo = "check its activations for inf or NaN (float16 overflows at 65504), or lower the learning rate"
+        raise TrainingError(f"{what}: {todo}")

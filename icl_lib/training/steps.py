@@ -28,19 +28,15 @@ from icl_lib.training.state import Means, Stack, State, shardings, stop_if_silen
 
 THRESHOLD_DECAY = 0.99  # of the running mean of batchtopk's smallest feature
 _SAMPLE = 4096  # tokens that the start of training looks at
-# On accelerators so many SAEs go side by side that their (batch, d_sae) arrays, about six in float32, stay below this
-# on each device.
+# So many SAEs go side by side on an accelerator that their (batch, d_sae) arrays, some six in float32, stay below this.
 _SIDE_BY_SIDE = 16 * BUDGET
 
 Buffer = Mapping[Site, Array]
 
 
 def init_state(plan: Plan, buffer: Buffer, *, key: PRNGKeyArray) -> State:
-    """Start of training, from a sample of the buffer; made in place on its shards if there is a mesh.
-
-    Raises `TrainingError` if the buffer lacks a site or is empty, its sites differ in their number of tokens, or one is
-    zero throughout.
-    """
+    """Start of training, from a sample of the buffer; made in place on its shards if there is a mesh. Raises
+    `TrainingError` if the buffer lacks a site or is empty, sites differ in their tokens, or one is all zero."""
     _check_buffer(plan, buffer)
     state = _init(plan, buffer, key)
     if not isinstance(state.step, jax.core.Tracer):  # whose values are not known yet
@@ -90,9 +86,8 @@ def finish(
         for row, i in enumerate(group):
             one, member = jax.tree.map(lambda leaf, row=row: leaf[row], stack), plan.members[i]
             weights = jax.tree.map(lambda w: w.astype(jnp.float32), one.weights)
-            fields = OBJECTIVES[recipe.objective].fold(
-                weights, one.norm_in, one.norm_out, one.threshold, member.sparsity
-            )
+            fold = OBJECTIVES[recipe.objective].fold
+            fields = fold(weights, one.norm_in, one.norm_out, one.threshold, member.sparsity)
             meta = {"training_steps": recipe.n_steps, "training_batch": recipe.batch_size} | dict(metadata or {})
             meta = tuple(sorted((meta | {"sparsity": member.sparsity}).items()))
             done[i] = SAE(**fields, site_in=member.site, site_out=output_site(member.site), metadata=meta)
@@ -109,9 +104,7 @@ def _check_buffer(plan: Plan, buffer: Buffer) -> None:
         raise TrainingError(f"there are no activations to train on, got {shapes}: give more text")
     for site, width in plan.widths:
         if site in buffer and buffer[site].shape[1] != width:
-            raise TrainingError(
-                f"activations at {site} must be {width} wide as the plan says, got {buffer[site].shape[1]}"
-            )
+            raise TrainingError(f"activations at {site} must be {width} wide as planned, got {buffer[site].shape[1]}")
 
 
 def _rows(buffer: Buffer, index: Array, sites: Sequence[Site]) -> dict[Site, Array]:
@@ -148,17 +141,15 @@ def _start_stack(x, y, keys, d_sae: int, plan: Plan) -> Stack:
         x, y = _scale(x, norm_in), _scale(y, norm_out)
         return OBJECTIVES[recipe.objective].init(x, y, d_sae, recipe, key=key)
 
-    # cut by latents, each SAE is whole on every device while it is made (an orthogonal start cannot be divided): one at
-    # a time
+    # cut by latents, each SAE is whole on every device while it is made (an orthogonal start is not divided): in turns
     in_turns = plan.mesh is not None and plan.shard == "latent"
     each = (lambda *all: jax.lax.map(lambda own: one(*own), all)) if in_turns else jax.vmap(one)
     weights = each(x, y, norm_in, norm_out, keys)
     # from this start the rate of a latent that never fires falls to `dead_rate` after `dead_after` steps
     rate = jnp.full((n, d_sae), math.e * recipe.dead_rate, jnp.float32) if recipe.dead_rate else None
     silent, none = jnp.zeros((n, d_sae), jnp.int32), jnp.full(n, -1, jnp.int32)
-    return Stack(
-        weights, optimiser.start(weights, recipe), silent, rate, norm_in, norm_out, none.astype(jnp.float32), none
-    )
+    moments = optimiser.start(weights, recipe)
+    return Stack(weights, moments, silent, rate, norm_in, norm_out, none.astype(jnp.float32), none)
 
 
 def _dead(stack: Stack, recipe: Recipe) -> Array:
@@ -178,10 +169,7 @@ def _scale(x, norm):
 
 @functools.partial(jax.jit, static_argnames=("plan", "groups"), donate_argnames="stacks")
 def _run(stacks, start: Array, key: Array, buffer: Buffer, n: Array, plan: Plan, groups: tuple[int, ...]):
-    """`n` steps of some of the groups.
-
-    What comes back is the step afterwards, their stacks, and their `Means` one group after the other.
-    """
+    """`n` steps of some of the groups: the step afterwards, their stacks, and their `Means` group after group."""
     n_tokens = buffer[plan.sites[0]].shape[0]
     members = [plan.groups[g] for g in groups]
     zeros = tuple(jnp.zeros(len(g)) for g in members)
@@ -201,11 +189,8 @@ def _run(stacks, start: Array, key: Array, buffer: Buffer, n: Array, plan: Plan,
     stacks, l0, fvu = jax.lax.fori_loop(start, start + n, step, (stacks, zeros, zeros))
     dead = [jnp.mean(_dead(s, plan.recipe), axis=1) for s in stacks]
     mean = lambda parts: jnp.concatenate(parts) / n.astype(jnp.float32)
-    return (
-        start + n,
-        stacks,
-        Means(mean(l0), mean(fvu), jnp.concatenate(dead), jnp.concatenate([s.bad_step for s in stacks])),
-    )
+    bad_step = jnp.concatenate([s.bad_step for s in stacks])
+    return start + n, stacks, Means(mean(l0), mean(fvu), jnp.concatenate(dead), bad_step)
 
 
 def _step_stack(stack: Stack, rows, keys, i, plan: Plan, group) -> tuple[Stack, Stats]:
@@ -228,10 +213,8 @@ def _step_stack(stack: Stack, rows, keys, i, plan: Plan, group) -> tuple[Stack, 
 
 
 def _programs(plan: Plan) -> list[tuple[int, ...]]:
-    """Groups that are compiled together: all of them, but on a CPU each by itself.
-
-    XLA's CPU runtime (jaxlib 0.10.2, two cores) hung for good when three groups ran side by side in one program.
-    """
+    """Groups that are compiled together: all of them, but on a CPU each by itself. XLA's CPU runtime (jaxlib 0.10.2,
+    two cores) hung for good when three groups ran side by side in one program."""
     every = tuple(range(len(plan.groups)))
     return [(g,) for g in every] if kernels.on_cpu() else [every]
 
@@ -276,13 +259,8 @@ def _step_one(
         again = lambda p, m: optimiser.resample(p, m, dead, x, y, recipe, key=key)
         weights, moments = jax.lax.cond(due, again, lambda p, m: (p, m), weights, moments)
         silent = jnp.where(due & dead, 0, silent)
+    old, least = stack.threshold, stats.least  # a running mean of the smallest feature kept
+    threshold = jnp.where(old < 0, least, THRESHOLD_DECAY * old + (1 - THRESHOLD_DECAY) * least)
+    threshold = jnp.where(jnp.isfinite(least), threshold, old)
     bad_step = jnp.where((stack.bad_step < 0) & ~jnp.isfinite(loss), step, stack.bad_step)
-    return Stack(
-        weights, moments, silent, rate, norm_in, norm_out, _smooth(stack.threshold, stats.least), bad_step
-    ), stats
-
-
-def _smooth(threshold: Array, least: Array) -> Array:
-    """Running mean of the smallest feature kept."""
-    new = jnp.where(threshold < 0, least, THRESHOLD_DECAY * threshold + (1 - THRESHOLD_DECAY) * least)
-    return jnp.where(jnp.isfinite(least), new, threshold)
+    return Stack(weights, moments, silent, rate, norm_in, norm_out, threshold, bad_step), stats

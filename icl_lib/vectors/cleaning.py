@@ -21,15 +21,14 @@ from jaxtyping import Array, Float, Int
 
 from icl_lib.models import Transformer
 from icl_lib.models.batches import map_tasks
-from icl_lib.models.cost import BUDGET
+from icl_lib.models.cost import BUDGET, turn
 from icl_lib.saes import SAE
-from icl_lib.vectors.insert import Cut, at_once, check_width, nll_of_one
+from icl_lib.vectors.insert import Cut, check_width, nll_of_one
 from icl_lib.vectors.pursuit import gradient_pursuit
 
 MONITORS = ("l0", "loss")
 INITS = ("encoder", "pursuit")
-# Tasks run in turns of about this size: a turn lasts as long as its slowest lane, and larger ones are no faster on a
-# CPU.
+# Tasks run in turns of about this size: a turn lasts as long as its slowest lane, and larger are no faster on a CPU.
 _TURN_BYTES = BUDGET // 4
 
 
@@ -122,18 +121,13 @@ def _clean(model, sae, theta, cut, l1, lr, patience: int, max_steps: int, monito
     return map_tasks(one_task, theta, cut, lead=cut.tasks, batch_size=chunk)
 
 
-def _check(
-    model: Transformer, sae: SAE, vector, cut: Cut, monitor: str, init: str | Array, l1: np.ndarray, max_steps: int
-) -> None:
+def _check(model, sae: SAE, vector, cut: Cut, monitor: str, init, l1: np.ndarray, max_steps: int) -> None:
     check_width(model, sae)
     if sae.d_in != sae.d_out:
-        raise ValueError(
-            f"cleaning needs an SAE of the residual stream, got a map from width {sae.d_in} to {sae.d_out}"
-        )
+        raise ValueError(f"cleaning needs an SAE of the residual stream, got one from width {sae.d_in} to {sae.d_out}")
     if vector.shape != (*cut.tasks, sae.d_in):
-        raise ValueError(
-            f"vector must have shape {(*cut.tasks, sae.d_in)} (the tasks of the cut, d_model), got {vector.shape}"
-        )
+        wanted = (*cut.tasks, sae.d_in)
+        raise ValueError(f"vector must have shape {wanted} (the tasks of the cut, d_model), got {vector.shape}")
     if monitor not in MONITORS:
         raise ValueError(f"monitor must be one of {', '.join(MONITORS)}, got {monitor!r}")
     if isinstance(init, str) and init not in INITS:
@@ -143,26 +137,15 @@ def _check(
             f"init must have shape {(*cut.tasks, sae.d_sae)} (the tasks of the cut, d_sae), got {init.shape}"
         )
     if l1.ndim > 1 or l1.size == 0 or (l1 < 0).any() or max_steps < 1:
-        raise ValueError(
-            f"l1 must be one number or a list of numbers >= 0, and max_steps at least 1; got {l1.tolist()} and "
-            f"{max_steps}"
-        )
+        got = f"{l1.tolist()} and {max_steps}"
+        raise ValueError(f"l1 must be one number or a list of numbers >= 0, and max_steps at least 1; got {got}")
 
 
 def clean(
-    model: Transformer,
-    sae: SAE,
-    vector: Float[Array, "*task d_model"],
-    cut: Cut,
-    *,
-    l1: float | Sequence[float] | Float[Array, " n_l1"],
-    lr: float,
-    patience: int = 50,
-    max_steps: int = 1000,
-    monitor: str = "l0",
-    init: str | Float[Array, "*task d_sae"] = "encoder",
-    k: int = 7,
-) -> Cleaned:
+    model: Transformer, sae: SAE, vector: Float[Array, "*task d_model"], cut: Cut, *,
+    l1: float | Sequence[float] | Float[Array, " n_l1"], lr: float, patience: int = 50, max_steps: int = 1000,
+    monitor: str = "l0", init: str | Float[Array, "*task d_sae"] = "encoder", k: int = 7,
+) -> Cleaned:  # fmt: skip
     r"""Clean task vectors: Adam on $\mathrm{NLL}(v_\theta) + \lambda \sum_i f_i$ with $f = \mathrm{act}(\theta)$,
     $v_\theta = f W_{dec} + b_{dec}$.
 
@@ -183,7 +166,7 @@ def clean(
     folded, stack = sae.fold(), cut if cut.tasks else jax.tree.map(lambda x: x[None], cut)
     theta = _start(folded, vector.reshape(-1, vector.shape[-1]), init, k)
     # the backward pass keeps about twice what the forward pass needs
-    chunk, _ = at_once(model, *stack.resid.shape[-3:-1], stack.tasks[0], 2 * penalties.size, _TURN_BYTES)
+    chunk, _ = turn(model.config, *stack.resid.shape[-3:-1], stack.tasks[0], 2 * penalties.size, _TURN_BYTES)
     l1 = jnp.asarray(penalties.reshape(-1))
     out = _clean(model, folded, theta, stack, l1, jnp.float32(lr), patience, max_steps, monitor, chunk)
     lanes = cut.tasks + penalties.shape
@@ -191,13 +174,9 @@ def clean(
 
 
 def select_l1(
-    l0: Float[Array, "*task n_l1"] | Int[Array, "*task n_l1"],
-    nll: Float[Array, "*task n_l1"],
-    reference: Float[Array, "*task"],
-    *,
-    tolerance: float = 1.02,
-    shared: bool = False,
-) -> Int[Array, "*task"]:
+    l0: Float[Array, "*task n_l1"] | Int[Array, "*task n_l1"], nll: Float[Array, "*task n_l1"],
+    reference: Float[Array, "*task"], *, tolerance: float = 1.02, shared: bool = False,
+) -> Int[Array, "*task"]:  # fmt: skip
     r"""Index of the l1 with the smallest L0 among those with NLL <= `tolerance` x `reference`, per task.
 
     `nll` and `reference` (the task vector's own) are mean losses on **validation** prompts. Ties in L0 go to the lower

@@ -29,8 +29,7 @@ def abstract_cut(config: ModelConfig, batch: int, suffix: int, seq: int, dtype, 
 
 
 def _pass_bytes(config: ModelConfig, seq: int, part: Part) -> float | int:
-    """Bytes of one row of one vector's pass: logits of all its tokens, and of those that predict the answer twice
-    more."""
+    """Bytes of a row of one vector's pass: logits of all tokens, and twice more of those that predict the answer."""
     logits = cost.logits_bytes(config, seq + 2 * ANSWER_TOKENS, part)
     return max(logits, cost.block_bytes(config, seq, part))
 
@@ -49,11 +48,8 @@ def task_vector_cost(config: ModelConfig, batch: int, seq: int, part: Part) -> C
 def insertion_cost(
     config: ModelConfig, batch: int, suffix: int, seq: int, layers: int, n_tasks: int, n_vectors: int, part: Part
 ) -> Cost:
-    """`inserted_nll` of `n_vectors` vectors for each of `n_tasks` tasks, through the last `layers` layers.
-
-    The prompts have `seq` tokens, of which the last `suffix` are run; the keys and values of the others are held for
-    all tasks.
-    """
+    """`inserted_nll` of `n_vectors` vectors for each of `n_tasks` tasks, through the last `layers` layers. The prompts
+    have `seq` tokens, of which the last `suffix` are run; the keys and values of the others are held for all tasks."""
     tasks, vectors = cost.turn(config, batch, suffix, n_tasks, n_vectors)
     lanes = tasks * vectors
 
@@ -62,16 +58,9 @@ def insertion_cost(
         run = lambda model, cut, v: _all_nll(model, cut, v, None, (tasks, vectors))
         return run, cut, abstract_array((tasks, vectors, config.d_model), "float32")
 
-    return Cost(
-        batch,
-        suffix,
-        layers,
-        lanes * batch * suffix * cost.token_flops(config, seq, layers=layers),
-        lanes * _pass_bytes(config, suffix, part),
-        program,
-        other_row=n_tasks * cost.past_bytes(config, seq - suffix, part),
-        passes=n_tasks * n_vectors / lanes,
-    )
+    flops = lanes * batch * suffix * cost.token_flops(config, seq, layers=layers)
+    row, past = lanes * _pass_bytes(config, suffix, part), n_tasks * cost.past_bytes(config, seq - suffix, part)
+    return Cost(batch, suffix, layers, flops, row, program, other_row=past, passes=n_tasks * n_vectors / lanes)
 
 
 def steering_cost(
@@ -79,8 +68,7 @@ def steering_cost(
 ) -> Cost:
     """`negative_steering` of whole prompts of all tasks by `n_vectors` latents one after another."""
     _, lanes = cost.turn(config, batch, seq, 1, n_vectors)
-    flops = lanes * batch * seq * cost.token_flops(config, seq, layers=layers)
-    row = _pass_bytes(config, seq, part)
+    flops, row = lanes * batch * seq * cost.token_flops(config, seq, layers=layers), _pass_bytes(config, seq, part)
 
     def program(model):
         tokens, arrows = (abstract_array((1, batch, seq), dtype) for dtype in ("int32", bool))
@@ -92,18 +80,10 @@ def steering_cost(
 
 
 def cleaning_cost(
-    config: ModelConfig,
-    batch: int,
-    suffix: int,
-    seq: int,
-    layers: int,
-    n_tasks: int,
-    n_l1: int,
-    n_steps: float | int,
+    config: ModelConfig, batch: int, suffix: int, seq: int, layers: int, n_tasks: int, n_l1: int, n_steps: float | int,
     part: Part,
-) -> Cost:
-    """`clean` of every task with `n_l1` penalties in `n_steps` steps each; a step is a pass and its gradient by the
-    vector."""
+) -> Cost:  # fmt: skip
+    """`clean` of every task with `n_l1` penalties, `n_steps` steps each, of a pass and its gradient by the vector."""
     tasks, _ = cost.turn(config, batch, suffix, n_tasks, 2 * n_l1, _TURN_BYTES)
     lanes = tasks * n_l1
 
@@ -116,8 +96,7 @@ def cleaning_cost(
 
         return run, cut, abstract_array((lanes, config.d_model), "float32")
 
-    return Cost(
-        batch, suffix, layers, 2 * lanes * batch * suffix * cost.token_flops(config, seq, layers=layers),
-        lanes * cost.backward_bytes(config, suffix, layers, part), program,
-        other_row=n_tasks * cost.past_bytes(config, seq - suffix, part), passes=n_tasks / tasks * n_steps,
-    )  # fmt: skip
+    flops = 2 * lanes * batch * suffix * cost.token_flops(config, seq, layers=layers)
+    row = lanes * cost.backward_bytes(config, suffix, layers, part)
+    past = n_tasks * cost.past_bytes(config, seq - suffix, part)
+    return Cost(batch, suffix, layers, flops, row, program, other_row=past, passes=n_tasks / tasks * n_steps)

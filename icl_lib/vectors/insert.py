@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from icl_lib.models import Past, Site, Transformer, run_with_cache
 from icl_lib.models.batches import map_tasks
-from icl_lib.models.cost import BUDGET, turn
+from icl_lib.models.cost import turn
 from icl_lib.saes import SAE
 from icl_lib.tasks import Prompts, Role
 from icl_lib.tasks.template import DUMMY
@@ -92,9 +92,7 @@ def cut(model: Transformer, prompts: Prompts, layer: int, where: str = "query_ar
     targets, valid, position = answers(prompts, n_first)
     predictor = np.where(valid, position - 1 - start[..., None], 0)
     if predictor.min() < 0:
-        raise ValueError(
-            f"the answer must come after the {where.replace('_', ' ')}, but in some prompt it stands before"
-        )
+        raise ValueError(f"the answer must come after the {where.replace('_', ' ')}, in some prompt it stands before")
     # static sizes shared by all tasks: the longest prefix, and the longest way from the cut to a predicting token
     n_past, n_suffix = int(start.max()), int(predictor.max()) + 1
     seq = prompts.tokens.shape[-1]
@@ -114,10 +112,7 @@ def target_nll(logits, position, targets, mask) -> Array:
 
 def nll_of_one(model: Transformer, cut: Cut, vector: Array, layer: Array | None = None) -> Array:
     """(b,) NLL of one task with one `vector` (d_model,) added at the cut token; not compiled, for use inside a loop.
-
-    `layer` may be a traced number >= cut.layer: the vector then enters at that layer's input, so that one program
-    serves all layers.
-    """
+    `layer` may be a traced number >= cut.layer, whose input the vector enters: one program serves all layers."""
     add = lambda x, by: x.at[:, 0].add(by.astype(x.dtype))
     resid, tap = cut.resid, None
     if layer is None:
@@ -126,16 +121,6 @@ def nll_of_one(model: Transformer, cut: Cut, vector: Array, layer: Array | None 
         tap = lambda site, x: add(x, jnp.where(layer == site.layer, vector, 0.0)) if site.name == "resid_pre" else x
     logits = model.run_from(cut.layer, resid, tap=tap, past=cut.past)
     return target_nll(logits, cut.target_position, cut.targets, cut.target_mask)
-
-
-def at_once(
-    model: Transformer, batch: int, seq: int, n_tasks: int, n_vectors: int, limit: int = BUDGET
-) -> tuple[int, int]:
-    """How many tasks and vectors fit into `limit` bytes of one compiled step, from the size of logits and activations.
-
-    `batch` and `seq` are the prompts of a task and the tokens of each that are run.
-    """
-    return turn(model.config, batch, seq, n_tasks, n_vectors, limit)
 
 
 @eqx.filter_jit
@@ -152,15 +137,13 @@ def _all_nll(model, cut, vectors, layers, chunk: tuple[int, int]):
 def _nll(model: Transformer, cut: Cut, vectors: Array, layers: Array | None = None) -> Array:
     lead = cut.tasks
     if vectors.shape[-1] != model.config.d_model or vectors.shape[: len(lead)] != lead or vectors.ndim <= len(lead):
-        raise ValueError(
-            f"vectors must have shape {(*lead, '...', model.config.d_model)}: the task axis of the cut, any other "
-            f"axes, d_model; got {vectors.shape}"
-        )
+        wanted = f"{(*lead, '...', model.config.d_model)}: the task axis of the cut, any other axes, d_model"
+        raise ValueError(f"vectors must have shape {wanted}; got {vectors.shape}")
     batch, suffix = cut.resid.shape[-3:-1]
     if vectors.size == 0:
         return jnp.zeros((*vectors.shape[:-1], batch))
     flat = vectors.reshape(*lead, -1, vectors.shape[-1])
-    chunk = at_once(model, batch, suffix, lead[0] if lead else 1, flat.shape[-2])
+    chunk = turn(model.config, batch, suffix, lead[0] if lead else 1, flat.shape[-2])
     return _all_nll(model, cut, flat, layers, chunk).reshape(*vectors.shape[:-1], batch)
 
 
@@ -187,17 +170,13 @@ def inserted_nll_by_layer(
     vectors: Float[Array, "*axes n_layers d_model"],
     layers: Int[Array, " n_layers"] | None = None,
 ) -> Float[Array, "*axes n_layers batch"]:
-    """`inserted_nll` with row l of `vectors` entering at the input of layer `layers[l]` (default 0, 1, 2, ...).
-
-    The cut must be at or before the first of these layers, best at layer 0: one program then serves all layers.
-    """
+    """`inserted_nll` with row l of `vectors` entering at the input of layer `layers[l]` (default 0, 1, 2, ...). The cut
+    must be at or before the first of these layers, best at layer 0: one program then serves all layers."""
     first = np.arange(vectors.shape[-2]) if layers is None else np.asarray(layers)
     for layer in first.tolist():
         model.config.check_layer(layer)
     if first.min() < cut.layer:
-        raise ValueError(
-            f"vectors enter at layers {first.tolist()}, before the cut at layer {cut.layer}; cut at layer 0"
-        )
+        raise ValueError(f"vectors enter at layers {first.tolist()}, before the cut at layer {cut.layer}: cut at 0")
     others = int(np.prod(vectors.shape[len(cut.tasks) : -2]))
     return _nll(model, cut, vectors, jnp.asarray(np.tile(first, others), jnp.int32))
 
@@ -223,10 +202,8 @@ def check_latents(sae: SAE, latents: Int[np.ndarray, "*n"]) -> None:
 def check_width(model: Transformer, sae: SAE) -> None:
     """Raises `ValueError` if the SAE does not write into a residual stream of the model's width."""
     if sae.W_dec.shape[-1] != model.config.d_model:
-        raise ValueError(
-            f"the SAE writes vectors of width {sae.W_dec.shape[-1]}, the model has d_model = {model.config.d_model}; "
-            "was the SAE trained on another model?"
-        )
+        has = f"the SAE writes vectors of width {sae.W_dec.shape[-1]}, the model has d_model = {model.config.d_model}"
+        raise ValueError(f"{has}; was the SAE trained on another model?")
 
 
 def relative_change(nll: Float[Array, "*axes batch"], base: Float[Array, "*task batch"]) -> Float[Array, "..."]:

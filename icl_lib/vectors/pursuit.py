@@ -13,14 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def _step(
-    v: Float[Array, " d"], dictionary: Float[Array, "d_sae d"], w: Float[Array, " d_sae"]
-) -> Float[Array, " d_sae"]:
-    r"""One pursuit step for one vector.
-
-    $r = v - wD,\; c = Dr,\; S = \mathrm{supp}(w) \cup \{\arg\max c\},\; g = c 1_S,\; u = gD,\;
-    w' = \max(w + g \langle u, r\rangle / \langle u, u\rangle, 0)$.
-    """
+def _step(v: Float[Array, " d"], dictionary: Float[Array, "d_sae d"], w: Float[Array, " d_sae"]):
+    r"""One pursuit step for one vector. $r = v - wD,\; c = Dr,\; S = \mathrm{supp}(w) \cup \{\arg\max c\},\; g = c
+    1_S,\; u = gD,\; w' = \max(w + g \langle u, r\rangle / \langle u, u\rangle, 0)$."""
     residual = v - w @ dictionary
     c = dictionary @ residual
     chosen = (w > 0).at[jnp.argmax(c)].set(True)
@@ -33,7 +28,7 @@ def _step(
 
 
 @functools.partial(jax.jit, static_argnames=("k", "path"))
-def _pursue(v, dictionary, k: int, path: bool):
+def _compiled(v, dictionary, k: int, path: bool):
     step = jax.vmap(_step, in_axes=(0, None, 0))
 
     def body(w, _):
@@ -44,14 +39,16 @@ def _pursue(v, dictionary, k: int, path: bool):
     return steps if path else w
 
 
-def _check(v, dictionary, k: int) -> None:
+def _pursue(v, dictionary, k: int, path: bool) -> Array:
+    """Weights (*batch, d_sae), or those after each step with `path`, which is then the first axis."""
     if v.shape[-1] != dictionary.shape[-1]:
-        raise ValueError(
-            f"the dictionary writes vectors of d_model = {dictionary.shape[-1]}, but v has shape {v.shape}; "
-            "was the SAE trained on another model?"
-        )
+        writes = f"the dictionary writes vectors of d_model = {dictionary.shape[-1]}"
+        raise ValueError(f"{writes}, but v has shape {v.shape}; was the SAE trained on another model?")
     if not 1 <= k <= dictionary.shape[0]:
         raise ValueError(f"k must be in 1..{dictionary.shape[0]} (the rows of the dictionary), got {k}")
+    flat = v.astype(jnp.float32).reshape(-1, v.shape[-1])
+    w = _compiled(flat, dictionary.astype(jnp.float32), k, path)
+    return w.reshape(*w.shape[:-2], *v.shape[:-1], w.shape[-1])
 
 
 def gradient_pursuit(
@@ -64,20 +61,12 @@ def gradient_pursuit(
 
     Source: Smith (2024); ICL-SFC, Sec. 3 (k = 5 and 20).
     """
-    _check(v, dictionary, k)
-    flat = v.astype(jnp.float32).reshape(-1, v.shape[-1])
-    w = _pursue(flat, dictionary.astype(jnp.float32), k, False)
-    return w.reshape(*v.shape[:-1], dictionary.shape[0])
+    return _pursue(v, dictionary, k, path=False)
 
 
 def pursuit_path(
     v: Float[Array, "*batch d_model"], dictionary: Float[Array, "d_sae d_model"], k: int
 ) -> Float[Array, "k *batch d_sae"]:
-    """The weights after each of `k` steps of `gradient_pursuit`: row j has at most j + 1 active latents.
-
-    A step does not depend on the number of steps to come, so one run gives a whole sweep over k.
-    """
-    _check(v, dictionary, k)
-    flat = v.astype(jnp.float32).reshape(-1, v.shape[-1])
-    w = _pursue(flat, dictionary.astype(jnp.float32), k, True)
-    return w.reshape(k, *v.shape[:-1], dictionary.shape[0])
+    """The weights after each of `k` steps of `gradient_pursuit`: row j has at most j + 1 active latents. A step does
+    not depend on the number of steps to come, so one run gives a whole sweep over k."""
+    return _pursue(v, dictionary, k, path=True)

@@ -1,5 +1,4 @@
-r"""Add vectors to the residual stream of whole prompts: by a tap anywhere, or a latent's direction taken away at all
-arrows.
+r"""Add vectors to the residual stream of whole prompts by a tap, or take a latent's direction away at all arrows.
 
 Source: ICL-SFC, App. F.1.
 """
@@ -12,9 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from icl_lib.models import Site, Transformer, run_with_cache
 from icl_lib.models.batches import map_tasks
+from icl_lib.models.cost import turn
 from icl_lib.saes import SAE
 from icl_lib.tasks import Prompts, Role
-from icl_lib.vectors.insert import answers, at_once, check_width, latent_directions, positions, target_nll
+from icl_lib.vectors.insert import answers, check_width, latent_directions, positions, target_nll
 
 
 @eqx.filter_jit
@@ -26,16 +26,10 @@ def _steer(model, tokens, site, vector, mask):
 
 
 def steer(
-    model: Transformer,
-    tokens: Int[Array, "batch seq"],
-    site: Site,
-    vector: Float[Array, " d_model"],
+    model: Transformer, tokens: Int[Array, "batch seq"], site: Site, vector: Float[Array, " d_model"],
     mask: Bool[Array, "batch seq"],
-) -> Float[Array, "batch seq d_vocab"]:
-    """Logits with `vector` added to the activation at `site` wherever `mask` is True.
-
-    Raises `ValueError` on a layer that the model does not have.
-    """
+) -> Float[Array, "batch seq d_vocab"]:  # fmt: skip
+    """Logits with `vector` added at `site` wherever `mask` is True. Raises `ValueError` on a layer out of range."""
     if site.layer is not None:
         model.config.check_layer(site.layer)
     return _steer(model, jnp.asarray(tokens), site, vector, jnp.asarray(mask))
@@ -63,20 +57,14 @@ def _steer_arrows(model, tokens, arrows, answer, vectors, layer: int, chunk: tup
 
 
 def negative_steering(
-    model: Transformer,
-    sae: SAE,
-    prompts: Prompts,
-    layer: int,
-    latents: Int[Array, "*grid"],
-    scale: Float[Array, "*grid"] | float,
-    n_first: int = 2,
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    r"""Take a latent away where the task is at work: $-s\,W_{dec}[f]/|W_{dec}[f]|$ at **all** arrows of many-shot
-    prompts.
+    model: Transformer, sae: SAE, prompts: Prompts, layer: int, latents: Int[Array, "*grid"],
+    scale: Float[Array, "*grid"] | float, n_first: int = 2,
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:  # fmt: skip
+    r"""Take a latent away where the task is at work: $-s\,W_{dec}[f]/|W_{dec}[f]|$ at **all** arrows of the prompts.
 
     Returns the NLL of the query's answer (nats) and the accuracy, the fraction of arrows whose most likely next token
-    is the true one; both (*task, *grid, b). Raises `ValueError` as `cut` does, and on an
-    unknown latent or an SAE of another width.
+    is the true one; both (*task, *grid, b). Raises `ValueError` as `cut` does, and on an unknown latent or an SAE of
+    another width.
 
     Source: ICL-SFC, App. F.1.
     """
@@ -89,7 +77,7 @@ def negative_steering(
     as_int = lambda x: jnp.asarray(x, jnp.int32)
     answer = (as_int(targets), jnp.asarray(valid), as_int(position - 1))
     flat = vectors.reshape(-1, vectors.shape[-1])
-    chunk = at_once(model, *prompts.tokens.shape[-2:], 1, max(1, len(flat)))
+    chunk = turn(model.config, *prompts.tokens.shape[-2:], 1, max(1, len(flat)))
     out = _steer_arrows(model, as_int(prompts.tokens), jnp.asarray(arrows), answer, flat, layer, chunk)
     lead = (*prompts.tokens.shape[:-2], *vectors.shape[:-1])
     return jax.tree.map(lambda x: x.reshape(*lead, x.shape[-1]), out)

@@ -38,9 +38,7 @@ def _mean_at(model: Transformer, tokens, mask: np.ndarray, layers: Iterable[int]
     for layer in layers:
         model.config.check_layer(layer)
     if not mask.any(axis=(-2, -1)).all():
-        raise ValueError(
-            f"no {what} found in the prompts of some task, so there is nothing to average; make them with n_shots >= 1"
-        )
+        raise ValueError(f"no {what} found in the prompts of some task to average over; make them with n_shots >= 1")
     return _mean_resid(model, jnp.asarray(tokens, jnp.int32), jnp.asarray(mask, jnp.float32), layers)
 
 

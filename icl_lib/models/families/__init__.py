@@ -23,8 +23,7 @@ def family_of(name: Any, source: str = "ModelConfig.family") -> Family:
 def from_hf(raw: Mapping[str, Any], source: str = "config.json", pad_id: int | None = None) -> ModelConfig:
     """Read a Hugging Face config by its old and its new names; `pad_id` pads where the config names no token for it.
 
-    Raises `ValueError` on an unknown family, a key that is missing, no number or not what we compute with, and on two
-    keys for one thing that disagree.
+    Raises `ValueError` on an unknown family, a key that is missing or not what we compute with, and two that disagree.
     """
     return family_of(raw.get("model_type"), source).from_hf(raw, source, pad_id)
 
@@ -35,10 +34,8 @@ def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def known_config(name: str) -> ModelConfig | None:
-    """The config of one of the models that our cards name, without a network; None for any other.
-
-    An instruction-tuned model ("-it", "-Instruct") has the sizes of its base model.
-    """
+    """The config of one of the models that our cards name, without a network; None for any other. An instruction-tuned
+    model ("-it", "-Instruct") has the sizes of its base model."""
     known = json.loads((Path(__file__).parent / "known_configs.json").read_text())
     raw = known.get(name, known.get(name.removesuffix("-it").removesuffix("-Instruct")))
     return None if raw is None else from_hf(raw, source=name)

@@ -52,9 +52,7 @@ class Keys:
     def above_zero(self, value: Any, what: str, whole: bool = False) -> Any:
         """`value` itself. Raises `ValueError` unless it is a number above 0."""
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value <= 0:
-            raise ValueError(
-                f"{self.source}: {what} must be a {'whole ' if whole else ''}number above 0, got {value!r}"
-            )
+            raise ValueError(f"{self.source}: {what} must be a {'whole ' * whole}number above 0, got {value!r}")
         return value
 
     def flag(self, key: str) -> bool:
@@ -66,34 +64,25 @@ class Keys:
     def only(self, key: str, *computed: Any) -> None:
         """Raises `ValueError` where the config gives this key another value than what we compute with, or null."""
         if self[key] is not None and self[key] not in computed:
-            wanted = " or ".join(map(reprlib.repr, computed))
-            raise ValueError(
-                f"{self.source}: {key} = {reprlib.repr(self[key])} is another computation than ours, which needs "
-                f"{wanted}: this model is not supported"
-            )
+            ours = f"another computation than ours, which needs {' or '.join(map(reprlib.repr, computed))}"
+            raise ValueError(f"{self.source}: {key} = {reprlib.repr(self[key])} is {ours}: this model is not supported")
 
     def agree(self, value: Any, **others: Any) -> Any:
         """`value` itself. Raises `ValueError` where another key for the same thing is there and says otherwise."""
         for key, other in others.items():
             if other is not None and other != value:
-                raise ValueError(
-                    f"{self.source}: {key} = {other!r} contradicts the {value!r} of another key for the same thing: "
-                    "correct the wrong one"
-                )
+                raise ValueError(f"{self.source}: {key} = {other!r} contradicts the {value!r} of another key: fix one")
         return value
 
     def activation(self, key: str, *allowed: str) -> str:
         """Our name of the activation. Raises `ValueError` unless it is one of `allowed`, Hugging Face's names."""
         if self[key] not in allowed:
-            raise ValueError(
-                f"{self.source}: the activation of a {self['model_type']} model must be one of {', '.join(allowed)}, "
-                f"got {self[key]!r}"
-            )
+            wanted = f"the activation of a {self['model_type']} model must be one of {', '.join(allowed)}"
+            raise ValueError(f"{self.source}: {wanted}, got {self[key]!r}")
         return ACTIVATIONS[self[key]]
 
     def windows(self, size: int | None, slides: list[bool]) -> tuple[int | None, ...] | None:
-        """Keys that each layer sees, `size` where it slides; `layer_types`, where the config has it, says which layers
-        do.
+        """Keys that each layer sees, `size` where it slides; `layer_types`, where it is there, says which layers do.
 
         Raises `ValueError` where it has not one entry a layer, names another kind, or lets layers slide without a size.
         """
@@ -101,10 +90,8 @@ class Keys:
         if kinds is not None:
             known = ("full_attention", "sliding_attention")
             if not isinstance(kinds, list) or len(kinds) != len(slides) or any(kind not in known for kind in kinds):
-                raise ValueError(
-                    f"{self.source}: layer_types must name {' or '.join(known)} for each of the {len(slides)} layers "
-                    f"of num_hidden_layers, got {kinds!r}"
-                )
+                wanted = f"{' or '.join(known)} for each of the {len(slides)} layers of num_hidden_layers"
+                raise ValueError(f"{self.source}: layer_types must name {wanted}, got {kinds!r}")
             slides = [kind == "sliding_attention" for kind in kinds]
         return tuple(size if slide else None for slide in slides) if size is not None and any(slides) else None
 
@@ -174,31 +161,24 @@ class Family:
         if keys["head_dim"] is not None:
             return keys.number("head_dim", whole=True)
         if sizes["d_model"] % sizes["n_heads"]:
-            raise ValueError(
-                f"{keys.source}: without head_dim, hidden_size must be a multiple of num_attention_heads, got "
-                f"{sizes['d_model']} and {sizes['n_heads']}"
-            )
+            wanted = "without head_dim, hidden_size must be a multiple of num_attention_heads"
+            raise ValueError(f"{keys.source}: {wanted}, got {sizes['d_model']} and {sizes['n_heads']}")
         return sizes["d_model"] // sizes["n_heads"]
 
     def _rope(self, keys: Keys, d_head: int) -> dict[str, Any]:
         new, old = (keys[field] or {} for field in ("rope_parameters", "rope_scaling"))
         for field, value in (("rope_parameters", new), ("rope_scaling", old)):
             if not isinstance(value, dict) or any(isinstance(part, dict) for part in value.values()):
-                raise ValueError(
-                    f"{keys.source}: {field} must be an object with rope_type and its numbers, the same for all "
-                    f"layers, or null, got {value!r}"
-                )
+                wanted = "an object with rope_type and its numbers, the same for all layers, or null"
+                raise ValueError(f"{keys.source}: {field} must be {wanted}, got {value!r}")
         if new and old:
             keys.agree(new, rope_scaling={"rope_theta": new.get("rope_theta")} | old if "rope_theta" in new else old)
         rope = old or new
-        kind = keys.agree(
-            rope.get("rope_type", rope.get("type", "default")), **{"type of the rotary scaling": rope.get("type")}
-        )
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        keys.agree(kind, **{"type of the rotary scaling": rope.get("type")})
         if kind not in ("default", "llama3"):
-            raise ValueError(
-                f"{keys.source}: rotary scaling of type {kind!r} is not supported, only none and 'llama3'; the config "
-                f"asks for {rope}"
-            )
+            wanted = f"rotary scaling of type {kind!r} is not supported, only none and 'llama3'"
+            raise ValueError(f"{keys.source}: {wanted}; the config asks for {rope}")
         scaled = {"rope_scaling": _llama3(rope, keys)} if kind == "llama3" else {}
         theta = new.get("rope_theta", rope.get("rope_theta", keys.raw.get(self.theta, 10_000.0)))
         keys.agree(theta, **{key: keys[key] for key in {"rope_theta", self.theta}})
@@ -230,9 +210,7 @@ def _scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
 
 def _ids(keys: Keys, pad_id: int | None) -> dict[str, Any]:
     """Special tokens. Chat models list several ends of text; a model that only continues texts may have none (null).
-
-    Padding is the config's token, else `pad_id`, else the end of text, else 0; old configs write -1 for none.
-    """
+    Padding is the config's token, else `pad_id`, else the end of text, else 0; old configs write -1 for none."""
     ends = keys["eos_token_id"]
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     bos, pad = keys["bos_token_id"], keys["pad_token_id"]

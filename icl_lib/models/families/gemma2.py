@@ -34,11 +34,9 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     windows = qwen2.FAMILY.write(config)
     return gemma.FAMILY.write(config) | {
         "query_pre_attn_scalar": config.d_head if config.attn_scale is None else round(config.attn_scale**-2),
-        "attn_logit_softcapping": config.attn_softcap,
-        "final_logit_softcapping": config.logit_softcap,
-        "sliding_window": windows["sliding_window"],
-        "layer_types": windows["layer_types"],
-    }
+        "attn_logit_softcapping": config.attn_softcap, "final_logit_softcapping": config.logit_softcap,
+        "sliding_window": windows["sliding_window"], "layer_types": windows["layer_types"],
+    }  # fmt: skip
 
 
 FAMILY = Family("gemma2", "Gemma2", _DEFAULTS, _TRAITS, _read, _write, _NAMES)

@@ -1,5 +1,4 @@
-"""SAE files of every public library: read by `load_sae` and `load_suite`, written in SAELens' layout by `save_sae` and
-`save_suite`.
+"""SAE files of every public library: read by `load_sae` and `load_suite`, written in SAELens' layout by `save_*`.
 
 One module a format; where it has a writer, that is for round trips and for stand-ins of published suites.
 """

@@ -1,5 +1,4 @@
-"""What the readers and writers of SAE files share: checked JSON and tensors, files that appear whole, folding of
-normalisations.
+"""What readers and writers of SAE files share: checked JSON and tensors, files that appear whole, normalisations.
 
 A reader turns a file into `Weights`, numpy arrays of float32 by our names, and changes these until they take plain
 activations: each `fold_*` here is one step of that, exact but for rounding.
@@ -15,14 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 from safetensors import SafetensorError, safe_open
+from safetensors.flax import save_file
 
+from icl_lib.files.write import replace_file, write_json
 from icl_lib.saes.formats.places import Sites, check_named
 from icl_lib.saes.sae import SAE
 
 Weights = dict[str, np.ndarray]
 # The first axis of our matrices (d, F, o: width of the input, latents, width of the output). Others are transposed.
 _FIRST_AXIS = {"W_enc": "d", "W_dec": "F", "W_skip": "d"}
-_NO = (None, False, "none", "no", "", 0, 0.0)
+_NO = (None, False, "none", "no", "", 0)
 ACTIVATIONS = ("activation", "activation_fn", "activation_fn_str", "activation_function", "act_fn")
 # What a config of any format may say that no reader of ours does: only these values are no change of what is computed.
 _NEUTRAL = dict.fromkeys(
@@ -53,16 +54,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_beside(folder: Path) -> tuple[dict[str, Any], Path]:
     """The settings that lie beside a file of weights, of all files that there may be, and the last that was read.
-
-    Raises `ValueError` if two of the files disagree.
-    """
+    Raises `ValueError` if two of the files disagree."""
     cfg, path = {}, folder
     for path in (folder / name for name in BESIDE if (folder / name).is_file()):
         found = read_json(path)
-        if differ := [key for key in cfg.keys() & found.keys() if cfg[key] != found[key]]:
-            raise ValueError(
-                f"{path} has {differ[0]} = {found[differ[0]]!r}, and another file beside it {cfg[differ[0]]!r}"
-            )
+        for key in (key for key in cfg.keys() & found.keys() if cfg[key] != found[key]):
+            raise ValueError(f"{path} has {key} = {found[key]!r}, and another file beside it {cfg[key]!r}")
         cfg |= found
     return cfg, path
 
@@ -76,8 +73,8 @@ def check_settings(
     `allowed` are further keys and their values. Keys that are not known cannot change the result. Raises `ValueError`
     naming the file, the key, its value and what we read.
     """
-    names = [activation] if isinstance(activation, str) else list(activation)
-    rules = _NEUTRAL | {key: (None, *names) for key in ACTIVATIONS} | allowed
+    names = (None, activation) if isinstance(activation, str) else (None, *activation)
+    rules = _NEUTRAL | dict.fromkeys(ACTIVATIONS, names) | allowed
     for key in (key for key in rules if key in cfg and key not in handled):
         value = cfg[key].lower().replace("jump_relu", "jumprelu") if isinstance(cfg[key], str) else cfg[key]
         if value not in rules[key]:
@@ -98,9 +95,13 @@ def read_safetensors(path: Path) -> Weights:
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name).astype(np.float32, copy=False) for name in file.keys()}
     except (SafetensorError, struct.error, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read as safetensors ({error}): is it cut short? Save or download it again"
-        ) from error
+        raise ValueError(f"{path} cannot be read as safetensors ({error}): is it cut short? Get it again") from error
+
+
+def drop_ones(found: dict[str, np.ndarray], path: Path) -> None:
+    """Takes out `scaling_factor`, an old addition. Raises `ValueError` unless it is 1: the SAE is fine-tuned then."""
+    if not np.allclose(found.pop("scaling_factor", 1), 1):
+        raise ValueError(f"{path} has a scaling_factor other than 1: we read no fine-tuned features")
 
 
 def size(cfg: Mapping[str, Any], key: str, path: Path) -> int:
@@ -118,15 +119,13 @@ def take(found: Mapping[str, np.ndarray], spec: Mapping[str, str], path: Path, *
     `sizes` are lengths of axes known from elsewhere; others are set by the first tensor that has them. Raises
     `ValueError` naming every missing, unknown and misshapen tensor.
     """
-    missing = [name for name in spec if name not in found]
-    problems = [f"missing {name}" for name in missing]
+    problems = [f"missing {name}" for name in spec if name not in found]
     problems += [f"unknown {name} {value.shape}" for name, value in found.items() if name not in spec]
     weights = {}
     for theirs, entry in spec.items():
-        ours, *axes = entry.split()
-        if theirs in missing:
+        if theirs not in found:
             continue
-        value = found[theirs]
+        value, (ours, *axes) = found[theirs], entry.split()
         if value.ndim == len(axes):
             for axis, length in zip(axes, value.shape, strict=True):
                 sizes.setdefault(axis, length)
@@ -145,20 +144,23 @@ def check_finite(weights: Mapping[str, Any], where: str) -> None:
     """Raises `ValueError` naming the weights that have NaN or inf in them."""
     bad = [name for name, w in weights.items() if not np.isfinite(np.asarray(w)).all()]
     if bad:
-        raise ValueError(
-            f"{where}: {', '.join(bad)} has values that are not finite: train it again or store it as float32"
-        )
+        raise ValueError(f"{where}: {', '.join(bad)} has values that are not finite: train again, or store float32")
+
+
+def save(weights: Path, tensors: Mapping[str, Any], config: Path, cfg: Mapping[str, Any], dtype: str = "float32"):
+    """Write tensors, matrices in `dtype` and all else in float32, and then the settings; the folder of the latter.
+    Raises `ValueError` if a number is not finite in that form."""
+    tensors = {name: jnp.asarray(value, dtype if np.ndim(value) == 2 else "float32") for name, value in tensors.items()}
+    check_finite(tensors, f"{config.parent} (as {dtype})")
+    replace_file(weights, lambda partial: save_file(tensors, partial))
+    write_json(config, cfg)
+    return config.parent
 
 
 def build(
-    w: Weights,
-    sites: Sites,
-    architecture: str,
-    path: Path,
-    metadata: Mapping[str, Any] | None = None,
-    k: int | None = None,
-    module: str = "",
-) -> SAE:
+    w: Weights, sites: Sites, architecture: str, path: Path, metadata: Mapping[str, Any] | None = None,
+    k: int | None = None, module: str = "",
+) -> SAE:  # fmt: skip
     """The SAE of these weights. Metadata keeps plain values only, and `module` where its sites were named so.
 
     Raises `ValueError` naming `path` if they do not make one, or if the named site is not ours in the model of the
@@ -176,9 +178,10 @@ def build(
         raise ValueError(f"{path}: {error}") from error
 
 
-def fold_input_scale(w: Weights, scale: float) -> Weights:
-    """Weights with which x does what x * scale did."""
-    return w | {name: w[name] * np.float32(scale) for name in ("W_enc", "W_skip") if name in w}
+def fold_scales(w: Weights, scale_in: float, scale_out: float) -> Weights:
+    """Weights with which x does what x * scale_in did, their reconstruction multiplied by scale_out."""
+    w = w | {name: w[name] * np.float32(scale_in) for name in ("W_enc", "W_skip") if name in w}
+    return w | {name: w[name] * np.float32(scale_out) for name in ("W_dec", "b_dec", "W_skip") if name in w}
 
 
 def fold_input_shift(w: Weights, shift: np.ndarray) -> Weights:
@@ -186,11 +189,6 @@ def fold_input_shift(w: Weights, shift: np.ndarray) -> Weights:
     moved = shift @ w["W_enc"]
     out = w | {"b_enc": w["b_enc"] - moved}
     return out | {"b_mag": w["b_mag"] - moved * np.exp(w["r_mag"])} if "b_mag" in w else out
-
-
-def fold_output_scale(w: Weights, scale: float) -> Weights:
-    """Weights whose reconstruction is multiplied by scale."""
-    return w | {name: w[name] * np.float32(scale) for name in ("W_dec", "b_dec", "W_skip") if name in w}
 
 
 def fold_feature_scale(w: Weights, scale: np.ndarray, path: Path) -> Weights:

@@ -25,8 +25,7 @@ FILES = (CONFIG, WEIGHTS)
 _LINEAR = {"encoder.weight": "W_enc F d", "encoder.bias": "b_enc F", "decoder.weight": "W_dec d F"}
 _PLAIN = {"W_enc": "W_enc d F", "b_enc": "b_enc F", "W_dec": "W_dec F d", "b_dec": "b_dec d"}
 _CUT = {"k": "k", "threshold": "threshold"}
-# Its classes: the names of their tensors, ours, and axes. TopK and BatchTopK have the same; config.json tells them
-# apart.
+# Its classes: the names of their tensors, ours, and axes. TopK and BatchTopK have the same; config.json tells which.
 _CLASSES = {
     "AutoEncoder": _LINEAR | {"bias": "b_dec d"},
     "AutoEncoderNew": _LINEAR | {"decoder.bias": "b_dec d"},
@@ -62,12 +61,10 @@ def read(path: Path, site: Sites | None = None, variant: str | None = None) -> S
     form = _FORMS[name]
     common.check_settings(config | trainer, folder / CONFIG, ("relu", name.lower(), form))
     sites, module = (site, "") if site else _sites(trainer, config.get("buffer") or {}, folder)
-    spec = {
-        theirs: entry
-        for theirs, entry in _CLASSES[name].items()
-        if theirs != "threshold" or theirs in found or name != "AutoEncoderTopK"
-    }
-    w = common.take(found, spec, file)  # an early TopK has no threshold
+    spec = dict(_CLASSES[name])
+    if name == "AutoEncoderTopK" and "threshold" not in found:  # an early one
+        del spec["threshold"]
+    w = common.take(found, spec, file)
     k = w.pop("k", None)
     w.pop("group_sizes", None)
     if form == "topk":
@@ -82,9 +79,8 @@ def read(path: Path, site: Sites | None = None, variant: str | None = None) -> S
         w = common.fold_input_shift(w, w["b_dec"])
     if name == "AutoEncoder":  # from_pretrained gives its decoder rows norm 1
         w = common.fold_feature_scale(w, np.linalg.norm(w["W_dec"], axis=1), file)
-    meta = {"dict_class": name} | {
-        ours: trainer[theirs] for ours, theirs in (("model_name", "lm_name"), ("k", "k")) if theirs in trainer
-    }
+    said = {"model_name": "lm_name", "k": "k"}
+    meta = {"dict_class": name} | {ours: trainer[theirs] for ours, theirs in said.items() if theirs in trainer}
     return common.build(w, sites, form, file, meta, int(k) if form == "topk" else None, module)
 
 
@@ -117,9 +113,7 @@ def write(sae: SAE, folder: str | Path, dict_class: str | None = None) -> Path:
         elif theirs == "threshold" and not axes:
             state[theirs] = torch.tensor(-1.0)
         else:
-            state[theirs] = torch.tensor(
-                w[ours].T.copy() if axes in (["F", "d"], ["d", "F"]) and "." in theirs else w[ours]
-            )
+            state[theirs] = torch.tensor(w[ours].T.copy() if len(axes) == 2 and "." in theirs else w[ours])
     trainer = {"dict_class": name, "activation_dim": sae.d_in, "dict_size": sae.d_sae, "layer": sae.site_in.layer}
     trainer |= {"lm_name": str(dict(sae.metadata).get("model_name", "unknown")), "submodule_name": name_of(sae.site_in)}
     trainer |= {"k": sae.k} if sae.k else {}
@@ -129,74 +123,56 @@ def write(sae: SAE, folder: str | Path, dict_class: str | None = None) -> Path:
 
 
 def _state(file: Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dict as float32. Raises `ValueError` on anything else, e.g. the state of a training
-    run.
-    """
+    """The tensors of a state dict as float32. Raises `ValueError` on anything else, e.g. a training run's state."""
     found = read_torch(file)
     if isinstance(found, dict) and "ae" in found:
-        raise ValueError(
-            f"{file} is the backup of a training run (at step {found.get('step')}) that was stopped before it wrote "
-            "its SAE: take one of its checkpoints/ae_*.pt, or the state under 'ae' if the activations were not "
-            "normalised in training"
-        )
+        wanted = "take one of its checkpoints/ae_*.pt, or the state under 'ae' if activations were not normalised"
+        raise ValueError(f"{file} is the backup of a training run (at step {found.get('step')}), no SAE: {wanted}")
     if not isinstance(found, dict) or not all(isinstance(value, np.ndarray) for value in found.values()):
         raise ValueError(f"{file} holds no state dict (names and tensors) but {type(found).__name__}")
     return {name: value.astype(np.float32) for name, value in found.items()}
 
 
 def _class(found: dict[str, np.ndarray], named: str | None, file: Path) -> str:
-    if named is not None and named not in _CLASSES:
-        raise ValueError(f"{file}: config.json names the class {named!r}; we read {', '.join(_CLASSES)}")
     if named is not None:
+        if named not in _CLASSES:
+            raise ValueError(f"{file}: config.json names the class {named!r}; we read {', '.join(_CLASSES)}")
         return named
     tells = {"bias": "AutoEncoder", "decoder.bias": "AutoEncoderNew", "decoder_bias": "GatedAutoEncoder"}
     tells |= {"group_sizes": "MatryoshkaBatchTopKSAE", "k": "", "threshold": "JumpReluAutoEncoder"}
     name = next((name for key, name in tells.items() if key in found), None)
     if name is None:
-        raise ValueError(
-            f"{file} has the tensors {', '.join(found) or 'none'}, which are those of no class of dictionary_learning"
-        )
+        raise ValueError(f"{file} has tensors {', '.join(found) or 'none'}, those of no class of dictionary_learning")
     if not name:
-        raise ValueError(
-            f"{file} is a TopK or a BatchTopK SAE, which have the same tensors: its config.json, which tells, is "
-            "missing"
-        )
+        raise ValueError(f"{file} is a TopK or a BatchTopK SAE, of equal tensors: config.json, which tells, is missing")
     return name
 
 
 def _with_threshold(w: Weights, name: str, file: Path) -> Weights:
     if w["threshold"] < 0:
-        raise ValueError(
-            f"{file}: its threshold was never set ({float(w['threshold'])}), because training stopped before "
-            f"threshold_start_step; a {name} cannot be evaluated token by token without one"
-        )
+        why = f"its threshold was never set ({float(w['threshold'])}): training stopped before threshold_start_step"
+        raise ValueError(f"{file}: {why}; a {name} cannot be evaluated token by token without one")
     return w | {"threshold": np.full(len(w["b_enc"]), w["threshold"])}
 
 
 def _sites(trainer: dict[str, Any], buffer: dict[str, Any], folder: Path) -> tuple[Sites, str]:
     """Where the SAE sits, and the module that says so: the settings', or else one of the folders' names."""
-    named, io = trainer.get("submodule_name"), buffer.get("io", "out")
-    parts = reversed(folder.absolute().parts[-3:])
+    named, io, path = trainer.get("submodule_name"), buffer.get("io", "out"), folder / CONFIG
     hooks = trainer | ({} if named in (None, "", "unknown") else {"feature_input_hook": named})
-    sites, module = located(hooks, folder / CONFIG)
+    sites, module = located(hooks, path)
     if sites is not None:
         site, last = sites
         if site != last:
-            raise ValueError(
-                f"{folder / CONFIG} is for one site, but names {site} and {last}: pass site=(input, output)"
-            )
+            raise ValueError(f"{path} is for one site, but names {site} and {last}: pass site=(input, output)")
         if isinstance(layer := trainer.get("layer"), int) and layer >= 0 and site.layer not in (None, layer):
-            raise ValueError(
-                f"{folder / CONFIG} has layer {layer}, but its submodule_name {named or module!r} is in {site.layer}"
-            )
+            raise ValueError(f"{path} has layer {layer}, but its submodule_name {named or module!r} is in {site.layer}")
     else:
-        site, module = next(((site, part) for part in parts if (site := site_named(part))), (None, ""))
+        named_after = ((site_named(part), part) for part in reversed(folder.absolute().parts[-3:]))
+        site, module = next((each for each in named_after if each[0]), (None, ""))
     if site is None:
         raise no_site(folder)
     if io == "in" and site.name in _READ_BY:  # the activations that go into the module
         site, module = Site(_READ_BY[site.name], site.layer), ""
     elif io != "out":
-        raise ValueError(
-            f"{folder / CONFIG} has io {io!r} at {site}; we read out, and in of blocks, attention and MLPs"
-        )
+        raise ValueError(f"{path} has io {io!r} at {site}; we read out, and in of blocks, attention and MLPs")
     return (site, site), module

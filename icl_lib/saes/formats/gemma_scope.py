@@ -24,7 +24,7 @@ import numpy as np
 from icl_lib.files.write import replace_file
 from icl_lib.models import Site
 from icl_lib.saes.formats import common
-from icl_lib.saes.formats.places import Sites, located, no_site
+from icl_lib.saes.formats.places import Sites, settle
 from icl_lib.saes.sae import SAE
 
 WEIGHTS = "params.npz"
@@ -35,9 +35,7 @@ _KINDS = {
     "transcoders": ("mlp_normalized", "mlp_out"),
 }  # fmt: skip
 _RELEASE = re.compile(r"(gemma-scope-\w+-\w+-(res|att|mlp|transcoders))(?:-canonical)?/")
-_ID = re.compile(
-    r"(?:google/)?(gemma-scope-\w+-\w+-(?:res|att|mlp|transcoders))(?:-canonical)?/(.+)"
-)  # SAELens: release/id
+_ID = re.compile(rf"(?:google/)?{_RELEASE.pattern}(.+)")  # SAELens: release/id
 _PLACE = re.compile(r"(?:layer_(\d+)|(embedding))/width_(\w+)/(canonical|average_l0_\d+)")
 
 
@@ -53,10 +51,8 @@ def table() -> dict[tuple[str, str, str], tuple[str, tuple[int, ...]]]:
 
 
 def resolve(name: str) -> str:
-    """`name` with `canonical` as its last part replaced by `average_l0_N`; other names as they are.
-
-    Raises `ValueError` if there is no canonical SAE of that name, with what there is instead.
-    """
+    """`name` with `canonical` as its last part replaced by `average_l0_N`; other names as they are. Raises `ValueError`
+    if there is no canonical SAE of that name, with what there is instead."""
     if not name.rstrip("/").endswith("/canonical"):
         return name
     release, place = _RELEASE.search(name), _PLACE.search(name)
@@ -74,29 +70,20 @@ def resolve(name: str) -> str:
 
 
 def on_hub(name: str) -> str:
-    """Owner, repository and folder for SAELens' release and id, "gemma-scope-2b-pt-res-canonical/layer_20/...", and for
-    the same with an owner.
-    """
+    """Owner, repository and folder for SAELens' release and id, such as "gemma-scope-2b-pt-res-canonical/layer_20"."""
     match = _ID.fullmatch(name)
-    return f"google/{match[1]}/{match[2]}" if match else name
+    return f"google/{match[1]}/{match[3]}" if match else name
 
 
 def refuse_all(name: str) -> None:
-    """Raises `ValueError` if `name` is a part of Gemma Scope with more than one SAE at a site, hundreds of gigabytes at
-    worst.
-    """
+    """Raises `ValueError` if `name` is a part of Gemma Scope with several SAEs at a site: hundreds of gigabytes."""
     if _RELEASE.search(f"{name}/") and not _PLACE.search(name):
         example = "google/gemma-scope-2b-pt-res/layer_{layer}/width_16k/canonical"
-        raise ValueError(
-            f"no folder {name!r} here, and in Gemma Scope it holds many SAEs for each site: name one of each layer, "
-            f"as in {example}"
-        )
+        raise ValueError(f"no folder {name!r} here, and in Gemma Scope it holds many SAEs for each site: try {example}")
 
 
 def others(name: str) -> str:
-    """What else there is for the layer and width in `name`, as the end of a sentence; nothing if it is none of Gemma
-    Scope's.
-    """
+    """The end of a sentence: what else Gemma Scope has for the layer and width in `name`, if that is one of its."""
     release, place = _RELEASE.search(name), _PLACE.search(name)
     entry = table().get((release[1], place[1] or place[2], place[3])) if release and place else None
     return f" (of this width, average_l0 {', '.join(map(str, entry[1]))})" if entry else ""
@@ -108,28 +95,25 @@ def read(path: Path, site: Sites | None = None, variant: str | None = None) -> S
     cfg, beside = common.read_beside(file.parent)
     common.check_settings(cfg, beside, "jumprelu", architecture=(None, "jumprelu", "jumprelu_transcoder"))
     cfg = cfg | (cfg.get("metadata") or {})
-    named, module = (site, "") if site else located(cfg, beside)
-    sites = named or _sites(file)
+    sites, module = settle(site, cfg, beside, sites_in(file))
     w = common.take(_read_npz(file), _SPEC, file)
     if sites[0] == Site("embed"):
         root = math.sqrt(w["W_enc"].shape[0])
-        w = common.fold_output_scale(common.fold_input_scale(w, 1 / root), root)
+        w = common.fold_scales(w, 1 / root, root)
     place = _PLACE.search(file.absolute().as_posix())
     meta = ({"folder": place[0]} if place else {}) | {key: cfg[key] for key in ("model_name",) if key in cfg}
     return common.build(w, sites, "jumprelu", file, meta, module=module)
 
 
 def write(sae: SAE, folder: str | Path) -> Path:
-    """Write an SAE that folds as Gemma Scope does. The folder's path says where it sits, so it must look like one of
-    theirs.
-    """
+    """Write an SAE that folds as Gemma Scope does, into a folder named as theirs, which says where the SAE sits."""
     folder, sae = Path(folder), sae.fold()
     w = common.arrays(sae)
     if sae.W_skip is not None:
         raise ValueError(f"Gemma Scope has no skip matrices, but the transcoder at {sae.site_in} has one")
     if sae.site_in == Site("embed"):
         root = math.sqrt(sae.d_in)
-        w = common.fold_output_scale(common.fold_input_scale(w, root), 1 / root)
+        w = common.fold_scales(w, root, 1 / root)
     replace_file(folder / WEIGHTS, lambda partial: np.savez(partial, **w))
     return folder
 
@@ -146,17 +130,14 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             found = {re.sub("^w_", "W_", name): npz[name].astype(np.float32, copy=False) for name in npz.files}
     except (zipfile.BadZipFile, ValueError, EOFError, OSError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read as npz ({error}): is it cut short? Download it again") from error
-    if "scaling_factor" in found and not np.allclose(found.pop("scaling_factor"), 1):
-        raise ValueError(f"{path} has a scaling_factor other than 1: it is no published file of Gemma Scope")
+    common.drop_ones(found, path)
     return found
 
 
-def _sites(file: Path) -> Sites:
-    where = file.absolute().as_posix()
+def sites_in(path: Path) -> Sites | None:
+    """The sites that the path of a file or folder tells, None if it is none of Gemma Scope's."""
+    where = path.absolute().as_posix()
     release, place = _RELEASE.search(where), _PLACE.search(where)
     if place and place[2]:
         return Site("embed"), Site("embed")
-    if not release or not place:
-        raise no_site(file)
-    site_in, site_out = (Site(name, int(place[1])) for name in _KINDS[release[2]])
-    return site_in, site_out
+    return tuple(Site(name, int(place[1])) for name in _KINDS[release[2]]) if release and place else None

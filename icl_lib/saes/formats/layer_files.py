@@ -1,5 +1,4 @@
-"""Per-layer transcoders as circuit-tracer reads them: one file `layer_3.safetensors` for each MLP, e.g. mwhanna's for
-Qwen3.
+"""Per-layer transcoders as circuit-tracer reads them: a `layer_3.safetensors` for each MLP, e.g. mwhanna's for Qwen3.
 
 The encoder is stored as (d_sae, d_in), and a `W_skip` may be there. `config.yaml` (or another of `common.BESIDE`) says
 what is read and written (`feature_input_hook`, `feature_output_hook`), the `activation` and `k`; without, or with none
@@ -19,7 +18,7 @@ from safetensors.numpy import save_file
 from icl_lib.files.write import replace_file
 from icl_lib.models import Site
 from icl_lib.saes.formats import common
-from icl_lib.saes.formats.places import Sites, located
+from icl_lib.saes.formats.places import Sites, settle
 from icl_lib.saes.sae import SAE
 
 NAME = re.compile(r"layer_(\d+)\.safetensors")
@@ -38,15 +37,14 @@ def read(path: Path, site: Sites | None = None, variant: str | None = None) -> S
         skip_connection=(None, "W_skip" in found),
         architecture=(None, "transcoder", "skip_transcoder", "jumprelu_transcoder"),
     )  # fmt: skip
-    named, module = located(cfg, file, layer)
-    sites = site or named or (Site("mlp_in", layer), Site("mlp_out", layer))
+    sites, module = settle(site, cfg, file, (Site("mlp_in", layer), Site("mlp_out", layer)), layer)
     spec = _SPEC | {name: entry for name, entry in _OPTIONAL.items() if name in found}
     w = common.take(found, spec, path)
     w.pop("k", None)
     if (w.get("threshold", np.zeros(1)) < 0).any():
         raise ValueError(f"{path} has thresholds below 0, with which latents would be negative: ours are not")
     meta = {key: cfg[key] for key in ("model_name",) if key in cfg}
-    return common.build(w, sites, form, path, meta, k, "" if site else module)
+    return common.build(w, sites, form, path, meta, k, module)
 
 
 def _activation(found: dict[str, np.ndarray], cfg: dict[str, Any], path: Path, file: Path) -> tuple[str, int | None]:
@@ -55,14 +53,10 @@ def _activation(found: dict[str, np.ndarray], cfg: dict[str, Any], path: Path, f
     k = {int(value) for value in (found.get("k"), cfg.get("k"), cfg.get("top_k")) if value is not None}
     if named == {"topk"} or (not named and k):
         if len(k) != 1:
-            raise ValueError(
-                f"{file} has activation topk with k {sorted(k) or 'missing'}, and {path.name} one k at most: give one"
-            )
+            raise ValueError(f"{file} has activation topk with k {sorted(k) or 'missing'}, {path.name} too: give one")
         return "topk", k.pop()
     if "k" in found:
-        raise ValueError(
-            f"{path} has k = {int(found['k'])} among its tensors, but {file} has activation {min(named)!r}"
-        )
+        raise ValueError(f"{path} has k = {int(found['k'])} as a tensor, but {file} has activation {min(named)!r}")
     return "jumprelu" if "activation_function.threshold" in found else "standard", None
 
 

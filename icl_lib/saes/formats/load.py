@@ -20,23 +20,20 @@ from icl_lib.saes.formats import (
 from icl_lib.saes.sae import SAE
 
 _READERS: dict[str, Callable[..., SAE]] = {
-    "saelens": saelens.read, "saex": saex.read, "gemma_scope": gemma_scope.read,
-    "dictionary_learning": dictionary_learning.read,
-    "sparsify": sparsify.read, "llama_scope": llama_scope.read, "layer_files": layer_files.read,
-}  # fmt: skip
+    module.__name__.rpartition(".")[2]: module.read
+    for module in (saelens, saex, gemma_scope, dictionary_learning, sparsify, llama_scope, layer_files)
+}
 _VARIANTS = {"saex": ("paper",), "dictionary_learning": ("threshold",)}
 # The file that gives a folder's format away, in the order in which we look.
 _MARKS = {
     gemma_scope.WEIGHTS: "gemma_scope", llama_scope.CONFIG: "llama_scope", sparsify.WEIGHTS: "sparsify",
     dictionary_learning.WEIGHTS: "dictionary_learning",
 }  # fmt: skip
-_FILES = [*saelens.FILES, *gemma_scope.FILES, *llama_scope.FILES, *sparsify.FILES, *dictionary_learning.FILES]
+_FOLDERS = (saelens, gemma_scope, llama_scope, sparsify, dictionary_learning)
+_FILES = list(dict.fromkeys(file for module in _FOLDERS for file in module.FILES))
 _SUFFIXES = (".safetensors", ".npz", ".pt")
-_ANYWHERE = [
-    f"{below}{file}"
-    for below in ("", "*/")
-    for file in [*dict.fromkeys([*_FILES, *common.BESIDE]), *layer_files.PATTERNS]
-]
+_INSIDE = list(dict.fromkeys([*_FILES, *common.BESIDE, *layer_files.PATTERNS]))
+_ANYWHERE = [*_INSIDE, *(f"*/{file}" for file in _INSIDE)]
 
 
 def load_sae(
@@ -45,15 +42,13 @@ def load_sae(
     variant: str | None = None,
     site: Site | tuple[Site, Site] | None = None,
 ) -> SAE:
-    """The SAE or transcoder in a folder, or in `owner/repository/path` on the hub at `revision`; its weights become
-    float32.
+    """The SAE or transcoder in a folder, or in `owner/repository/path` on the hub at `revision`, in float32.
 
     Formats, told by the files: SAELens (version 6, and flat before it), Gemma Scope (`canonical` may end the name),
     dictionary_learning, sparsify, saex, Llama Scope, per-layer transcoders (name the file `layer_3.safetensors`). A `*`
     in the last part stands for what is not known, such as a coefficient; the first match in sorted order is taken. What
     the original does to its input and output is folded into the weights, so that the SAE takes plain activations of its
-    site; what differs from token to token (layer_norm, constant_norm_rescale of SAELens) is in no fixed weights and is
-    refused.
+    site; what differs from token to token (SAELens' layer_norm, constant_norm_rescale) is refused: no weights do it.
 
     `site` says where the SAE sits, for files that do not, or in place of what they say; (input, output) for a
     transcoder. `variant="paper"` reads saex in the form of the ICL-SFC experiments instead of the trained one;
@@ -66,9 +61,7 @@ def load_sae(
     path = _locate(str(name), revision)
     kind = detect(path)
     if kind is None:
-        raise FileNotFoundError(
-            f"{path} holds no SAE that we can read: expected one of {', '.join(dict.fromkeys(_FILES))}"
-        )
+        raise FileNotFoundError(f"{path} holds no SAE that we can read: expected one of {', '.join(_FILES)}")
     if variant is not None and variant not in _VARIANTS.get(kind, ()):
         has = ", ".join(f"{v!r} of {k}" for k, names in _VARIANTS.items() for v in names)
         raise ValueError(f"variant {variant!r} is not one of {kind}, the format of {path}; there are {has}")
@@ -89,10 +82,8 @@ def detect(path: Path) -> str | None:
         cfg = json.loads((path / saelens.CONFIG).read_text())
     except ValueError:
         return "saelens"  # whose reader says what is wrong with the file
-    ours = (
-        isinstance(cfg, dict) and "l1_coefficient" in cfg and not cfg.keys() & {"metadata", "hook_name", "hook_point"}
-    )
-    return "saex" if ours else "saelens"
+    keys = cfg.keys() if isinstance(cfg, dict) else set()
+    return "saex" if "l1_coefficient" in keys and not keys & {"metadata", "hook_name", "hook_point"} else "saelens"
 
 
 def _locate(name: str, revision: str | None) -> Path:
@@ -105,7 +96,7 @@ def _locate(name: str, revision: str | None) -> Path:
     if not repo:
         raise FileNotFoundError(f"no folder {name!r} with an SAE in it: pass one, or owner/repository/path on the hub")
     one_file = inside.endswith(_SUFFIXES)
-    patterns = [inside] if one_file else [f"{inside}/{file}".lstrip("/") for file in dict.fromkeys(_FILES)]
+    patterns = [inside] if one_file else [f"{inside}/{file}".lstrip("/") for file in _FILES]
     if inside.endswith((".safetensors", ".npz")) or not one_file:  # its settings
         folder = str(Path(inside).parent) if one_file else inside
         patterns += [f"{folder}/{file}".removeprefix("./").lstrip("/") for file in common.BESIDE]
@@ -118,36 +109,28 @@ def _locate(name: str, revision: str | None) -> Path:
 
 
 def is_one(name: str) -> bool:
-    """Whether a name can only be that of a single SAE: a file, one of Gemma Scope's, or a pattern of which the first
-    match counts.
-    """
+    """Whether a name can only be that of one SAE: a file, one of Gemma Scope's, or a pattern (its first match)."""
     last = Path(name).name
     return last.endswith(_SUFFIXES) or "*" in last or last == "canonical"
 
 
 def fetch_suite(name: str, revision: str | None) -> Path:
-    """The folder of that name, or a snapshot of all SAE files at and below `owner/repository/path` on the hub.
-
-    Raises `FileNotFoundError` if it is neither, and `ValueError` for what is published with many SAEs at one site.
-    """
+    """The folder of that name, or a snapshot of all SAE files at and below `owner/repository/path` on the hub. Raises
+    `FileNotFoundError` if it is neither, and `ValueError` for what is published with many SAEs at one site."""
     folder = Path(name)
     if folder.is_dir():
         return folder
     gemma_scope.refuse_all(name)
     repo, inside = _split(gemma_scope.on_hub(name))
     if not repo or Path(repo).is_dir():
-        raise FileNotFoundError(
-            f"no folder {name!r}: a suite is a folder of SAEs, owner/repository/path on the hub, or either with "
-            f"{{layer}} in its name"
-        )
+        what = "a folder of SAEs, owner/repository/path on the hub, or either with {layer} in its name"
+        raise FileNotFoundError(f"no folder {name!r}: a suite is {what}")
     try:
         root = fetch_folder(repo, revision, [f"{inside}/{pattern}".lstrip("/") for pattern in _ANYWHERE], "SAEs")
     except FileNotFoundError as error:
         if not inside:
             raise
-        raise FileNotFoundError(
-            f"no folder {name!r} here; on the hub, {inside} of {repo} is not to be had either: {error}"
-        ) from error
+        raise FileNotFoundError(f"no folder {name!r} here, and no {inside} of {repo} on the hub: {error}") from error
     if not (root / inside).is_dir():
         raise FileNotFoundError(f"no folder {name!r} here, and " + _absent(repo, inside, revision))
     return root / inside
@@ -156,9 +139,8 @@ def fetch_suite(name: str, revision: str | None) -> Path:
 def _split(name: str) -> tuple[str, str]:
     """Repository on the hub and path in it; empty for what can only be a folder here."""
     parts = name.strip("/").split("/")
-    return (
-        ("", "") if len(parts) < 2 or name.startswith(("/", ".", "~")) else ("/".join(parts[:2]), "/".join(parts[2:]))
-    )
+    here = len(parts) < 2 or name.startswith(("/", ".", "~"))
+    return ("", "") if here else ("/".join(parts[:2]), "/".join(parts[2:]))
 
 
 def _absent(repo: str, what: str, revision: str | None) -> str:

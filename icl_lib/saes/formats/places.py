@@ -1,5 +1,4 @@
-"""Where the SAE of a file sits: the names that other libraries give to places, and in which families these are our
-sites.
+"""Where the SAE of a file sits: the names other libraries give to places, and the families in which these are sites.
 
 A *hook* is TransformerLens' name of a tensor. Those that we read are the same tensors in every family of ours:
 `hook_attn_out` and `hook_mlp_out` lie behind the second norms of Gemma 2, `ln2.hook_normalized` before the norm's gain,
@@ -36,22 +35,13 @@ _MODULES = (
     (r"(?P<root>model)\.norm|(?P<neox>gpt_neox)\.final_layer_norm", "final_norm"),
 )
 # Which names are those of GPT-NeoX; the families besides it share theirs.
-_NEOX = {
-    "gpt_neox": True,
-    "attention": True,
-    "embed_in": True,
-    "model": False,
-    "self_attn": False,
-    "embed_tokens": False,
-}
+_NEOX = dict.fromkeys(("gpt_neox", "attention", "embed_in"), True)
+_NEOX |= dict.fromkeys(("model", "self_attn", "embed_tokens"), False)
 # The family that a model's name tells; "gemma-2b" is of the first Gemma.
-_FAMILIES = (
-    (r"gemma-?[23](?!b)", "gemma2"),
-    (r"gemma", "gemma"),
-    (r"pythia|neox", "gpt_neox"),
-    (r"qwen", "qwen2"),
-    (r"llama|phi-?3", "llama"),
-)
+_FAMILIES = {
+    r"gemma-?[23](?!b)": "gemma2", r"gemma": "gemma", r"pythia|neox": "gpt_neox", r"qwen": "qwen2",
+    r"llama|phi-?3": "llama",
+}  # fmt: skip
 _MOVERS = ("center_writing_weights", "fold_value_biases")
 _IN = ("feature_input_hook", "hook_name", "hook_point", "hook_point_in", "site_in")
 _OUT = ("feature_output_hook", "hook_name_out", "hook_point_out", "site_out")
@@ -75,9 +65,7 @@ def _parse(module: str) -> tuple[re.Match | None, str]:
 
 def locate(name: Any, path: Path, layer: int | None = None) -> tuple[Site, str]:
     """The site of a hook or module, and the module's name ("" for a hook); `layer` is the number of a hook without one.
-
-    Raises `ValueError` naming the file if we have no such site.
-    """
+    Raises `ValueError` naming the file if we have no such site."""
     text = str(name)
     if text == "final_norm":
         return Site(text), ""
@@ -90,9 +78,7 @@ def locate(name: Any, path: Path, layer: int | None = None) -> tuple[Site, str]:
     try:
         site = Site.parse(text)
     except ValueError as error:
-        raise ValueError(
-            f"{path}: its hook must name a site of ours ({error}); pass site= to say where it sits"
-        ) from error
+        raise ValueError(f"{path}: its hook must name a site of ours ({error}); pass site= to say which") from error
     if site == Site("final_norm"):
         raise ValueError(f"{path}: {name} lies before the gain of the last norm, and our site final_norm behind it")
     return site, ""
@@ -104,11 +90,20 @@ def located(cfg: Mapping[str, Any], path: Path, layer: int | None = None) -> tup
     if first is None and last is None:
         return None, ""
     if first is None:
-        raise ValueError(
-            f"{path} names where its features go, {last}, but not what they read: pass site=(input, output)"
-        )
+        raise ValueError(f"{path} names what its features write, {last}, but not what they read: pass site=(in, out)")
     (site_in, module_in), (site_out, module_out) = (locate(name, path, layer) for name in (first, last or first))
     return (site_in, site_out), " ".join(dict.fromkeys(filter(None, (module_in, module_out))))
+
+
+def settle(
+    site: Sites | None, cfg: Mapping[str, Any], path: Path, elsewhere: Sites | None = None, layer: int | None = None
+) -> tuple[Sites, str]:
+    """The sites of an SAE and the modules among their names: `site`, which the caller gave, or what the config names
+    (see `locate`), or what is known from `elsewhere`. Raises `ValueError` naming the file if there is none of these."""
+    sites, module = (site, "") if site else located(cfg, path, layer)
+    if sites is None and elsewhere is None:
+        raise no_site(path)
+    return sites or elsewhere, module
 
 
 def not_ours(meta: Mapping[str, Any], sites: Sites, config: ModelConfig) -> str | None:
@@ -121,16 +116,12 @@ def not_ours(meta: Mapping[str, Any], sites: Sites, config: ModelConfig) -> str 
         if name in ("attn_out", "mlp_out") and config.post_norms:
             return f"{module} returns what lies before a second norm in {config.family}, and our {name} lies behind it"
         if name == "embed" and config.scale_embed:
-            return (
-                f"{module} returns rows of the embedding, and our embed in {config.family} is these times sqrt(d_model)"
-            )
+            return f"{module} returns rows of the embedding, and embed of {config.family} is these times sqrt(d_model)"
     return _moved(meta, sites, config)
 
 
 def _moved(meta: Mapping[str, Any], sites: Sites, config: ModelConfig) -> str | None:
-    """Centred weights take the mean from the residual where norms do so too; folded value biases leave z without
-    them.
-    """
+    """Centred weights take the mean from the residual where norms do too; folded value biases leave z without them."""
     writes = {"embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"} & {site.name for site in sites}
     if meta.get(_MOVERS[0]) and config.norm == "layer" and writes:
         return f"it was trained on weights with {_MOVERS[0]}, which take the mean from {min(writes)} of {config.family}"
@@ -145,18 +136,14 @@ def movers(kwargs: Any) -> dict[str, bool]:
 
 
 def check_named(meta: Mapping[str, Any], sites: Sites, path: Path) -> None:
-    """Raises `ValueError` if the model that the metadata name is of a family in which the named tensor is not our
-    site.
-    """
+    """Raises `ValueError` if the named tensor is not our site in the family of the model that the metadata name."""
     model = str(meta.get("model_name", ""))
-    family = next((family for pattern, family in _FAMILIES if re.search(pattern, model.lower())), None)
+    family = next((family for pattern, family in _FAMILIES.items() if re.search(pattern, model.lower())), None)
     if family and (reason := not_ours(meta, sites, tiny_config(family))):
         raise ValueError(f"{path} (of {model}): {reason}; pass site= if another site is meant")
 
 
 def no_site(path: Path) -> ValueError:
     """The error of a file that does not say where its SAE sits."""
-    return ValueError(
-        f'{path}: neither its settings nor its folder say where the SAE sits: pass site=Site("resid_post", 3) or the '
-        "like"
-    )
+    example = 'site=Site("resid_post", 3)'
+    return ValueError(f"{path}: neither its settings nor its folder say where the SAE sits: pass {example} or the like")

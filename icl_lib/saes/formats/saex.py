@@ -17,45 +17,32 @@ import re
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from icl_lib.files.write import replace_file, write_json
 from icl_lib.models import Site
 from icl_lib.saes.formats import common
 from icl_lib.saes.formats.common import Weights
-from icl_lib.saes.formats.places import Sites, located, no_site
+from icl_lib.saes.formats.places import Sites, settle
 from icl_lib.saes.sae import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 VARIANTS = ("paper",)
 _PLAIN = {"W_enc": "W_enc d F", "b_enc": "b_enc F", "W_dec": "W_dec F o", "b_dec": "b_dec o"}
 _OPTIONAL = {"scaling_factor": "c F", "s_gate": "s_gate F", "b_gate": "b_mag F", "mean_norm": "n", "tgt_mean_norm": "m"}
-_KINDS = {
-    "residual": ("resid_pre", "resid_pre"),
-    "attn_out": ("attn_out", "attn_out"),
-    "transcoder": ("mlp_in", "mlp_out"),
-}
+_KINDS = {"residual": ("resid_pre",) * 2, "attn_out": ("attn_out",) * 2, "transcoder": ("mlp_in", "mlp_out")}
 
 
 def read(folder: Path, site: Sites | None = None, variant: str | None = None) -> SAE:
-    """The SAE in a folder of saex, in the form that was trained or in that of the paper's experiments; see
-    `load_sae`.
-    """
-    path = folder / WEIGHTS
-    cfg = common.read_json(folder / CONFIG)
-    common.check_settings(cfg, folder / CONFIG, ("relu", "gated"), architecture=(None, "gated", "standard"))
+    """The SAE in a folder of saex, in the form that was trained or in that of the paper; see `load_sae`."""
+    path, config = folder / WEIGHTS, folder / CONFIG
+    cfg = common.read_json(config)
+    common.check_settings(cfg, config, ("relu", "gated"), architecture=(None, "gated", "standard"))
     found = common.read_safetensors(path)
     spec = _PLAIN | {name: entry for name, entry in _OPTIONAL.items() if name in found}
     if ("s_gate" in spec) != ("b_gate" in spec):
-        raise ValueError(
-            f"{path} must hold both s_gate and b_gate or neither, it has {'s_gate' if 's_gate' in spec else 'b_gate'}"
-        )
-    w = common.take(
-        found, spec, path, d=common.size(cfg, "d_in", folder / CONFIG), F=common.size(cfg, "d_sae", folder / CONFIG)
-    )
-    named, module = (site, "") if site else located(cfg, folder / CONFIG)
-    sites = named or _sites(folder)
-    w, d = _normalised(w), w["W_enc"].shape[0]
+        raise ValueError(f"{path} must hold both s_gate and b_gate or neither, it has {', '.join(found)}")
+    d = common.size(cfg, "d_in", config)
+    w = _normalised(common.take(found, spec, path, d=d, F=common.size(cfg, "d_sae", config)))
+    sites, module = settle(site, cfg, config, sites_in(folder))
     scale = w.pop("c", np.ones(w["b_enc"].shape, np.float32))
     meta = {"l1_coefficient": cfg.get("l1_coefficient"), "variant": variant or "trained"}
     meta |= {"folder": folder.name, "d_model": d}
@@ -64,9 +51,8 @@ def read(folder: Path, site: Sites | None = None, variant: str | None = None) ->
         return common.build(w, sites, "standard", folder, meta, module=module)
     s = np.logaddexp(0, w.pop("s_gate")) * scale
     if not (s > 0).all():
-        raise ValueError(
-            f"{path}: softplus(s_gate) * scaling_factor is not positive at {np.flatnonzero(s <= 0)[:5].tolist()}"
-        )
+        bad = np.flatnonzero(s <= 0)[:5].tolist()
+        raise ValueError(f"{path}: softplus(s_gate) * scaling_factor is not positive at {bad}")
     if variant == "paper":
         threshold = np.maximum(0, w.pop("b_mag") - w["b_enc"] * s)
         w = w | {"W_enc": w["W_enc"] * s[None, :], "b_enc": w["b_enc"] * s, "threshold": threshold}
@@ -81,17 +67,14 @@ def write(sae: SAE, folder: str | Path, mean_norm: float | None = None) -> Path:
     folder = Path(folder)
     w = common.arrays(sae)
     if mean_norm is not None:
-        w = common.fold_output_scale(common.fold_input_scale(w, mean_norm / math.sqrt(sae.d_in)), math.sqrt(sae.d_in))
+        w = common.fold_scales(w, mean_norm / math.sqrt(sae.d_in), math.sqrt(sae.d_in))
     tensors = {name: w[name] for name in _PLAIN} | {"b_gate": w["b_mag"]}
     tensors["s_gate"] = np.log(np.expm1(np.exp(w["r_mag"])))  # the inverse of softplus
     tensors["scaling_factor"] = np.ones(sae.d_sae, np.float32)
     tensors |= {"mean_norm": np.float32(mean_norm or 1.0), "tgt_mean_norm": np.float32(1.0)}
     cfg = {"d_in": sae.d_in, "dtype": "float32", "expansion_factor": sae.d_sae // sae.d_in, "l1_coefficient": 0.0}
     cfg |= {"train_batch_size": 1, "dead_feature_window": 1, "use_ghost_grads": True, "d_sae": sae.d_sae}
-    tensors = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
-    replace_file(folder / WEIGHTS, lambda partial: save_file(tensors, partial))
-    write_json(folder / CONFIG, cfg)
-    return folder
+    return common.save(folder / WEIGHTS, tensors, folder / CONFIG, cfg)
 
 
 def _normalised(w: Weights) -> Weights:
@@ -100,15 +83,10 @@ def _normalised(w: Weights) -> Weights:
     norm = float(w.get("n", 1))
     target = float(w.get("m", norm))  # the oldest runs have one norm for both
     w = {name: value for name, value in w.items() if name not in ("n", "m")}
-    if norm == 1:
-        return w
-    return common.fold_output_scale(common.fold_input_scale(w, root / norm), target / root)
+    return w if norm == 1 else common.fold_scales(w, root / norm, target / root)
 
 
-def _sites(folder: Path) -> Sites:
-    """From a name like it-l12-attn_out-test-run-1-2.00E-05, or l16-test-run-3-4e-05 for the residual."""
+def sites_in(folder: Path) -> Sites | None:
+    """From a name like it-l12-attn_out-test-run-1-2.00E-05, or l16-test-run-3-4e-05 (the residual); None for others."""
     match = re.match(r"(?:it-)?l(\d+)-(?:(residual|attn_out|transcoder)-)?test-run", folder.absolute().name)
-    if not match:
-        raise no_site(folder)
-    site_in, site_out = (Site(name, int(match[1])) for name in _KINDS[match[2] or "residual"])
-    return site_in, site_out
+    return match and tuple(Site(name, int(match[1])) for name in _KINDS[match[2] or "residual"])

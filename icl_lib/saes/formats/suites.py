@@ -1,6 +1,4 @@
-"""Suites: one SAE for each of many sites of a model, read from patterns, lists and folders, written as a folder of
-folders.
-"""
+"""Suites: one SAE for each of many sites of a model, read from patterns, lists and folders, written as folders."""
 
 import dataclasses
 import re
@@ -26,14 +24,10 @@ _DEEPEST = 5  # folders below a suite's: dictionaries/model/place/run/ae.pt
 
 
 def load_suite(
-    source: str | Path | Sequence[str | Path],
-    config: ModelConfig | None = None,
-    layers: Iterable[int] | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
-    sites: Iterable[str] | None = None,
+    source: str | Path | Sequence[str | Path], config: ModelConfig | None = None, layers: Iterable[int] | None = None,
+    revision: str | None = None, variant: str | None = None, sites: Iterable[str] | None = None,
     mesh: Mesh | None = None,
-) -> dict[Site, SAE]:
+) -> dict[Site, SAE]:  # fmt: skip
     """SAEs keyed by the site they encode, in the order of sites.
 
     `source` is the name of an embedded model, whose suite it stands for, a folder (relative to the repository's root),
@@ -42,8 +36,7 @@ def load_suite(
     "google/gemma-scope-2b-pt-res/layer_{layer}/width_16k/canonical"; or a list of these. `layers` are the numbers to
     put there (default: all of the model; of `{layer:0-16}` those from 0 to 16, where there is no SAE for the others)
     and in a folder the layers of the sites to keep. `sites` are the names of the sites to keep, such as ["resid_pre"];
-    others are read and dropped one by one. With a mesh (that of the model: `mesh_of`) each device holds its part of the
-    latents.
+    others are read and dropped one by one. With a mesh (`mesh_of` the model) each device holds a part of the latents.
 
     With `config`, layers and widths are held to that model, and an SAE of the residual behind a block is keyed by the
     same tensor's other name, "resid_pre" of the next block, if there is one. Raises `FileNotFoundError` if there is no
@@ -55,9 +48,8 @@ def load_suite(
     suite: dict[Site, SAE] = {}
     for pattern, name in [(each, name) for each in sources for name in _names(each, config, layers, revision)]:
         sae = _renamed(load_sae(name, revision, variant), config)
-        if layers is not None and not has_layer(pattern) and sae.site_in.layer not in layers:
-            continue
-        if kept is not None and sae.site_in.name not in kept:
+        unwanted = layers is not None and not has_layer(pattern) and sae.site_in.layer not in layers
+        if unwanted or (kept is not None and sae.site_in.name not in kept):
             continue
         if sae.site_in in suite:
             raise ValueError(f"{name} encodes {sae.site_in}, and so does another SAE of {source}: keep one per site")
@@ -74,8 +66,8 @@ def shard_sae(sae: SAE, mesh: Mesh) -> SAE:
     """The SAE with its latents spread over the mesh's `model` axis; whole on every device where they do not divide."""
     cut = "model" if sae.d_sae % mesh.shape["model"] == 0 else None
     places = {"W_enc": P(None, cut), "W_dec": P(cut), "b_dec": P(), "W_skip": P()}
-    put = lambda name, leaf: jax.device_put(leaf, NamedSharding(mesh, places.get(name, P(cut))))  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: put(jax.tree_util.keystr(path, simple=True), leaf), sae)
+    place = lambda path: NamedSharding(mesh, places.get(jax.tree_util.keystr(path, simple=True), P(cut)))
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: jax.device_put(leaf, place(path)), sae)
 
 
 def save_sae(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
@@ -86,7 +78,7 @@ def save_sae(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
     sparsify does. Files appear whole or not at all. Raises `ValueError` if `dtype` is not float32, float16 or bfloat16,
     or if a weight is not finite in it, and `OSError` if the disk is full. Of several processes all have to call it.
     """
-    whole = lambda leaf: leaf if leaf.is_fully_addressable else jnp.asarray(to_host(leaf))  # noqa: E731
+    whole = lambda leaf: leaf if leaf.is_fully_addressable else jnp.asarray(to_host(leaf))
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     write = sparsify.write if sae.is_transcoder and sae.architecture == "topk" else saelens.write
@@ -107,24 +99,18 @@ def check_fit(sae: SAE, config: ModelConfig, name: str) -> None:
         if site.layer is not None:
             config.check_layer(site.layer, f"layer of the SAE {name} at {site}")
         if size != config.width(site.name):
-            raise ValueError(
-                f"the SAE {name} at {site} has {what} = {size}, but there the model (d_model = {config.d_model}) is "
-                f"{config.width(site.name)} wide: it was trained on another model; pass the suite of this one or "
-                "train one with train_suite"
-            )
+            there = f"there the model (d_model = {config.d_model}) is {config.width(site.name)} wide"
+            other = "it was trained on another model; pass the suite of this one or train one with train_suite"
+            raise ValueError(f"the SAE {name} at {site} has {what} = {size}, but {there}: {other}")
     if reason := not_ours(dict(sae.metadata), (sae.site_in, sae.site_out), config):
         raise ValueError(f"the SAE {name} at {sae.site_in} does not fit this model: {reason}")
 
 
 def has_layer(pattern: str) -> bool:
-    """Whether a name stands for many: `{layer}` or `{layer:0-16}` is in it. Raises `ValueError` on any other form of
-    it.
-    """
+    """Whether a name stands for many, by `{layer}` or `{layer:0-16}` in it. Raises `ValueError` on any other form."""
     match = _LAYER.search(pattern)
     if "{layer" in pattern and (match is None or (match[1] and int(match[1]) > int(match[2]))):
-        raise ValueError(
-            f"{pattern!r}: layers are written {{layer}}, or {{layer:0-16}} where only those from 0 to 16 have an SAE"
-        )
+        raise ValueError(f"{pattern!r}: layers are written {{layer}}, or {{layer:0-16}} where only 0 to 16 have an SAE")
     return match is not None
 
 
@@ -143,13 +129,9 @@ def _names(source: str, config: ModelConfig | None, layers: tuple[int, ...] | No
     """Names for `load_sae` of what one source stands for."""
     if has_layer(source):
         if layers is None and config is None:
-            raise ValueError(
-                f"{source!r} has a {{layer}} in it: say which with layers=[...], or pass the model's config for all"
-            )
-        return [
-            with_layer(source, layer)
-            for layer in layers_of(source, range(config.n_layers) if layers is None else layers)
-        ]
+            raise ValueError(f"{source!r} has a {{layer}} in it: say which with layers=[...], or pass the config")
+        every = range(config.n_layers) if layers is None else layers
+        return [with_layer(source, layer) for layer in layers_of(source, every)]
     if is_one(source) and not Path(source).is_dir():
         return [source]
     folder = fetch_suite(source, revision)
@@ -159,10 +141,7 @@ def _names(source: str, config: ModelConfig | None, layers: tuple[int, ...] | No
     inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts)]  # not ours
     found = [path for path in inside if (path.is_dir() and detect(path)) or layer_files.NAME.fullmatch(path.name)]
     if not found:
-        raise FileNotFoundError(
-            f"{folder} has no sub-folder with a {saelens.CONFIG} or other files of an SAE: a suite is what save_suite "
-            "writes"
-        )
+        raise FileNotFoundError(f"{folder} has no sub-folder with files of an SAE: a suite is what save_suite writes")
     return [str(path) for path in found]
 
 
@@ -171,9 +150,8 @@ def _renamed(sae: SAE, config: ModelConfig | None) -> SAE:
     site = sae.site_in
     if config is None or site.name != "resid_post" or site.layer + 1 >= config.n_layers or sae.is_transcoder:
         return sae
-    return dataclasses.replace(
-        sae, site_in=Site("resid_pre", site.layer + 1), site_out=Site("resid_pre", site.layer + 1)
-    )
+    renamed = Site("resid_pre", site.layer + 1)
+    return dataclasses.replace(sae, site_in=renamed, site_out=renamed)
 
 
 def sae_at(suite: Mapping[Site, SAE], site: Site) -> SAE:

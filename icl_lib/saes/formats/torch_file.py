@@ -87,11 +87,8 @@ class _Reader(pickle.Unpickler):
 
 
 def read_torch(path: Path) -> Any:
-    """What `torch.save` wrote, tensors as numpy arrays.
-
-    Raises `FileNotFoundError`, or `ValueError` if the file is cut short, is no zip (PyTorch before 1.6), or holds
-    anything but tensors and plain containers, naming what it is.
-    """
+    """What `torch.save` wrote, tensors as numpy arrays. Raises `FileNotFoundError`, or `ValueError` if the file is cut
+    short, is no zip (PyTorch before 1.6), or holds anything but tensors and plain containers, naming what it is."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: it holds the weights of an SAE")
     try:
@@ -104,8 +101,6 @@ def read_torch(path: Path) -> Any:
                 raise ValueError(f"{path} was written on a big-endian machine: load and save it on an ordinary one")
             return _Reader(archive, roots[0]).load()
     except (zipfile.BadZipFile, EOFError, KeyError, OSError, IndexError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a PyTorch file ({error}): is it cut short, or from before PyTorch 1.6?"
-        ) from error
+        raise ValueError(f"{path} cannot be read as a PyTorch file ({error}): cut short, or before 1.6?") from error
     except (pickle.UnpicklingError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is refused: {error}. Only files with nothing but tensors in them are read") from error

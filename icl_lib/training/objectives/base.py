@@ -63,28 +63,35 @@ class Objective(eqx.Module):
     """What one SAE is trained for. A file of this folder with a final class of this kind is a new objective."""
 
     name: eqx.AbstractClassVar[str]  # in recipes and cards
-    published: eqx.AbstractClassVar[
-        Mapping[str, Any]
-    ]  # fields of `Recipe`; a function is of the number of steps and the batch
-    own: eqx.AbstractClassVar[
-        tuple[str, ...]
-    ]  # the fields in `recipes.SPECIAL` that mean something to it; others are refused
-    top: ClassVar[bool] = False  # whether sparsity is a number of latents, k
-    auxiliary: ClassVar[Callable[[Weights, Batch, Array, Recipe], Array] | None] = (
-        None  # a loss of dead latents on the error
-    )
+    # fields of `Recipe`; a function is of the number of steps and the batch
+    published: eqx.AbstractClassVar[Mapping[str, Any]]
+    # the fields in `recipes.SPECIAL` that mean something to it; others are refused
+    own: eqx.AbstractClassVar[tuple[str, ...]]
+    top: ClassVar[bool] = False  # whether sparsity is a number of latents, k, and W_enc lies latent by latent
+    # a loss of dead latents on the error
+    auxiliary: ClassVar[Callable[[Weights, Batch, Array, Recipe], Array] | None] = None
 
-    @abc.abstractmethod
     def init(
-        self,
-        x: Float[Array, "tokens d_in"],
-        y: Float[Array, "tokens d_out"],
-        d_sae: int,
-        recipe: Recipe,
-        *,
+        self, x: Float[Array, "tokens d_in"], y: Float[Array, "tokens d_out"], d_sae: int, recipe: Recipe, *,
         key: PRNGKeyArray,
-    ) -> Weights:
-        """Start of training from a sample of (scaled) activations."""
+    ) -> Weights:  # fmt: skip
+        r"""Start of training from a sample of (scaled) activations.
+
+        Decoder rows are random directions of norm 1 (`unit_norm`) or 0.1, and the encoder is the transpose. $b_{dec}$
+        is the mean target, $b_{enc} = -\bar x W_{enc}$. A transcoder whose widths differ gets an independent encoder of
+        the same norm.
+        """
+        d_in, d_out = x.shape[1], y.shape[1]
+        enc_key, dec_key = jax.random.split(key)
+        scale = 1.0 if recipe.unit_norm else 0.1
+        W_dec = scale * unit_rows(jax.random.normal(dec_key, (d_sae, d_out)))
+        rows = W_dec if d_in == d_out else scale * unit_rows(jax.random.normal(enc_key, (d_sae, d_in)))
+        dtype = jnp.dtype(recipe.dtype)
+        return Weights(
+            (rows if self.top else rows.T).astype(dtype), W_dec.astype(dtype), b_enc=-(rows @ jnp.mean(x, axis=0)),
+            b_mag=None, r_mag=None, b_dec=jnp.mean(y, axis=0),
+            W_skip=jnp.zeros((d_in, d_out), dtype) if recipe.skip else None,
+        )  # fmt: skip
 
     @abc.abstractmethod
     def loss(self, weights: Weights, batch: Batch, recipe: Recipe) -> tuple[Float[Array, ""], Stats]:
@@ -109,37 +116,6 @@ class Objective(eqx.Module):
 
             loss, grads = jax.lax.cond(batch.revive, add, lambda *same: same, loss, grads)
         return loss, stats._replace(err=None), grads
-
-
-def random_start(
-    x: Float[Array, "tokens d_in"],
-    y: Float[Array, "tokens d_out"],
-    d_sae: int,
-    recipe: Recipe,
-    *,
-    key: PRNGKeyArray,
-    by_latent: bool = False,
-) -> Weights:
-    r"""Decoder rows are random directions of norm 1 (`unit_norm`) or 0.1, and the encoder is the transpose.
-
-    $b_{dec}$ is the mean target, $b_{enc} = -\bar x W_{enc}$. A transcoder whose widths differ gets an independent
-    encoder of the same norm.
-    """
-    d_in, d_out = x.shape[1], y.shape[1]
-    enc_key, dec_key = jax.random.split(key)
-    scale = 1.0 if recipe.unit_norm else 0.1
-    W_dec = scale * unit_rows(jax.random.normal(dec_key, (d_sae, d_out)))
-    rows = W_dec if d_in == d_out else scale * unit_rows(jax.random.normal(enc_key, (d_sae, d_in)))
-    dtype = jnp.dtype(recipe.dtype)
-    return Weights(
-        W_enc=(rows if by_latent else rows.T).astype(dtype),
-        W_dec=W_dec.astype(dtype),
-        b_enc=-(rows @ jnp.mean(x, axis=0)),
-        b_mag=None,
-        r_mag=None,
-        b_dec=jnp.mean(y, axis=0),
-        W_skip=jnp.zeros((d_in, d_out), dtype) if recipe.skip else None,
-    )
 
 
 def unit_rows(W: Float[Array, "rows d"]) -> Float[Array, "rows d"]:
@@ -181,10 +157,7 @@ def times_on(f: Float[Array, "tokens d_sae"]) -> Float[Array, " d_sae"]:
 
 
 def draw_dead(dead: Array, n: int, *, key: PRNGKeyArray) -> tuple[Array, Array]:
-    """`n` latents, the dead among them first, and which of them are dead.
-
-    The order is random, so that stubborn ones do not keep others waiting.
-    """
+    """`n` latents, the dead first, in random order so that stubborn ones keep none waiting, and which are dead."""
     rank, latents = jax.lax.top_k(jnp.where(dead, jax.random.uniform(key, dead.shape), -1.0), n)
     return latents, rank >= 0
 
@@ -192,11 +165,8 @@ def draw_dead(dead: Array, n: int, *, key: PRNGKeyArray) -> tuple[Array, Array]:
 def fold_linear(
     weights: Weights, norm_in: Array, norm_out: Array, *, norms: Array | None = None, gated: bool = False
 ) -> tuple[dict[str, Any], Float[Array, " d_sae"]]:
-    """The fields that all SAEs have, on raw activations, and by what a latent's value grows.
-
-    Latents end in units of the norm that they write; `norms` gives other units. The paths of a gate are left as they
-    are.
-    """
+    """The fields that all SAEs have, on raw activations, and by what a latent's value grows. Latents end in units of
+    the norm that they write; `norms` gives other units. The paths of a gate are left as they are."""
     gain_in = math.sqrt(weights.W_enc.shape[0]) / norm_in
     gain_out = math.sqrt(weights.W_dec.shape[1]) / norm_out
     W_dec = weights.W_dec / gain_out

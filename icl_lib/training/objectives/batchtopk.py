@@ -8,17 +8,11 @@ import jax.numpy as jnp
 from icl_lib.training.objectives import base, topk
 
 
-class BatchTopK(base.Objective):
+class BatchTopK(topk.Top):
     """The largest latents of a batch, k a token on average."""
 
     name = "batchtopk"
     published = dict(learning_rate=3e-4, beta1=0.9, beta2=0.99, unit_norm=True, k_aux=512)  # Bussmann et al. (2024)
-    own = ("skip", "k_aux", "aux")
-    top = True
-    auxiliary = staticmethod(topk.auxiliary)
-
-    def init(self, x, y, d_sae, recipe, *, key):
-        return base.random_start(x, y, d_sae, recipe, key=key, by_latent=True)
 
     def loss(self, weights, batch, recipe):
         loss, stats, kept = topk.top_loss(weights, batch, whole=True)

@@ -22,7 +22,7 @@ class Gated(base.Objective):
     own = ("resample_every", "skip")
 
     def init(self, x, y, d_sae, recipe, *, key):
-        start = base.random_start(x, y, d_sae, recipe, key=key)
+        start = super().init(x, y, d_sae, recipe, key=key)
         return start._replace(b_mag=start.b_enc, r_mag=jnp.zeros(d_sae))
 
     def loss(self, weights, batch, recipe):

@@ -34,16 +34,12 @@ from icl_lib.training.kernels import matmul
 from icl_lib.training.objectives import base
 
 GHOST_COEFFICIENT = 0.25
-# Ghost gradients look at this part of the batch, and at this part of the dictionary: cheap, and all dead latents get
-# turns.
+# Ghost gradients look at this part of batch and dictionary, in turns: cheap, and no dead latent is left out.
 GHOST_BATCH, GHOST_LATENTS = 4, 8
 
 
 class IclSfc(base.Objective):
-    """The gated SAEs of Kharlapenko et al.
-
-    It keeps `matmul`: by `product` the committed suite would not come out bit for bit.
-    """
+    """The gated SAEs of Kharlapenko et al., by `matmul`: by `product` the committed suite would have other bits."""
 
     name = "icl-sfc"
     # Kharlapenko et al. (2025), App. B (learning rate, betas), and their trainer; what is left out is above
@@ -58,8 +54,7 @@ class IclSfc(base.Objective):
 
         With `centred_start` no latent is born dead: encoder columns have norm 1 too, $b_{dec}$ is the mean target, and
         gate and magnitude biases are $-\bar x W_{enc}$, so that every latent fires on about half of the tokens at
-        first. A transcoder whose input and output widths differ gets an independent orthogonal decoder. Matrices are in
-        `recipe.dtype`.
+        first. A transcoder between widths gets an independent orthogonal decoder. Matrices are in `recipe.dtype`.
         """
         d_in, d_out, dtype = x.shape[1], y.shape[1], jnp.dtype(recipe.dtype)
         enc_key, dec_key = jax.random.split(key)
@@ -70,12 +65,10 @@ class IclSfc(base.Objective):
             zeros, scale = jnp.zeros(d_sae), jnp.full(d_sae, math.log(math.log(2)))
             return base.Weights(W_enc.astype(dtype), W_dec.astype(dtype), zeros, zeros, scale, jnp.zeros(d_out))
         bias = -(jnp.mean(x, axis=0) @ columns)
-        # a dense start would overshoot by the number of latents in the same direction, d_sae / d / 2 when half of them
-        # fire
+        # a dense start overshoots by the number of latents in the same direction, d_sae / d / 2 when half of them fire
         W_dec = W_dec * min(1.0, d_out / d_sae)
-        return base.Weights(
-            columns.astype(dtype), W_dec.astype(dtype), bias, bias, jnp.zeros(d_sae), jnp.mean(y, axis=0)
-        )
+        scale, b_dec = jnp.zeros(d_sae), jnp.mean(y, axis=0)
+        return base.Weights(columns.astype(dtype), W_dec.astype(dtype), bias, bias, scale, b_dec)
 
     def loss(self, weights, batch, recipe):
         r"""The loss $L$ above, times `loss_scale` / d_out if that is given. `batch.dead` turns ghost gradients on."""
@@ -118,22 +111,14 @@ def _ghost(weights, x, err, scale, dead, revive, key):
     err = jax.lax.stop_gradient(err[:n])
     latents, is_dead = base.draw_dead(dead, math.ceil(dead.shape[0] / GHOST_LATENTS), key=key)
     fraction = jnp.mean(dead.astype(jnp.float32))
-    return jax.lax.cond(
-        revive,
-        lambda p: GHOST_COEFFICIENT * fraction * ghost_loss(p, x[:n], err, scale[:n], latents, is_dead),
-        lambda p: jnp.zeros(()),
-        weights,
-    )
+    ghost = lambda p: GHOST_COEFFICIENT * fraction * ghost_loss(p, x[:n], err, scale[:n], latents, is_dead)
+    return jax.lax.cond(revive, ghost, lambda p: jnp.zeros(()), weights)
 
 
 def ghost_loss(
-    weights: base.Weights,
-    x: Float[Array, "tokens d_in"],
-    err: Float[Array, "tokens d_out"],
-    scale: Float[Array, " tokens"],
-    latents: Int[Array, " k"],
-    dead: Array,
-) -> Float[Array, ""]:
+    weights: base.Weights, x: Float[Array, "tokens d_in"], err: Float[Array, "tokens d_out"],
+    scale: Float[Array, " tokens"], latents: Int[Array, " k"], dead: Array,
+) -> Float[Array, ""]:  # fmt: skip
     r"""How well dead latents would explain the error of the living ones.
 
     $g = \mathrm{softplus}(\pi) W_{dec}$ over the dead among `latents`, rescaled per token to half of the error's norm,

@@ -13,6 +13,8 @@ from icl_lib.training.kernels import add_bias, over_tokens, product
 from icl_lib.training.objectives import base
 from icl_lib.training.recipes import Recipe
 
+Pre = Float[Array, "tokens d_sae"]
+
 
 class JumpReLU(base.Objective):
     """A threshold for each latent, and a penalty on how many are on."""
@@ -23,7 +25,7 @@ class JumpReLU(base.Objective):
     own = ("resample_every", "skip", "bandwidth", "threshold")
 
     def init(self, x, y, d_sae, recipe, *, key):
-        start = base.random_start(x, y, d_sae, recipe, key=key)
+        start = super().init(x, y, d_sae, recipe, key=key)
         return start._replace(log_threshold=start_threshold(d_sae, x.shape[1], recipe))
 
     def loss(self, weights, batch, recipe):
@@ -46,20 +48,14 @@ def start_threshold(d_sae: int, d_in: int, recipe: Recipe) -> Float[Array, " d_s
 
 
 @jax.custom_vjp
-def step(
-    pre: Float[Array, "tokens d_sae"], theta: Float[Array, " d_sae"], width: float | Array
-) -> Float[Array, "tokens d_sae"]:
+def step(pre: Pre, theta: Float[Array, " d_sae"], width: float | Array) -> Pre:
     r"""$1[p > \theta]$; to $\theta$ it passes the straight-through gradient $-K((p - \theta) / \epsilon) / \epsilon$.
-
-    $K$ is 1 between -1/2 and 1/2, $\epsilon$ is `width`; nothing passes to $p$.
-    """
+    $K$ is 1 between -1/2 and 1/2, $\epsilon$ is `width`; nothing passes to $p$."""
     return (pre > theta[None]).astype(pre.dtype)
 
 
 @jax.custom_vjp
-def jump(
-    pre: Float[Array, "tokens d_sae"], theta: Float[Array, " d_sae"], width: float | Array
-) -> Float[Array, "tokens d_sae"]:
+def jump(pre: Pre, theta: Float[Array, " d_sae"], width: float | Array) -> Pre:
     r"""$p\,1[p > \theta]$; to $\theta$ it passes the gradient $-\theta K((p - \theta) / \epsilon) / \epsilon$."""
     return jnp.where(pre > theta[None], pre, 0)
 

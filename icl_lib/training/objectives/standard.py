@@ -18,9 +18,6 @@ class Standard(base.Objective):
     published = dict(learning_rate=5e-5, beta1=0.9, beta2=0.999, sparsity_warmup=lambda steps, batch: steps // 20)
     own = ("resample_every", "skip")
 
-    def init(self, x, y, d_sae, recipe, *, key):
-        return base.random_start(x, y, d_sae, recipe, key=key)
-
     def loss(self, weights, batch, recipe):
         target = base.missing(weights, batch)
         f = jax.nn.relu(add_bias(product(batch.x, weights.W_enc), weights.b_enc))

@@ -31,10 +31,7 @@ def auxiliary(
 
 
 def top_loss(weights: base.Weights, batch: base.Batch, whole: bool) -> tuple[Float[Array, ""], base.Stats, Array]:
-    """FVU by the k largest features of each token, or the (tokens x k) largest of the `whole` batch.
-
-    With it come the statistics and the features kept.
-    """
+    """FVU by the k largest features of each token or (tokens x k) of the `whole` batch, statistics, features kept."""
     target, k, x = base.missing(weights, batch), batch.sparsity, batch.x
     if batch.sparse:
         fixed = jax.lax.stop_gradient(weights)
@@ -50,22 +47,23 @@ def top_loss(weights: base.Weights, batch: base.Batch, whole: bool) -> tuple[Flo
     return stats.fvu, stats._replace(err=err), kept
 
 
-class TopK(base.Objective):
-    """The k largest latents of each token."""
+class Top(base.Objective):
+    """What topk and batchtopk share; each says what a finished SAE keeps."""
 
-    name = "topk"
-    # Gao et al. (2024), App. A and B: dead after 10 million tokens. They take the power of two nearest d / 2 for k_aux:
-    # 512 is d = 1,024's
-    published = dict(
-        learning_rate=1e-4, beta1=0.9, beta2=0.999, unit_norm=True, k_aux=512,
-        dead_after=lambda steps, batch: max(1, 10_000_000 // batch),
-    )  # fmt: skip
     own = ("skip", "k_aux", "aux")
     top = True
     auxiliary = staticmethod(auxiliary)
 
-    def init(self, x, y, d_sae, recipe, *, key):
-        return base.random_start(x, y, d_sae, recipe, key=key, by_latent=True)
+
+class TopK(Top):
+    """The k largest latents of each token."""
+
+    name = "topk"
+    # Gao et al. (2024), App. A and B: dead after 10 million tokens; k_aux is the power of two nearest d / 2 (d = 1,024)
+    published = dict(
+        learning_rate=1e-4, beta1=0.9, beta2=0.999, unit_norm=True, k_aux=512,
+        dead_after=lambda steps, batch: max(1, 10_000_000 // batch),
+    )  # fmt: skip
 
     def loss(self, weights, batch, recipe):
         return top_loss(weights, batch, whole=False)[:2]
