@@ -339,7 +339,7 @@ figures.ablation_matrix(change, names, list(groups))
 figures.show(
     5,
     "What the nodes of one task (row) do to every task (column) when they are ablated: the change of "
-    "faithfulness. The diagonal is a half by construction; purple cells elsewhere are tasks that suffer "
+    "faithfulness. The diagonal is a half by construction; orange cells elsewhere are tasks that suffer "
     "too.",
 )
 
