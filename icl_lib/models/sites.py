@@ -5,13 +5,14 @@ records, steering adds, ablation replaces, freezing attention replaces the patte
 """
 
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 
 import equinox as eqx
 from jaxtyping import Array, Float, Int
+
+from icl_lib.files.names import did_you_mean
 
 # Our short names in the order of computation inside a block, and TransformerLens' names for the same tensors.
 LAYER_SITES = {
@@ -55,9 +56,8 @@ class Site:
     def __post_init__(self):
         if self.name not in LAYER_SITES and self.name not in GLOBAL_SITES:
             known = [*LAYER_SITES, *GLOBAL_SITES]
-            near = difflib.get_close_matches(self.name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"unknown site {self.name!r}{hint} Sites are {', '.join(known)}")
+            near = did_you_mean(self.name, known)
+            raise ValueError(f"unknown site {self.name!r}{'; ' if near else '. '}{near}Sites are {', '.join(known)}")
         if (self.layer is None) == (self.name in LAYER_SITES):
             raise ValueError(
                 f"site {self.name!r} {'needs a' if self.layer is None else 'takes no'} layer, got {self.layer}"

@@ -4,7 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from icl_lib.files.hub import fetch_folder
+from icl_lib.files.hub import fetch_folder, nothing_at
+from icl_lib.files.names import located
 from icl_lib.files.paths import resolve
 from icl_lib.models import Site
 from icl_lib.saes.formats import (
@@ -97,13 +98,13 @@ def detect(path: Path) -> str | None:
 
 def _locate(name: str, revision: str | None) -> Path:
     """The folder or file of that name, from the hub if it is not here."""
-    name = resolve(gemma_scope.resolve(name))
+    asked, name = name, resolve(gemma_scope.resolve(name))
     if found := _match(Path(name)):
         return found
     name = gemma_scope.on_hub(name)
     repo, inside = _split(name)
     if not repo:
-        raise FileNotFoundError(f"no folder {name!r} with an SAE in it: pass one, or owner/repository/path on the hub")
+        raise FileNotFoundError(nothing_at(asked, "a folder with an SAE, or owner/repository/path on the hub"))
     one_file = inside.endswith(_SUFFIXES)
     patterns = [inside] if one_file else [f"{inside}/{file}".lstrip("/") for file in dict.fromkeys(_FILES)]
     if inside.endswith((".safetensors", ".npz")) or not one_file:  # its settings
@@ -111,7 +112,7 @@ def _locate(name: str, revision: str | None) -> Path:
         patterns += [f"{folder}/{file}".removeprefix("./").lstrip("/") for file in common.BESIDE]
     if inside.endswith(".pt"):
         patterns += [f"{folder}/{dictionary_learning.CONFIG}" for folder in list(Path(inside).parents)[:2]]
-    root = fetch_folder(repo, revision, patterns, "the files of an SAE")
+    root = fetch_folder(repo, revision, patterns, "the files of an SAE", asked)
     if found := _match(root / inside):
         return found
     raise FileNotFoundError(_absent(repo, inside or "SAE at its root", revision) + gemma_scope.others(name))
@@ -130,35 +131,26 @@ def fetch_suite(name: str, revision: str | None) -> Path:
 
     Raises `FileNotFoundError` if it is neither, and `ValueError` for what is published with many SAEs at one site.
     """
-    folder = Path(name)
+    folder = Path(resolve(name))
     if folder.is_dir():
         return folder
     gemma_scope.refuse_all(name)
     repo, inside = _split(gemma_scope.on_hub(name))
-    if not repo or Path(repo).is_dir():
-        raise FileNotFoundError(
-            f"no folder {name!r}: a suite is a folder of SAEs, owner/repository/path on the hub, or either with "
-            f"{{layer}} in its name"
-        )
-    try:
-        root = fetch_folder(repo, revision, [f"{inside}/{pattern}".lstrip("/") for pattern in _ANYWHERE], "SAEs")
-    except FileNotFoundError as error:
-        if not inside:
-            raise
-        raise FileNotFoundError(
-            f"no folder {name!r} here; on the hub, {inside} of {repo} is not to be had either: {error}"
-        ) from error
+    if not repo:
+        wanted = "a suite: a folder of SAEs, owner/repository/path on the hub, or either with {layer} in its name"
+        raise FileNotFoundError(nothing_at(name, wanted))
+    root = fetch_folder(repo, revision, [f"{inside}/{pattern}".lstrip("/") for pattern in _ANYWHERE], "SAEs", name)
     if not (root / inside).is_dir():
         raise FileNotFoundError(f"no folder {name!r} here, and " + _absent(repo, inside, revision))
     return root / inside
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Repository on the hub and path in it; empty for what can only be a folder here."""
+    """Repository on the hub and path in it; empty for what can only be a path here, as below a folder that is there."""
     parts = name.strip("/").split("/")
-    return (
-        ("", "") if len(parts) < 2 or name.startswith(("/", ".", "~")) else ("/".join(parts[:2]), "/".join(parts[2:]))
-    )
+    repo = "/".join(parts[:2])
+    here = len(parts) < 2 or name.startswith(("/", ".", "~")) or located(repo, "model").is_dir()
+    return ("", "") if here else (repo, "/".join(parts[2:]))
 
 
 def _absent(repo: str, what: str, revision: str | None) -> str:
