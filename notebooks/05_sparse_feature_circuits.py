@@ -439,7 +439,7 @@ def draw_circuit(task: int) -> circuits.Circuit:
         print(f"no node of {names[task]} has a positive effect: there is no circuit to draw")
         return circuit
     edges = circuits.edge_effects(lm, suite, found[task], circuit, metric=on_logit)
-    circuit = circuit.with_edges(edges[edges.source.isin(circuit.nodes.index)], per_node=2)  # error nodes are not drawn
+    circuit = circuit.with_edges(edges, per_node=2)  # error nodes are not drawn
     figures.circuit_graph(circuit.nodes, circuit.edges, title=f"{names[task]}: m is the logit")
     plt.show()
     return circuit
