@@ -516,6 +516,10 @@ def test_circuit_tables_and_graph(world, effects, drawn):
     assert again.nodes.drop(columns="effect").equals(drawn.nodes.drop(columns="effect"))
     np.testing.assert_allclose(again.edges.effect, drawn.edges.effect, rtol=1e-6)
     errors = Circuit.from_effects(effects, errors=True).nodes.query("latent == -1")
+    named = {str(site): sae for site, sae in suite.items()}  # sites as texts, and one layer as a number
+    assert node_effects(world[0], named, first_task(world[2]), 2, metric=LOGPROB).latents.keys() == {
+        site for site in suite if site.layer == 2
+    }
     assert len(errors) == sum(int((t != 0).sum()) for t in effects.errors.values()) > len(suite)
     with pytest.raises(ValueError, match="keys nodes and edges"):
         Circuit.from_json("{}")

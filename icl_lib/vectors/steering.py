@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from icl_lib.models import Site, Transformer, run_with_cache
 from icl_lib.models.batches import map_tasks
+from icl_lib.models.sites import check_sites
 from icl_lib.saes import SAE
 from icl_lib.tasks import Prompts, Role
 from icl_lib.vectors.insert import answers, at_once, check_width, latent_directions, positions, target_nll
@@ -28,7 +29,7 @@ def _steer(model, tokens, site, vector, mask):
 def steer(
     model: Transformer,
     tokens: Int[Array, "batch seq"],
-    site: Site,
+    site: Site | str,
     vector: Float[Array, " d_model"],
     mask: Bool[Array, "batch seq"],
 ) -> Float[Array, "batch seq d_vocab"]:
@@ -36,8 +37,7 @@ def steer(
 
     Raises `ValueError` on a layer that the model does not have.
     """
-    if site.layer is not None:
-        model.config.check_layer(site.layer)
+    (site,) = check_sites(model.config, site)
     return _steer(model, jnp.asarray(tokens), site, vector, jnp.asarray(mask))
 
 

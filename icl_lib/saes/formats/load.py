@@ -8,6 +8,7 @@ from icl_lib.files.hub import fetch_folder, nothing_at
 from icl_lib.files.names import located
 from icl_lib.files.paths import resolve
 from icl_lib.models import Site
+from icl_lib.models.sites import as_site
 from icl_lib.saes.formats import (
     common,
     dictionary_learning,
@@ -44,7 +45,7 @@ def load_sae(
     name: str | Path,
     revision: str | None = None,
     variant: str | None = None,
-    site: Site | tuple[Site, Site] | None = None,
+    site: Site | str | tuple[Site | str, Site | str] | None = None,
 ) -> SAE:
     """The SAE or transcoder in a folder, or in `owner/repository/path` on the hub at `revision`; its weights become
     float32.
@@ -64,6 +65,8 @@ def load_sae(
     that we cannot express, on missing, unknown or misshapen tensors, on values that are not finite, on files cut short,
     and on pickles with anything but tensors in them.
     """
+    both = (site, site) if isinstance(site, Site | str) else site
+    sites = None if both is None else tuple(map(as_site, both))
     path = _locate(str(name), revision)
     kind = detect(path)
     if kind is None:
@@ -73,7 +76,7 @@ def load_sae(
     if variant is not None and variant not in _VARIANTS.get(kind, ()):
         has = ", ".join(f"{v!r} of {k}" for k, names in _VARIANTS.items() for v in names)
         raise ValueError(f"variant {variant!r} is not one of {kind}, the format of {path}; there are {has}")
-    return _READERS[kind](path, (site, site) if isinstance(site, Site) else site, variant)
+    return _READERS[kind](path, sites, variant)
 
 
 def detect(path: Path) -> str | None:
