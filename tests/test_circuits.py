@@ -5,6 +5,7 @@ import dataclasses
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -548,9 +549,30 @@ def test_circuit_tables_and_graph(world, effects, drawn):
     assert again.nodes.drop(columns="effect").equals(drawn.nodes.drop(columns="effect"))
     np.testing.assert_allclose(again.edges.effect, drawn.edges.effect, rtol=1e-6)
     errors = Circuit.from_effects(effects, errors=True).nodes.query("latent == -1")
+    named = {str(site): sae for site, sae in suite.items()}  # sites as texts, and one layer as a number
+    assert node_effects(world[0], named, first_task(world[2]), 2, metric=LOGPROB).latents.keys() == {
+        site for site in suite if site.layer == 2
+    }
     assert len(errors) == sum(int((t != 0).sum()) for t in effects.errors.values()) > len(suite)
     with pytest.raises(ValueError, match="keys nodes and edges"):
         Circuit.from_json("{}")
+
+
+def test_the_edges_of_a_circuit_can_be_drawn_as_they_are(world, effects):
+    """Those from error nodes, which a circuit of latents does not list, are left out by circuit and figure alike."""
+    model, suite, prompts = world
+    circuit = Circuit.from_effects(effects.task(0), n=12)
+    edges = edge_effects(model, suite, first_task(prompts), circuit, metric=LOGPROB)
+    from_errors = edges.source.str.contains("error")
+    assert from_errors.any() and not from_errors.all()
+    with_edges = circuit.with_edges(edges)
+    assert set(with_edges.edges.effect) == set(edges[~from_errors].effect)  # fewer than four for each node
+    few = circuit.with_edges(edges, per_node=0.5).edges
+    assert len(few) == 6 and set(few.effect) == set(edges[~from_errors].effect.sort_values(key=np.abs).tail(6))
+    drawn = [len(circuit_graph(circuit.nodes, e).axes[0].patches) for e in (edges, with_edges.edges)]
+    assert drawn[0] == drawn[1] > len(circuit.nodes) + len(with_edges.edges)
+    assert set(with_edges.to_networkx().nodes) == set(circuit.nodes.index)
+    plt.close("all")
 
 
 def test_bad_requests_end_with_one_message(world, effects, setting):

@@ -294,3 +294,10 @@ def test_what_the_hub_leaves_in_a_folder_is_no_text(folder, tokenizer):
         (hidden / name).write_text('{"etag": "w1"}\n')
     (folder / "dataset_infos.json").write_text("{}")
     np.testing.assert_array_equal(TextCorpus(open_text(folder), tokenizer, 16, bos_id=2).batch(20), rows)
+
+
+@pytest.mark.parametrize("name", ["./text", "~/text", "/no/such/text", "a/b/text", "text/of.txt"])
+def test_a_missing_text_is_never_asked_of_the_hub(name, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: pytest.fail("the hub was asked"))
+    with pytest.raises(CorpusError, match=f"no folder '{name}' here, where /.* pass a text file or a folder of them"):
+        open_text(name)

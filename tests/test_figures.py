@@ -378,7 +378,7 @@ BAD = {
     "mode must be": lambda: figures.faithfulness_curve(K, np.ones((2, 5)), mode="inverse"),
     "l1 is drawn": lambda: figures.sweep_panels([0.0, 1.0], np.ones((2, 2)), np.ones((2, 2))),
     r"\['fvu'\] missing": lambda: figures.sae_quality(suite_table().drop(columns="fvu")),
-    "an edge starts": lambda: figures.circuit_graph(circuit(5), edges(5).assign(source=99)),
+    "no edge starts or ends": lambda: figures.circuit_graph(circuit(5), edges(5).assign(source=99, target=98)),
     "one role per token": lambda: figures.prompt_roles(["a", "b"], ["input"]),
     "one activation row": lambda: figures.examples_figure([["a"]], []),
     r"activations\[0\]": lambda: figures.examples_figure([["a", "b"]], [[1.0]]),

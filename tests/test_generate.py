@@ -1,6 +1,7 @@
 """Greedy generation against recomputation from nothing, and against transformers."""
 
 import dataclasses
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from icl_lib.models import Transformer, generate, save_model, tiny_config
+from icl_lib.models import Site, Transformer, generate, save_model, tiny_config
 from icl_lib.models.generate import _generate
 
 LENGTHS = np.array([7, 1, 4, 9], np.int32)
@@ -115,3 +116,33 @@ def test_clear_errors(prompts, getkey):
         ValueError, match="a table of prompts of 69 tokens is longer than the context of this model, 64"
     ):
         generate(model, jnp.pad(prompts, ((0, 0), (0, 60))), jnp.asarray(LENGTHS), 3)
+
+
+def test_a_tap_acts_on_prompts_and_on_what_is_written(prompts, getkey):
+    """Steered greedy text is that of the steered model run again for every token; the tap sees every site."""
+    model, seen = talkative(getkey()), set()
+    vector = 3 * jax.random.normal(getkey(), (16,))
+
+    def steer(site, x):
+        seen.add((site, x.shape[1]))
+        return (
+            x + vector[None, None] if site in (Site("resid_pre", 1), Site("v", 0), Site("embed")) and x.ndim == 3 else x
+        )
+
+    ours = generate(model, prompts, jnp.asarray(LENGTHS), 6, stop=(), tap=steer)
+    np.testing.assert_array_equal(ours, recomputed(partial(model, tap=steer), prompts, LENGTHS, 6))
+    assert (ours != generate(model, prompts, jnp.asarray(LENGTHS), 6, stop=())).any()
+    assert {site for site, seq in seen if seq == 1} == {site for site, seq in seen if seq == 9}
+    still = generate(model, prompts, jnp.asarray(LENGTHS), 6, stop=(), tap=lambda site, x: x)
+    np.testing.assert_array_equal(still, generate(model, prompts, jnp.asarray(LENGTHS), 6, stop=()))
+
+
+def test_rows_of_uneven_lengths_are_a_table_with_lengths(prompts, getkey):
+    model = talkative(getkey())
+    rows = [row[:n].tolist() for row, n in zip(np.asarray(prompts), LENGTHS, strict=True)]
+    ours = generate(model, prompts, jnp.asarray(LENGTHS), 4, stop=())
+    for same in (rows, [np.asarray(row) for row in rows], tuple(map(jnp.asarray, rows))):
+        np.testing.assert_array_equal(generate(model, same, n_new=4, stop=()), ours)
+    np.testing.assert_array_equal(generate(model, np.asarray(prompts)[3:], n_new=4, stop=()), ours[3:])
+    with pytest.raises(ValueError, match=r"must be \(batch, seq\), got shape \(9,\); is tokens\[None\] meant"):
+        generate(model, prompts[0], n_new=4)

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import re
 import threading
 from functools import partial
 
@@ -10,7 +11,8 @@ import huggingface_hub.constants
 import jax
 import pytest
 
-from icl_lib.models import Transformer, fetch, load_config, load_model, save_model, tiny_config
+from icl_lib.files.paths import root
+from icl_lib.models import Transformer, fetch, load_config, load_model, load_tokenizer, save_model, tiny_config
 
 COMMITS = {"main": "a" * 40, "old": "b" * 40}
 
@@ -131,12 +133,39 @@ def test_a_revision_is_pinned(hub):
             "no repository of that name that it shows to us: check the spelling; if it is private, .*HF_TOKEN",
         ),
         ("owner/open", "no-such", "no revision 'no-such': see https://huggingface.co/owner/open/commits/main"),
-        ("not/a/hub/id", None, "no hub id .* either: pass the path of a folder with config.json"),
+        ("not a hub id", None, "no hub id .* either: pass the path of a folder with config.json"),
     ],
 )
 def test_what_the_hub_refuses_is_explained(hub, name, revision, message):
     with pytest.raises(FileNotFoundError, match=f"no folder '{name}' here, and .*{message}"):
         load_model(name, revision)
+
+
+def test_a_name_that_may_be_a_path_is_a_missing_folder_where_the_hub_has_none(hub, monkeypatch):
+    with pytest.raises(FileNotFoundError) as raised:
+        load_model("assets/icl-tinny")
+    message = (
+        f"no folder 'assets/icl-tinny' here, where {root() / 'assets/icl-tinny'} would be .*did you mean 'icl-tiny'"
+    )
+    assert re.search(message, str(raised.value))
+    move_hub(monkeypatch, 1)  # where nobody listens
+    with pytest.raises(FileNotFoundError, match=r"here \(did you mean 'icl-tiny'\?\), and the hub could not be"):
+        load_model("icl-tinny")
+
+
+@pytest.mark.parametrize(
+    "name", ["./x", "../x", "~/x", "/no/such/x", "x/y/z", "owner/open.gguf", "owner/x.safetensors"]
+)
+def test_a_path_is_never_asked_of_the_hub(hub, name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: pytest.fail("the hub was asked"))
+    for read in (load_model, load_config, load_tokenizer):
+        with pytest.raises(FileNotFoundError, match=f"no folder '{name}' here, where /.* would be"):
+            read(name)
+
+
+def test_a_file_in_the_place_of_a_folder(hub):
+    with pytest.raises(FileNotFoundError, match=f"is a file: pass a folder .* that it lies in, {hub}$"):
+        load_model(hub / "model.safetensors")
 
 
 def test_without_a_network_the_folder_to_pass_is_named(hub, monkeypatch):

@@ -326,3 +326,14 @@ def test_scale_that_an_old_file_does_not_carry(getkey, tmp_path):
     cfg = json.loads((folder / "cfg.json").read_text()) | {"normalize_activations": "expected_average_only_in"}
     (folder / "cfg.json").write_text(json.dumps(cfg))
     np.testing.assert_allclose(load_sae(folder)(x), sae(x * 0.21381938399317255) / 0.21381938399317255, atol=1e-3)
+
+
+def test_sites_and_layers_of_a_suite_as_texts_and_a_number(getkey, tmp_path):
+    sites = [Site("resid_pre", 0), Site("resid_pre", 1), Site("attn_out", 1)]
+    save_suite({str(site): make(getkey, site_in=site) for site in sites}, tmp_path)
+    kept = lambda **which: set(load_suite(tmp_path, **which))
+    assert kept(layers=1) == set(sites[1:]) and kept(sites="resid_pre") == set(sites[:2])
+    assert kept(sites=["resid_pre.1", "blocks.1.hook_attn_out"]) == set(sites[1:]) == kept(sites=sites[1:])
+    with pytest.raises(ValueError, match="did you mean 'resid_pre'"):
+        load_suite(tmp_path, sites=["resid_prr"])
+    assert load_sae(tmp_path / "resid_pre.0", site="resid_pre.1").site_in == sites[1]

@@ -107,15 +107,24 @@ def test_what_is_no_suite(tmp_path, monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs/tiny").mkdir(parents=True)
-    for name in ("saes", "./runs/saes", str(tmp_path / "saes"), "runs/tiny/saes"):  # of the last, the start is here
-        with pytest.raises(
-            FileNotFoundError,
-            match=f"no folder '{name}': a suite is a folder of SAEs, owner/repository/path on the hub",
-        ):
+    for name in (
+        "saes",
+        "./runs/saes",
+        str(tmp_path / "saes"),
+        "assets/icl-tiny/no/saes",
+    ):  # of the last, a part is here
+        message = f"no folder '{name}' here, where .* pass a suite: a folder of SAEs, owner/repository/path on the hub"
+        with pytest.raises(FileNotFoundError, match=message):
             load_suite(name)
-    for name in ("runs/saes", "runs/saes/deep"):
+        with pytest.raises(FileNotFoundError, match=f"no folder '{name}' here, where .* pass a folder with an SAE"):
+            load_sae(name)
+    with pytest.raises(FileNotFoundError, match="no folder 'assets/icl-tiny/saez' here, .*did you mean 'saes'"):
+        load_suite("assets/icl-tiny/saez")
+    with pytest.raises(FileNotFoundError, match="no folder 'icl-tinny' here, .*did you mean 'icl-tiny'"):
+        load_suite("icl-tinny")
+    with pytest.raises(FileNotFoundError, match="no folder 'assets/mine/deep' here, where .* of which there is only"):
+        load_suite("assets/mine/deep")  # the hub has no such repository either
+    for name in ("mine/saes", "mine/saes/deep"):
         with pytest.raises(FileNotFoundError, match=f"no folder '{name}' here.* the hub could not be reached"):
             load_suite(name)
     for name in (

@@ -1,12 +1,16 @@
 """Names of sites, and what taps may do at them."""
 
+import doctest
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import icl_lib.models
 from icl_lib.models import Site, Transformer, compose, perturb, record, replace, run_with_cache, tiny_config
-from icl_lib.models.sites import GLOBAL_SITES, LAYER_SITES
+from icl_lib.models.sites import GLOBAL_SITES, LAYER_SITES, as_layers, as_site
+from icl_lib.vectors import steer
 
 ALL_SITES = [Site(name, layer) for name in LAYER_SITES for layer in (0, 7, 123)] + [Site(name) for name in GLOBAL_SITES]
 # What a reader of TransformerLens expects, written out by hand.
@@ -160,3 +164,48 @@ def test_a_perturbation_takes_the_dtype_of_the_site(model, tokens):
 def test_a_tap_that_loses_the_shape_is_named(model, tokens, returned, message):
     with pytest.raises(ValueError, match=message):
         model(tokens, tap=lambda site, x: returned(x) if site == Site("attn_out", 0) else x)
+
+
+def test_the_example_of_a_tap_runs():
+    names = {"jax": jax, "jnp": jnp} | vars(icl_lib.models)
+    (example,) = doctest.DocTestFinder().find(Transformer.__call__, "__call__", globs=names)
+    assert len(example.examples) >= 6 and doctest.DocTestRunner().run(example).failed == 0
+
+
+@pytest.mark.parametrize("site", ALL_SITES, ids=str)
+def test_a_site_may_be_a_text(site):
+    short = site.name if site.layer is None else f"{site.name}.{site.layer}"
+    assert as_site(short) == as_site(str(site)) == as_site(site) == site
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("resid_prr.3", "did you mean 'resid_pre'"), ("resid_pre", "needs a layer"), ("embed.2", "takes no layer"),
+     ("blocks.3.hook_resid_prr", "names no site"), ("", "unknown site"), ("resid_pre.-1", "unknown site"),
+    ],
+)  # fmt: skip
+def test_a_text_of_no_site_is_explained(text, message):
+    with pytest.raises(ValueError, match=message):
+        as_site(text)
+
+
+def test_texts_of_sites_at_the_entry_points(model, tokens, getkey):
+    four = ["resid_pre.1", "blocks.1.hook_mlp_out", Site("embed"), "resid_pre.1"]
+    logits, cache = run_with_cache(model, tokens, four)
+    assert set(cache) == {Site("resid_pre", 1), Site("mlp_out", 1), Site("embed")}
+    assert set(run_with_cache(model, tokens, "resid_pre.1")[1]) == {Site("resid_pre", 1)}
+    with pytest.raises(ValueError, match="layer of site .* must be in 0..1"):
+        run_with_cache(model, tokens, "resid_pre.7")
+    vector = jax.random.normal(getkey(), (16,))
+    shift = jnp.broadcast_to(vector, (2, 6, 16))
+    steered = steer(model, tokens, "resid_pre.1", vector, jnp.ones((2, 6), bool))
+    np.testing.assert_allclose(model(tokens, tap=perturb({"resid_pre.1": shift})), steered, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        model(tokens, tap=replace({"blocks.1.hook_resid_pre": cache[Site("resid_pre", 1)] + shift})),
+        steered, rtol=0, atol=1e-5,
+    )  # fmt: skip
+
+
+def test_one_layer_is_layers_too():
+    assert as_layers(4) == as_layers([4]) == (4,)
+    assert as_layers(range(2)) == as_layers(i for i in (0, 1)) == (0, 1)

@@ -355,3 +355,34 @@ def test_published_pairs_are_as_they_were(published, recwarn):
             assert list(task.pairs) == [pair for pair in dict.fromkeys(raw) if "_".join(pair) != name]
             assert len(raw) - len(set(raw)) in ((0, 20) if name == "product-company" else (0,))
     assert not recwarn.list
+
+
+def test_an_unknown_task_is_answered_with_the_nearest(tmp_path):
+    (tmp_path / "colours.json").write_text('{"sky": "blue"}')
+    for suite, wrong, near in (
+        (load_tasks("embedded"), "antonymz", "antonyms"),
+        (load_tasks(tmp_path), "color", "colours"),
+    ):
+        with pytest.raises(UnknownTask, match=f"no task '{wrong}': did you mean '{near}'.*The {len(suite)} tasks are"):
+            suite[wrong]
+        assert isinstance(suite, dict) and suite.get(wrong) is None and wrong not in suite  # otherwise a plain dict
+    assert dict(load_tasks(tmp_path)) == load_tasks(tmp_path) and list(load_tasks(tmp_path)) == ["colours"]
+
+
+@pytest.mark.parametrize("source", ["./pairs", "~/pairs", "/no/such/pairs", "data/pairs"])
+def test_a_missing_folder_of_tasks_is_named(source):
+    with pytest.raises(
+        FileNotFoundError, match=f"no folder '{source}' here, where /.*pairs would be.* pass 'embedded'"
+    ):
+        load_tasks(source)
+
+
+def test_a_source_of_tasks_by_path_from_the_root_or_misspelt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "colours.json").write_text('{"sky": "blue"}')
+    monkeypatch.setattr("icl_lib.files.paths.root", lambda: tmp_path)
+    monkeypatch.chdir("/")
+    assert list(load_tasks("pairs")) == ["colours"]
+    with pytest.raises(FileNotFoundError, match="no task source 'embeded': did you mean 'embedded'"):
+        load_tasks("embeded")

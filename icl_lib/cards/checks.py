@@ -4,13 +4,12 @@ No network is asked. The sizes of the cards' models are part of the package, tho
 `config.json`; of any other hub id nothing is known before the download, and its layers are checked when it is loaded.
 """
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from icl_lib.cards.card import Card, CardError, check_card
-from icl_lib.files.names import located
+from icl_lib.files.names import did_you_mean, located
 from icl_lib.files.paths import resolve
 from icl_lib.models import ModelConfig, load_config
 from icl_lib.models.families import known_config
@@ -103,6 +102,5 @@ def _tasks(tasks: str) -> list[str]:
         return []
     if folder.is_dir():
         return [f"`tasks`: {folder} holds no .json or .tsv file of pairs"]
-    near = difflib.get_close_matches(tasks, SOURCES, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return [f"`tasks`: no source {tasks!r}; {hint}There are {', '.join(SOURCES)}, or a folder of .json or .tsv files"]
+    near = did_you_mean(tasks, SOURCES)
+    return [f"`tasks`: no source {tasks!r}; {near}There are {', '.join(SOURCES)}, or a folder of .json or .tsv files"]

@@ -139,7 +139,7 @@ def prepare(
     suite: Suite,
     batch: Any,
     *,
-    layers: Iterable[int],
+    layers: Iterable[int] | int,
     metric: Metric,
     groups: Groups | None = None,
     patch: Patch = "zero",

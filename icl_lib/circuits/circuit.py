@@ -32,6 +32,11 @@ def _rows(table: np.ndarray, site: Site, names: tuple[str, ...], error: bool) ->
     return pd.DataFrame(dict(zip(NODE_COLUMNS, columns, strict=True)))
 
 
+def _between(nodes: pd.DataFrame, edges: pd.DataFrame) -> pd.DataFrame:
+    """The edges that start and end at one of the nodes."""
+    return edges[edges.source.isin(nodes.index) & edges.target.isin(nodes.index)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Circuit:
     """Nodes and edges with their effects on the metric (positive helps), strongest first.
@@ -67,18 +72,17 @@ class Circuit:
     def top(self, n: int) -> "Circuit":
         """The n nodes that help most (fewer if fewer help), and the edges between them."""
         nodes = self.nodes[self.nodes.effect > 0].nlargest(n, "effect")
-        inside = self.edges.source.isin(nodes.index) & self.edges.target.isin(nodes.index)
-        return Circuit(nodes, self.edges[inside])
+        return Circuit(nodes, _between(nodes, self.edges))
 
     def with_edges(self, edges: pd.DataFrame, per_node: int | float = 4) -> "Circuit":
-        """The same nodes with the strongest of the edges between them, `per_node` times as many as nodes (the paper
-        draws 4).
+        """The same nodes with the strongest of the `edges` between them, at most `per_node` times as many as nodes (the
+        paper draws 4).
 
-        Edges from nodes that the circuit does not list, such as the error nodes of `edge_effects`, are left out.
+        `edges` may be all that `edge_effects` gives: those from error nodes that the circuit does not list are left
+        out.
         """
-        inside = edges[edges.source.isin(self.nodes.index) & edges.target.isin(self.nodes.index)]
-        order = inside.effect.abs().sort_values(ascending=False, kind="stable").index
-        return Circuit(self.nodes, inside.loc[order[: int(per_node * len(self.nodes))]].reset_index(drop=True))
+        edges = _between(self.nodes, edges).sort_values("effect", key=np.abs, ascending=False, kind="stable")
+        return Circuit(self.nodes, edges.head(int(per_node * len(self.nodes))).reset_index(drop=True))
 
     def to_networkx(self) -> nx.DiGraph:
         """A directed graph whose nodes carry the columns of `nodes` and whose edges carry `effect`."""

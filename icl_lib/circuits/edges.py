@@ -146,7 +146,8 @@ def edge_effects(
     """All edges into the latents of `circuit` from its other latents and from error nodes: source, target, effect.
 
     `batch` and `groups` (default: by role) are those of one task that gave the node effects. Error nodes are sources
-    only. Raises `ValueError` on stacked prompts, an empty circuit, nodes where the suite has no SAE, or unknown groups.
+    only, listed or not; `Circuit.with_edges` keeps the edges between its nodes. Raises `ValueError` on stacked
+    prompts, an empty circuit, nodes where the suite has no SAE, or unknown groups.
     """
     if batch.tokens.ndim != 2:
         raise ValueError(f"edges are of one task: tokens must be (batch, seq), got shape {batch.tokens.shape}")

@@ -24,12 +24,12 @@ from jaxtyping import Array, Float
 from icl_lib.circuits.groups import Groups
 from icl_lib.models import Site, Transformer, compose, perturb, record
 from icl_lib.models.batches import map_tasks
-from icl_lib.models.sites import check_sites
+from icl_lib.models.sites import as_layers, as_site, check_sites
 from icl_lib.saes import SAE
 
 # (logits, cache, batch) -> (b,), larger is better; the cache has the activations at the sites in `metric.sites`, if any
 Metric = Callable[[Array, dict[Site, Array], Any], Array]
-Suite = dict[Site, SAE]  # keyed by site_in
+Suite = dict[Site, SAE] | dict[str, SAE]  # keyed by site_in, which may be given as a text, "resid_pre.4"
 Patch = Literal["zero", "mean"]
 
 # Sites that the SAEs of a circuit may read, in the order in which the model computes what these write.
@@ -57,12 +57,12 @@ def write_order(site: Site) -> int:
     return len(SITES) * site.layer + SITES.index(site.name)
 
 
-def suite_in_layers(model: Transformer, suite: Suite, layers: Iterable[int]) -> Suite:
+def suite_in_layers(model: Transformer, suite: Suite, layers: Iterable[int] | int) -> Suite:
     """The folded SAEs of `suite` that sit in `layers`, in the order in which the model meets them.
 
     Raises `ValueError` on a layer that the model does not have, a layer without any SAE, or an SAE of another width.
     """
-    layers = sorted(set(layers))
+    layers, suite = sorted(set(as_layers(layers))), {as_site(site): sae for site, sae in suite.items()}
     if not layers:
         raise ValueError("layers is empty: name at least one layer whose SAEs are to be used")
     for layer in layers:
@@ -185,7 +185,7 @@ def node_effects(
     model: Transformer,
     suite: Suite,
     batch: Any,
-    layers: Iterable[int],
+    layers: Iterable[int] | int,
     *,
     metric: Metric,
     groups: Groups | None = None,

@@ -76,8 +76,9 @@ def circuit_graph(nodes: pd.DataFrame, edges: pd.DataFrame | None = None, *, tit
     sign.
 
     `nodes` has the columns `layer`, `kind`, `latent` (below 0: the error node), `group` (of tokens), `effect`; `edges`
-    has `source` and `target`, values of the index of `nodes`, and `effect`. Nodes keep the order of the table inside a
-    cell: sort it by effect. Raises `ValueError` for missing columns, or an edge that ends at no node.
+    has `source` and `target`, values of the index of `nodes`, and `effect`; those that start or end at no node, as
+    edges from error nodes that are not drawn, are left out. Nodes keep the order of the table inside a cell: sort it by
+    effect. Raises `ValueError` for missing columns, or if no edge starts or ends at any of the nodes.
     """
     need_columns("nodes", nodes, ("layer", "kind", "latent", "group", "effect"))
     if not len(nodes) or not nodes.index.is_unique:
@@ -141,11 +142,12 @@ def draw_edges(ax: Axes, layout: Layout, nodes: pd.DataFrame, edges: pd.DataFram
     """Curves from the upper side of the source to the lower side of the target; weakest first, so strong ones show;
     width and opacity follow the square root of the effect."""
     need_columns("edges", edges, ("source", "target", "effect"))
+    starts, stops = (edges[end].isin(nodes.index) for end in ("source", "target"))
+    if not (starts | stops).any():
+        raise ValueError("no edge starts or ends at one of the nodes: source and target are values of their index")
+    if not len(edges := edges[starts & stops]):
+        return
     ends = nodes.index.get_indexer(edges["source"]), nodes.index.get_indexer(edges["target"])
-    if (ends[0] < 0).any() or (ends[1] < 0).any():
-        raise ValueError(
-            "an edge starts or ends at a node that is not in nodes: source and target are values of its index"
-        )
     weight = edges["effect"].to_numpy(dtype=float)
     size = np.sqrt(np.abs(weight) / max(np.abs(weight).max(), 1e-12))
     for i in np.argsort(size):

@@ -5,13 +5,15 @@ records, steering adds, ablation replaces, freezing attention replaces the patte
 """
 
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 
 import equinox as eqx
 from jaxtyping import Array, Float, Int
+
+from icl_lib.files.names import did_you_mean
 
 # Our short names in the order of computation inside a block, and TransformerLens' names for the same tensors.
 LAYER_SITES = {
@@ -55,9 +57,8 @@ class Site:
     def __post_init__(self):
         if self.name not in LAYER_SITES and self.name not in GLOBAL_SITES:
             known = [*LAYER_SITES, *GLOBAL_SITES]
-            near = difflib.get_close_matches(self.name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"unknown site {self.name!r}{hint} Sites are {', '.join(known)}")
+            near = did_you_mean(self.name, known)
+            raise ValueError(f"unknown site {self.name!r}{'; ' if near else '. '}{near}Sites are {', '.join(known)}")
         if (self.layer is None) == (self.name in LAYER_SITES):
             needs = "needs a" if self.layer is None else "takes no"
             raise ValueError(f"site {self.name!r} {needs} layer, got {self.layer}")
@@ -80,6 +81,29 @@ class Site:
         return cls(_FROM_HOOK[hook], layer)
 
 
+def as_site(site: Site | str) -> Site:
+    """`site` itself, or that of a text: "resid_pre.4" and "embed", or TransformerLens' "blocks.4.hook_resid_pre".
+
+    Wherever a function of this library takes a site, it takes such a text. Raises `ValueError` on any other text.
+    """
+    if isinstance(site, Site):
+        return site
+    if "hook" in (text := str(site)):
+        return Site.parse(text)
+    name, _, layer = text.partition(".")
+    return Site(name, int(layer)) if layer.isdecimal() else Site(text)
+
+
+def as_sites(sites: Iterable[Site | str] | Site | str) -> tuple[Site, ...]:
+    """The sites, or the only one."""
+    return tuple(map(as_site, [sites] if isinstance(sites, Site | str) else sites))
+
+
+def as_layers(layers: Iterable[int] | int) -> tuple[int, ...]:
+    """The layers, or the only one, as plain numbers."""
+    return (int(layers),) if isinstance(layers, Integral) else tuple(map(int, layers))
+
+
 Tap = Callable[[Site, Array], Array]
 
 
@@ -88,9 +112,9 @@ def compose(*taps: Tap) -> Tap:
     return lambda site, x: functools.reduce(lambda value, each: each(site, value), taps, x)
 
 
-def record(sites: Iterable[Site], cache: dict[Site, Array]) -> Tap:
+def record(sites: Iterable[Site | str], cache: dict[Site, Array]) -> Tap:
     """A tap that stores the named activations in `cache` and changes nothing."""
-    wanted = frozenset(sites)
+    wanted = frozenset(as_sites(sites))
 
     def tap(site, x):
         if site in wanted:
@@ -100,19 +124,29 @@ def record(sites: Iterable[Site], cache: dict[Site, Array]) -> Tap:
     return tap
 
 
-def replace(values: Mapping[Site, Array]) -> Tap:
+def replace(values: Mapping[Site | str, Array]) -> Tap:
     """A tap that puts `values[site]` in the place of the activation, e.g. a clean attention pattern."""
-    return lambda site, x: values.get(site, x)
+    values = {as_site(site): value for site, value in values.items()}
+
+    def tap(site, x):
+        return values.get(site, x)
+
+    return tap
 
 
-def perturb(deltas: Mapping[Site, Array]) -> Tap:
+def perturb(deltas: Mapping[Site | str, Array]) -> Tap:
     """A tap that adds `deltas[site]`. Differentiating at zero deltas gives the gradient at every site in one pass."""
-    return lambda site, x: x + deltas[site].astype(x.dtype) if site in deltas else x
+    deltas = {as_site(site): delta for site, delta in deltas.items()}
+
+    def tap(site, x):
+        return x + deltas[site].astype(x.dtype) if site in deltas else x
+
+    return tap
 
 
-def check_sites(config, sites: Iterable[Site]) -> tuple[Site, ...]:
-    """The sites as a tuple. Raises `ValueError` on a layer that the model does not have."""
-    sites = tuple(sites)
+def check_sites(config, sites: Iterable[Site | str] | Site | str) -> tuple[Site, ...]:
+    """The sites as a tuple, each once. Raises `ValueError` on a layer that the model does not have."""
+    sites = tuple(dict.fromkeys(as_sites(sites)))
     for site in sites:
         if site.layer is not None:
             config.check_layer(site.layer, f"layer of site {site}")
@@ -133,7 +167,11 @@ def _run_with_cache(model, tokens, sites):
 
 
 def run_with_cache(
-    model, tokens: Int[Array, "batch seq"], sites: Iterable[Site]
+    model, tokens: Int[Array, "batch seq"], sites: Iterable[Site | str] | Site | str
 ) -> tuple[Float[Array, "batch seq d_vocab"], dict[Site, Array]]:
-    """Logits and the activations at `sites`, in one compiled pass. Raises `ValueError` on a layer out of range."""
+    """Logits and the activations at `sites`, by `Site`, from one compiled forward pass.
+
+    A site may be given as a text: "resid_pre.4", or TransformerLens' name, "blocks.4.hook_resid_pre". Raises
+    `ValueError` on a layer out of range, before anything is computed.
+    """
     return _run_with_cache(model, tokens, check_sites(model.config, sites))

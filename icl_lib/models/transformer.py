@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from icl_lib.models.config import ModelConfig
 from icl_lib.models.rotary import causal_mask, rotary_frequencies, rotate
-from icl_lib.models.sites import Site, Tap, activations_at
+from icl_lib.models.sites import Site, Tap, compose, record
 
 _ACTIVATIONS = {
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
@@ -88,10 +88,14 @@ class Past(eqx.Module):
     length: Int[Array, " batch"]
 
     @classmethod
-    def record(cls, model: "Transformer", tokens: Int[Array, "batch seq"], length: Int[Array, " batch"]) -> "Past":
-        """The past of `tokens[b, :length[b]]`, from one clean run."""
+    def record(
+        cls, model: "Transformer", tokens: Int[Array, "batch seq"], length: Int[Array, " batch"], tap: Tap | None = None
+    ) -> "Past":
+        """The past of `tokens[b, :length[b]]`, from one run: a clean one, or that with a tap."""
         layers = range(model.config.n_layers)
-        cache = activations_at(model, tokens, [Site(name, i) for name in ("rot_k", "v") for i in layers])
+        cache: dict[Site, Array] = {}
+        seen = record([Site(name, i) for name in ("rot_k", "v") for i in layers], cache)
+        model(tokens, tap=seen if tap is None else compose(tap, seen))
         return cls(tuple(cache[Site("rot_k", i)] for i in layers), tuple(cache[Site("v", i)] for i in layers), length)
 
 
@@ -233,6 +237,25 @@ class Transformer(eqx.Module):
         return cls(embed, blocks, Norm.init(config), unembed, config)
 
     def __call__(self, tokens: Int[Array, "batch seq"], tap: Tap | None = None) -> Float[Array, "batch seq d_vocab"]:
+        """Logits of the next token, with `tap(site, x) -> x` called at every site in the order of computation.
+
+        What the tap returns goes on in the place of x; it has to be of x's shape. So a tap steers, ablates, freezes or
+        records, and `record`, `replace`, `perturb` and `compose` make the usual ones:
+
+        >>> model = Transformer.init(tiny_config(), key=jax.random.key(0))
+        >>> tokens = jnp.array([[2, 5, 7]])
+        >>> def halve(site, x):
+        ...     return x / 2 if site == Site("mlp_out", 1) else x
+        >>> cache = {}
+        >>> logits = model(tokens, tap=compose(halve, record(["resid_post.1"], cache)))
+        >>> logits.shape, cache[Site("resid_post", 1)].shape
+        ((1, 3, 40), (1, 3, 16))
+        >>> bool((logits == model(tokens)).all())
+        False
+
+        Raises `ValueError` if tokens are not of the shape (batch, seq) or more than the model's context, or if the tap
+        returns another shape.
+        """
         if tokens.ndim != 2:
             raise ValueError(f"the model takes tokens (batch, seq), got {tokens.shape}; is tokens[None] meant?")
         self.config.check_length(tokens.shape[1])

@@ -7,16 +7,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from icl_lib.models import Site, Transformer
-from icl_lib.models.sites import activations_at, check_sites
-from icl_lib.tasks import Prompts
+from icl_lib.models.sites import activations_at, as_site, as_sites, check_sites
+from icl_lib.tasks import Prompts, Texts
 from icl_lib.text.tokens import batches, check_tokens, token_mask
 
-Rows = Int[np.ndarray, "*stack n seq"] | Int[Array, "*stack n seq"] | Prompts
+Rows = Int[np.ndarray, "*stack n seq"] | Int[Array, "*stack n seq"] | Prompts | Texts
 Mask = Bool[np.ndarray, "*stack n seq"] | Bool[Array, "*stack n seq"]
 
 
-def output_site(site_in: Site) -> Site:
-    """What an SAE of `site_in` reconstructs: the MLP's output for what the MLP reads (a transcoder), else the site."""
+def output_site(site_in: Site | str) -> Site:
+    """What an SAE that encodes `site_in` reconstructs: the MLP's output for what the MLP reads (a transcoder), else the
+    site itself.
+    """
+    site_in = as_site(site_in)
     return Site("mlp_out", site_in.layer) if site_in.name in ("mlp_in", "mlp_normalized") else site_in
 
 
@@ -25,9 +28,9 @@ def suite_sites(n_layers: int) -> list[Site]:
     return [Site(name, layer) for name in ("resid_pre", "attn_out", "mlp_in") for layer in range(n_layers)]
 
 
-def needed_sites(sites: Iterable[Site]) -> list[Site]:
+def needed_sites(sites: Iterable[Site | str] | Site | str) -> list[Site]:
     """Sites to harvest for SAEs that encode `sites`: inputs and targets, each once, in the order given."""
-    return list(dict.fromkeys(site for s in sites for site in (s, output_site(s))))
+    return list(dict.fromkeys(site for s in as_sites(sites) for site in (s, output_site(s))))
 
 
 def rows_that_count(
@@ -35,9 +38,10 @@ def rows_that_count(
 ) -> tuple[Int[np.ndarray, "n seq"], Bool[np.ndarray, "n seq"]]:
     """Rows of tokens and where they count: what everything here that runs a model starts with.
 
-    Of prompts, stacked or not, these are the prompts' tokens and `real`; of other rows, `mask` defaults to
-    `token_mask`. Raises `ValueError` on a token id that the model does not have, on rows longer than its context, if
-    the mask has another shape than the tokens, or if nothing counts (with `pairs`: no two neighbours, for a loss).
+    Of prompts, stacked or not, and of texts (`encode_text`) these are their tokens and `real`; of other rows, `mask`
+    defaults to `token_mask`. Raises `ValueError` on a token id that the model does not have, on rows longer than its
+    context, if the mask has another shape than the tokens, or if nothing counts (with `pairs`: no two neighbours, which
+    a loss needs).
     """
     if hasattr(tokens, "tokens") and hasattr(tokens, "real"):
         tokens, mask = tokens.tokens, tokens.real if mask is None else mask
@@ -56,7 +60,12 @@ def rows_that_count(
 
 
 def harvest(
-    model: Transformer, tokens: Rows, sites: Iterable[Site], mask: Mask | None = None, *, batch_size: int = 64,
+    model: Transformer,
+    tokens: Rows,
+    sites: Iterable[Site | str] | Site | str,
+    mask: Mask | None = None,
+    *,
+    batch_size: int = 64,
     dtype: str = "float32",
 ) -> dict[Site, np.ndarray]:  # fmt: skip
     """Activations in host memory, `acts[site]` (n_tokens, d_model) in `dtype`, for the tokens where `mask` is true.
@@ -65,7 +74,7 @@ def harvest(
     at every site. float16 halves the memory (n_tokens x d_model x 2 bytes a site). Raises `ValueError` also if a layer
     does not exist, or if a value overflows `dtype`.
     """
-    sites = check_sites(model.config, dict.fromkeys(sites))
+    sites = check_sites(model.config, sites)
     tokens, mask = rows_that_count(model, tokens, mask)
     n = int(mask.sum())
     acts: dict[Site, np.ndarray] = {}

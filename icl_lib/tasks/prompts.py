@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from icl_lib.tasks.tables import Pairs
 from icl_lib.tasks.tasks import Task
-from icl_lib.tasks.template import DUMMY, NO_PAIR, Role, Template, tokenise
+from icl_lib.tasks.template import DUMMY, NO_PAIR, Role, Template, pad_of, tokenise
 
 PAPER_TEMPLATE = Template()
 
@@ -149,7 +149,7 @@ def make_prompts(
         drawn = [[*_corrupted(task, pairs[:-1], rng), pairs[-1]] for pairs in drawn]
     layouts = [template.layout(pairs) for pairs in drawn]
     rows = tokenise(layouts, tokenizer)
-    pad_id = next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    pad_id = pad_of(tokenizer)
     longest = max(len(row) for row in rows)
     length = longest if length is None else length
     if longest > length:

@@ -1,16 +1,18 @@
 """Tasks: named lists of input-output pairs, embedded, downloaded with their hashes checked, or read from a folder."""
 
 import dataclasses
-import difflib
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pooch
 
-from icl_lib.files.paths import data_files
+from icl_lib.files.hub import nothing_at, only_here
+from icl_lib.files.names import did_you_mean
+from icl_lib.files.paths import data_files, resolve
 from icl_lib.tasks.tables import Pairs, read_pairs, read_table
 
 REGISTRY = Path(__file__).parent / "registry.tsv"
@@ -63,6 +65,14 @@ class UnknownTask(KeyError):
 
     def __str__(self) -> str:
         return self.args[0]  # KeyError would print the repr, quotes and all
+
+
+class Tasks(dict):
+    """Tasks by name: a `dict` that says of a name that it lacks which is the nearest (`UnknownTask`)."""
+
+    def __missing__(self, name: str) -> Any:
+        near = did_you_mean(name, self, cutoff=0.0)
+        raise UnknownTask(f"no task {name!r}: {near}The {len(self)} tasks are {', '.join(self)}")
 
 
 class TaskDataError(FileNotFoundError):
@@ -139,16 +149,17 @@ def load_tasks(source: str | Path) -> dict[str, Task]:
         return tasks
     if source == "function_vectors":
         return _published("function_vectors")
-    folder = Path(source)
+    folder = Path(resolve(source)).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no task source {str(source)!r}: give 'embedded', 'paper', 'function_vectors', or an existing folder of "
-            ".json and .tsv files"
-        )
+        names = ("embedded", *URLS)
+        wanted = f"{', '.join(map(repr, names))}, or an existing folder of .json and .tsv files"
+        if only_here(source, parts=1):
+            raise FileNotFoundError(nothing_at(source, wanted))
+        raise FileNotFoundError(f"no task source {str(source)!r}: {did_you_mean(source, names)}Give {wanted}")
     files = task_files(folder)
     if not files:
         raise FileNotFoundError(f"folder {folder} holds no .json or .tsv file to read a task from")
-    return _from_files(files, folder, source=str(folder))
+    return _from_files(files, folder, source=str(Path(source)))
 
 
 def task_files(folder: Path) -> list[Path]:
@@ -158,14 +169,8 @@ def task_files(folder: Path) -> list[Path]:
 
 def select_tasks(tasks: Mapping[str, Task], names: Iterable[str]) -> dict[str, Task]:
     """The named tasks, in the order of the names. Raises `UnknownTask` (a `KeyError`) that names the nearest one."""
-    chosen = {}
-    for name in names:
-        if name not in tasks:
-            near = difflib.get_close_matches(name, tasks, n=1, cutoff=0.0)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UnknownTask(f"no task {name!r}: {hint}The {len(tasks)} tasks are {', '.join(tasks)}")
-        chosen[name] = tasks[name]
-    return chosen
+    tasks = Tasks(tasks)
+    return Tasks((name, tasks[name]) for name in names)
 
 
 def _embedded() -> dict[str, Task]:
@@ -180,7 +185,7 @@ def _embedded() -> dict[str, Task]:
         for language in ("Spanish", "French", "Italian")
         for row in tables["nouns"] + tables["adjectives"]
     )
-    return tasks | {"word_language": Task("word_language", foreign, "knowledge", "embedded")}
+    return Tasks(tasks, word_language=Task("word_language", foreign, "knowledge", "embedded"))
 
 
 def _word_list_tasks(words: list[str], n_pairs: int = 300) -> dict[str, Task]:
@@ -225,7 +230,7 @@ def _published(source: str) -> dict[str, Task]:
 
 def _from_files(files: Iterable[Path], folder: Path, source: str) -> dict[str, Task]:
     """One task per file, named after it, grouped by its subfolder. Raises `ValueError` if two files share a name."""
-    tasks: dict[str, Task] = {}
+    tasks = Tasks()
     for file in files:
         name = file.stem
         if name in tasks:

@@ -100,6 +100,21 @@ def own_bos(tokenizer) -> int | None:
     return None if bos is None or bos == tokenizer.eos_token_id else int(bos)
 
 
+def pad_of(tokenizer) -> int:
+    """What rows of tokens are filled up with: the tokenizer's pad id, without one its end of text, without that 0."""
+    return next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def encode(texts: Sequence[str], tokenizer):
+    """Tokens without any special ones, and the characters of each. Raises `ValueError` on a slow tokenizer."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} gives no character offsets, from which the roles of tokens are found: "
+            "use a fast tokenizer (one with a tokenizer.json)"
+        )
+    return tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+
+
 def tokenise(layouts: Sequence[Sequence[Span]], tokenizer) -> list[list[tuple[int, int, int]]]:
     """(token, role, pair) for the tokens of each prompt, BOS first (once, whoever brings it) if the tokenizer has one.
 
@@ -111,13 +126,8 @@ def tokenise(layouts: Sequence[Sequence[Span]], tokenizer) -> list[list[tuple[in
     Raises `ValueError` if the tokenizer is not a fast one, puts visible characters of two roles into one token, or
     gives no token at all for an input, arrow or output.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"{type(tokenizer).__name__} gives no character offsets, from which the roles of tokens are found: "
-            "use a fast tokenizer (one with a tokenizer.json)"
-        )
     texts = ["".join(span.text for span in layout) for layout in layouts]
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = encode(texts, tokenizer)
     bos, rows = own_bos(tokenizer), []
     for layout, text, ids, offsets in zip(layouts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         owners = _owners(layout, text, offsets, tokenizer)

@@ -22,7 +22,9 @@ from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
 from jaxtyping import Int
 
-from icl_lib.files.paths import data_files
+from icl_lib.files.hub import nothing_at, only_here
+from icl_lib.files.names import did_you_mean
+from icl_lib.files.paths import data_files, resolve
 from icl_lib.text.tokens import one_bos, pack
 
 # extension -> loader of `datasets`, and how it cuts a file into documents
@@ -77,8 +79,10 @@ def open_text(
 
     A paragraph of a .txt file is a document. Only what is read is downloaded. Raises `CorpusError` if nothing is there.
     """
-    path = Path(source).expanduser()
+    path = Path(resolve(source)).expanduser()
     if not path.exists():
+        if only_here(source, ends=tuple(_LOADERS)):
+            raise CorpusError(nothing_at(source, f"a text file or a folder of them ({', '.join(_LOADERS)})"))
         return _from_hub(str(source), subset, split, revision)
     files = [path] if path.is_file() else data_files(path, _LOADERS)
     kinds = sorted({p.suffix for p in files})
@@ -103,8 +107,8 @@ def _from_hub(name: str, subset: str | None, split: str, revision: str | None) -
         return datasets.load_dataset(name, name=subset, split=split, revision=revision, streaming=True)
     except (ConnectionError, OSError, ValueError, RuntimeError) as err:
         raise CorpusError(
-            f"no text at {name!r}: it is no file or folder here, and the hub says: {err}. Without a network, "
-            "pass a folder of .txt, .json, .jsonl or .parquet files"
+            f"no text at {name!r}: {did_you_mean(name)}It is no file or folder here, and the hub says: {err}. Without "
+            "a network, pass a folder of .txt, .json, .jsonl or .parquet files"
         ) from err
 
 

@@ -1,12 +1,13 @@
 """Training on activations that are in memory: one call for SAEs of one width, by the recipe of ICL-SFC."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from icl_lib.models import Site
+from icl_lib.models.sites import as_site, as_sites
 from icl_lib.saes.activations import needed_sites
 from icl_lib.saes.sae import SAE
 from icl_lib.training.plan import Member, Plan
@@ -19,10 +20,21 @@ Activations = Mapping[Site, np.ndarray | Array]
 
 
 def train_on(
-    acts: Activations | Iterable[Activations], sites: Sequence[Site], *, d_sae: int,
-    sparsity: float | Mapping[Site, float], key: PRNGKeyArray, n_steps: int = 1500, batch_size: int = 1024,
-    learning_rate: float = 1e-3, warmup: int = 128, sparsity_warmup: int | None = None, dead_after: int = 100,
-    clip: float = 1.0, chunk: int = 100, metadata: Mapping[str, str | int | float | bool] | None = None,
+    acts: Activations | Iterable[Activations],
+    sites: Iterable[Site | str] | Site | str,
+    *,
+    d_sae: int,
+    sparsity: float | Mapping[Site | str, float],
+    key: PRNGKeyArray,
+    n_steps: int = 1500,
+    batch_size: int = 1024,
+    learning_rate: float = 1e-3,
+    warmup: int = 128,
+    sparsity_warmup: int | None = None,
+    dead_after: int = 100,
+    clip: float = 1.0,
+    chunk: int = 100,
+    metadata: Mapping[str, str | int | float | bool] | None = None,
     progress: Callable[[Progress], None] | None = print,
 ) -> dict[Site, SAE]:  # fmt: skip
     r"""Train one gated SAE for each site in `sites`, all of width `d_sae`, by the objective of icl_sfc.py.
@@ -47,6 +59,9 @@ def train_on(
         "icl-sfc", n_steps=n_steps, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup,
         sparsity_warmup=ramp, dead_after=dead_after, clip=clip, **SHORT_RUN,
     )  # fmt: skip
+    sites = as_sites(sites)
+    if isinstance(sparsity, Mapping):
+        sparsity = {as_site(site): value for site, value in sparsity.items()}
     members = tuple(Member(s, d_sae, sparsity[s] if isinstance(sparsity, Mapping) else sparsity) for s in sites)
     buffers = _buffers(acts)
     buffer = next(buffers)
@@ -69,9 +84,9 @@ def train_on(
 def _buffers(acts) -> Iterator[Buffer]:
     """Device buffers, one for each chunk: the same one for ever, or the next of an iterator."""
     if isinstance(acts, Mapping):
-        buffer = {site: jnp.asarray(a) for site, a in acts.items()}
+        buffer = {as_site(site): jnp.asarray(a) for site, a in acts.items()}
         while True:
             yield buffer
     for each in acts:
-        yield {site: jnp.asarray(a) for site, a in each.items()}
+        yield {as_site(site): jnp.asarray(a) for site, a in each.items()}
     raise TrainingError("the iterator of activations ended before the last step: give more, or fewer or longer chunks")

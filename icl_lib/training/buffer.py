@@ -39,10 +39,17 @@ class ActivationBuffer:
     """
 
     def __init__(
-        self, model: Transformer, corpus: Corpus, sites: Iterable[Site], *, contexts: int, passes: int,
-        dtype: str = "float32", mesh: Mesh | None = None,
-    ):  # fmt: skip
-        self.sites = tuple(sorted(check_sites(model.config, set(sites)), key=_order))
+        self,
+        model: Transformer,
+        corpus: Corpus,
+        sites: Iterable[Site | str],
+        *,
+        contexts: int,
+        passes: int,
+        dtype: str = "float32",
+        mesh: Mesh | None = None,
+    ):
+        self.sites = tuple(sorted(check_sites(model.config, sites), key=_order))
         self._model, self._corpus, self._mesh = model, corpus, mesh
         n_processes, n_devices = jax.process_count(), 1 if mesh is None else mesh.size
         self.tokens_per_pass = contexts * (corpus.seq - (model.config.bos_id is not None))  # rows that a pass replaces

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from jax.sharding import Mesh
 
 from icl_lib.models import Site
+from icl_lib.models.sites import as_site
 from icl_lib.saes.activations import needed_sites, output_site
 from icl_lib.training.recipes import Recipe, TrainingError
 
@@ -16,9 +17,12 @@ AXIS = "sae"  # of the mesh
 class Member:
     r"""One SAE of a suite. `sparsity` is $\lambda$, or $k$ for topk and batchtopk."""
 
-    site: Site
+    site: Site | str
     d_sae: int
     sparsity: float | int
+
+    def __post_init__(self):
+        object.__setattr__(self, "site", as_site(self.site))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -168,11 +168,13 @@ def inserted_nll_by_layer(
     model: Transformer,
     cut: Cut,
     vectors: Float[Array, "*axes n_layers d_model"],
-    layers: Int[Array, " n_layers"] | None = None,
+    layers: Int[Array, " n_layers"] | int | None = None,
 ) -> Float[Array, "*axes n_layers batch"]:
-    """`inserted_nll` with row l of `vectors` entering at the input of layer `layers[l]` (default 0, 1, 2, ...). The cut
-    must be at or before the first of these layers, best at layer 0: one program then serves all layers."""
-    first = np.arange(vectors.shape[-2]) if layers is None else np.asarray(layers)
+    """`inserted_nll` with row l of `vectors` entering at the input of layer `layers[l]` (default 0, 1, 2, ...).
+
+    The cut must be at or before the first of these layers, best at layer 0: one program then serves all layers.
+    """
+    first = np.arange(vectors.shape[-2]) if layers is None else np.atleast_1d(np.asarray(layers))
     for layer in first.tolist():
         model.config.check_layer(layer)
     if first.min() < cut.layer:

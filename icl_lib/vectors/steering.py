@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from icl_lib.models import Site, Transformer, run_with_cache
 from icl_lib.models.batches import map_tasks
 from icl_lib.models.cost import turn
+from icl_lib.models.sites import check_sites
 from icl_lib.saes import SAE
 from icl_lib.tasks import Prompts, Role
 from icl_lib.vectors.insert import answers, check_width, latent_directions, positions, target_nll
@@ -26,12 +27,17 @@ def _steer(model, tokens, site, vector, mask):
 
 
 def steer(
-    model: Transformer, tokens: Int[Array, "batch seq"], site: Site, vector: Float[Array, " d_model"],
+    model: Transformer,
+    tokens: Int[Array, "batch seq"],
+    site: Site | str,
+    vector: Float[Array, " d_model"],
     mask: Bool[Array, "batch seq"],
-) -> Float[Array, "batch seq d_vocab"]:  # fmt: skip
-    """Logits with `vector` added at `site` wherever `mask` is True. Raises `ValueError` on a layer out of range."""
-    if site.layer is not None:
-        model.config.check_layer(site.layer)
+) -> Float[Array, "batch seq d_vocab"]:
+    """Logits with `vector` added to the activation at `site` wherever `mask` is True.
+
+    Raises `ValueError` on a layer that the model does not have.
+    """
+    (site,) = check_sites(model.config, site)
     return _steer(model, jnp.asarray(tokens), site, vector, jnp.asarray(mask))
 
 

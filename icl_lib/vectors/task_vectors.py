@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from icl_lib.models import Site, Transformer
 from icl_lib.models.batches import map_tasks
+from icl_lib.models.sites import as_layers
 from icl_lib.tasks import Prompts, Role
 
 
@@ -33,8 +34,8 @@ def _mean_resid(model, tokens, weight, layers):
     return map_tasks(one_task, tokens, weight, lead=tokens.shape[:-2])
 
 
-def _mean_at(model: Transformer, tokens, mask: np.ndarray, layers: Iterable[int] | None, what: str) -> Array:
-    layers = tuple(range(model.config.n_layers) if layers is None else layers)
+def _mean_at(model: Transformer, tokens, mask: np.ndarray, layers: Iterable[int] | int | None, what: str) -> Array:
+    layers = as_layers(range(model.config.n_layers) if layers is None else layers)
     for layer in layers:
         model.config.check_layer(layer)
     if not mask.any(axis=(-2, -1)).all():
@@ -43,7 +44,7 @@ def _mean_at(model: Transformer, tokens, mask: np.ndarray, layers: Iterable[int]
 
 
 def task_vector(
-    model: Transformer, prompts: Prompts, layers: Iterable[int] | None = None
+    model: Transformer, prompts: Prompts, layers: Iterable[int] | int | None = None
 ) -> Float[Array, "*task n_layers d_model"]:
     r"""The task vector of every layer: mean of resid_pre over **all** arrow tokens of all prompts.
 
@@ -59,7 +60,7 @@ def task_vector(
 
 
 def output_vector(
-    model: Transformer, prompts: Prompts, layers: Iterable[int] | None = None
+    model: Transformer, prompts: Prompts, layers: Iterable[int] | int | None = None
 ) -> Float[Array, "*task n_layers d_model"]:
     r"""Mean of resid_pre over the last output token of every example, the vector from which detectors are cleaned.
 

@@ -4,9 +4,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from icl_lib.files.hub import fetch_folder
+from icl_lib.files.hub import fetch_folder, nothing_at
+from icl_lib.files.names import located
 from icl_lib.files.paths import resolve
 from icl_lib.models import Site
+from icl_lib.models.sites import as_site
 from icl_lib.saes.formats import (
     common,
     dictionary_learning,
@@ -40,7 +42,7 @@ def load_sae(
     name: str | Path,
     revision: str | None = None,
     variant: str | None = None,
-    site: Site | tuple[Site, Site] | None = None,
+    site: Site | str | tuple[Site | str, Site | str] | None = None,
 ) -> SAE:
     """The SAE or transcoder in a folder, or in `owner/repository/path` on the hub at `revision`, in float32.
 
@@ -58,6 +60,8 @@ def load_sae(
     that we cannot express, on missing, unknown or misshapen tensors, on values that are not finite, on files cut short,
     and on pickles with anything but tensors in them.
     """
+    both = (site, site) if isinstance(site, Site | str) else site
+    sites = None if both is None else tuple(map(as_site, both))
     path = _locate(str(name), revision)
     kind = detect(path)
     if kind is None:
@@ -65,7 +69,7 @@ def load_sae(
     if variant is not None and variant not in _VARIANTS.get(kind, ()):
         has = ", ".join(f"{v!r} of {k}" for k, names in _VARIANTS.items() for v in names)
         raise ValueError(f"variant {variant!r} is not one of {kind}, the format of {path}; there are {has}")
-    return _READERS[kind](path, (site, site) if isinstance(site, Site) else site, variant)
+    return _READERS[kind](path, sites, variant)
 
 
 def detect(path: Path) -> str | None:
@@ -88,13 +92,13 @@ def detect(path: Path) -> str | None:
 
 def _locate(name: str, revision: str | None) -> Path:
     """The folder or file of that name, from the hub if it is not here."""
-    name = resolve(gemma_scope.resolve(name))
+    asked, name = name, resolve(gemma_scope.resolve(name))
     if found := _match(Path(name)):
         return found
     name = gemma_scope.on_hub(name)
     repo, inside = _split(name)
     if not repo:
-        raise FileNotFoundError(f"no folder {name!r} with an SAE in it: pass one, or owner/repository/path on the hub")
+        raise FileNotFoundError(nothing_at(asked, "a folder with an SAE, or owner/repository/path on the hub"))
     one_file = inside.endswith(_SUFFIXES)
     patterns = [inside] if one_file else [f"{inside}/{file}".lstrip("/") for file in _FILES]
     if inside.endswith((".safetensors", ".npz")) or not one_file:  # its settings
@@ -102,7 +106,7 @@ def _locate(name: str, revision: str | None) -> Path:
         patterns += [f"{folder}/{file}".removeprefix("./").lstrip("/") for file in common.BESIDE]
     if inside.endswith(".pt"):
         patterns += [f"{folder}/{dictionary_learning.CONFIG}" for folder in list(Path(inside).parents)[:2]]
-    root = fetch_folder(repo, revision, patterns, "the files of an SAE")
+    root = fetch_folder(repo, revision, patterns, "the files of an SAE", asked)
     if found := _match(root / inside):
         return found
     raise FileNotFoundError(_absent(repo, inside or "SAE at its root", revision) + gemma_scope.others(name))
@@ -115,32 +119,30 @@ def is_one(name: str) -> bool:
 
 
 def fetch_suite(name: str, revision: str | None) -> Path:
-    """The folder of that name, or a snapshot of all SAE files at and below `owner/repository/path` on the hub. Raises
-    `FileNotFoundError` if it is neither, and `ValueError` for what is published with many SAEs at one site."""
-    folder = Path(name)
+    """The folder of that name, or a snapshot of all SAE files at and below `owner/repository/path` on the hub.
+
+    Raises `FileNotFoundError` if it is neither, and `ValueError` for what is published with many SAEs at one site.
+    """
+    folder = Path(resolve(name))
     if folder.is_dir():
         return folder
     gemma_scope.refuse_all(name)
     repo, inside = _split(gemma_scope.on_hub(name))
-    if not repo or Path(repo).is_dir():
-        what = "a folder of SAEs, owner/repository/path on the hub, or either with {layer} in its name"
-        raise FileNotFoundError(f"no folder {name!r}: a suite is {what}")
-    try:
-        root = fetch_folder(repo, revision, [f"{inside}/{pattern}".lstrip("/") for pattern in _ANYWHERE], "SAEs")
-    except FileNotFoundError as error:
-        if not inside:
-            raise
-        raise FileNotFoundError(f"no folder {name!r} here, and no {inside} of {repo} on the hub: {error}") from error
+    if not repo:
+        wanted = "a suite: a folder of SAEs, owner/repository/path on the hub, or either with {layer} in its name"
+        raise FileNotFoundError(nothing_at(name, wanted))
+    root = fetch_folder(repo, revision, [f"{inside}/{pattern}".lstrip("/") for pattern in _ANYWHERE], "SAEs", name)
     if not (root / inside).is_dir():
         raise FileNotFoundError(f"no folder {name!r} here, and " + _absent(repo, inside, revision))
     return root / inside
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Repository on the hub and path in it; empty for what can only be a folder here."""
+    """Repository on the hub and path in it; empty for what can only be a path here, as below a folder that is there."""
     parts = name.strip("/").split("/")
-    here = len(parts) < 2 or name.startswith(("/", ".", "~"))
-    return ("", "") if here else ("/".join(parts[:2]), "/".join(parts[2:]))
+    repo = "/".join(parts[:2])
+    here = len(parts) < 2 or name.startswith(("/", ".", "~")) or located(repo, "model").is_dir()
+    return ("", "") if here else (repo, "/".join(parts[2:]))
 
 
 def _absent(repo: str, what: str, revision: str | None) -> str:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from icl_lib.files.names import named
 from icl_lib.files.processes import to_host
 from icl_lib.models import ModelConfig, Site
+from icl_lib.models.sites import LAYER_SITES, as_layers, as_site
 from icl_lib.saes.formats import layer_files, saelens, sparsify
 from icl_lib.saes.formats.load import detect, fetch_suite, is_one, load_sae
 from icl_lib.saes.formats.places import not_ours
@@ -24,8 +25,12 @@ _DEEPEST = 5  # folders below a suite's: dictionaries/model/place/run/ae.pt
 
 
 def load_suite(
-    source: str | Path | Sequence[str | Path], config: ModelConfig | None = None, layers: Iterable[int] | None = None,
-    revision: str | None = None, variant: str | None = None, sites: Iterable[str] | None = None,
+    source: str | Path | Sequence[str | Path],
+    config: ModelConfig | None = None,
+    layers: Iterable[int] | int | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    sites: Iterable[Site | str] | Site | str | None = None,
     mesh: Mesh | None = None,
 ) -> dict[Site, SAE]:  # fmt: skip
     """SAEs keyed by the site they encode, in the order of sites.
@@ -35,21 +40,25 @@ def load_suite(
     any format of `load_sae` are taken; or a name for `load_sae`, of a single SAE or with `{layer}` in it, such as
     "google/gemma-scope-2b-pt-res/layer_{layer}/width_16k/canonical"; or a list of these. `layers` are the numbers to
     put there (default: all of the model; of `{layer:0-16}` those from 0 to 16, where there is no SAE for the others)
-    and in a folder the layers of the sites to keep. `sites` are the names of the sites to keep, such as ["resid_pre"];
-    others are read and dropped one by one. With a mesh (`mesh_of` the model) each device holds a part of the latents.
+    and in a folder the layers of the sites to keep. `sites` are the sites to keep, ["resid_pre.4"], or names for those
+    of every layer, ["resid_pre"]; others are read and dropped one by one. With a mesh (that of the model: `mesh_of`)
+    each device holds its part of the latents.
 
     With `config`, layers and widths are held to that model, and an SAE of the residual behind a block is keyed by the
     same tensor's other name, "resid_pre" of the next block, if there is one. Raises `FileNotFoundError` if there is no
     SAE, and `ValueError` if one does not fit the model or two encode the same site, besides what `load_sae` raises.
     """
-    layers, kept = None if layers is None else tuple(layers), None if sites is None else frozenset(sites)
+    layers = None if layers is None else as_layers(layers)
+    sites = [sites] if isinstance(sites, Site | str) else sites
+    kept = None if sites is None else {site if site in LAYER_SITES else as_site(site) for site in sites}
     sources = [source] if isinstance(source, str | Path) else list(source)
     sources = [str(named(each, "saes") or each) for each in sources]
     suite: dict[Site, SAE] = {}
     for pattern, name in [(each, name) for each in sources for name in _names(each, config, layers, revision)]:
         sae = _renamed(load_sae(name, revision, variant), config)
-        unwanted = layers is not None and not has_layer(pattern) and sae.site_in.layer not in layers
-        if unwanted or (kept is not None and sae.site_in.name not in kept):
+        if layers is not None and not has_layer(pattern) and sae.site_in.layer not in layers:
+            continue
+        if kept is not None and not kept & {sae.site_in, sae.site_in.name}:
             continue
         if sae.site_in in suite:
             raise ValueError(f"{name} encodes {sae.site_in}, and so does another SAE of {source}: keep one per site")
@@ -57,7 +66,7 @@ def load_suite(
             check_fit(sae, config, name)
         suite[sae.site_in] = sae if mesh is None else shard_sae(sae, mesh)
     if not suite:
-        at = f" at {', '.join(sorted(kept))}" if kept else ""
+        at = f" at {', '.join(sorted(map(str, kept)))}" if kept else ""
         raise FileNotFoundError(f"{source} has no SAE{at} in layers {layers}: leave layers out to see what it has")
     return dict(sorted(suite.items()))
 
@@ -85,9 +94,9 @@ def save_sae(sae: SAE, folder: str | Path, dtype: str = "float32") -> Path:
     return write(jax.tree.map(whole, sae), folder, dtype)
 
 
-def save_suite(suite: Mapping[Site, SAE], folder: str | Path, dtype: str = "float32") -> Path:
+def save_suite(suite: Mapping[Site | str, SAE], folder: str | Path, dtype: str = "float32") -> Path:
     """Write each SAE of a suite to `folder/<site>.<layer>`; see `save_sae`."""
-    for site, sae in suite.items():
+    for site, sae in ((as_site(site), sae) for site, sae in suite.items()):
         save_sae(sae, Path(folder) / (site.name if site.layer is None else f"{site.name}.{site.layer}"), dtype)
     return Path(folder)
 
