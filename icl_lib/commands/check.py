@@ -1,5 +1,6 @@
 """`python -m icl_lib.commands.check params/tiny.yaml`: hold cards to their model, and print what every key means."""
 
+import argparse
 import json
 import sys
 
@@ -7,9 +8,14 @@ from icl_lib.cards.card import Card, CardError, check_card
 from icl_lib.cards.checks import check_against_model
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Check cards and print their values beside their meanings; exit status 2 on the first bad card."""
-    for path in argv or ["params/tiny.yaml"]:
+    parser = argparse.ArgumentParser(
+        prog="python -m icl_lib.commands.check",
+        description="Hold cards to their models, and print what every key means.",
+    )
+    parser.add_argument("cards", nargs="*", default=["params/tiny.yaml"], help="files of cards (default: the embedded)")
+    for path in parser.parse_args(argv).cards:
         try:
             card = check_card(path)
             check_against_model(card.model_dump(), path)
@@ -24,4 +30,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

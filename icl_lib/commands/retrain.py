@@ -9,8 +9,13 @@ from icl_lib.files.paths import root
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=root() / "assets" / "icl-tiny")
+    parser = argparse.ArgumentParser(
+        prog="python -m icl_lib.commands.retrain",
+        description="Make the embedded model, its tokenizer and its SAE suite again from nothing.",
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=root() / "assets" / "icl-tiny", help="where they go (default: %(default)s)"
+    )
     folder = parser.parse_args().folder
     made = retrain(folder, PretrainConfig(), SuiteConfig())
     print(f"wrote {folder} in {made['minutes']} minutes")

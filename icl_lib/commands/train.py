@@ -72,8 +72,10 @@ def run(card: SuiteCard) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("card", type=Path)
+    parser = argparse.ArgumentParser(
+        prog="python -m icl_lib.commands.train", description="Train the suite of SAEs of a card, or go on with it."
+    )
+    parser.add_argument("card", type=Path, help="a card of a suite, such as params/suites/gemma-1-2b.yaml")
     try:
         card = read_suite_card(parser.parse_args().card)
         devices.setup(card.run_dir)

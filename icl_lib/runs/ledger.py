@@ -6,6 +6,7 @@ that misses its criterion is recorded like any other.
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from icl_lib.files.write import write_bytes
 from icl_lib.runs.store import Store, StoreError
 
 COLUMNS = ["notebook", "key", "item", "unit", "published", "ours", "criterion", "holds"]
+_LINES = 30  # that the terminal is given
 
 
 class Ledger:
@@ -71,27 +73,30 @@ def merge(run_dir: Path) -> pd.DataFrame:
     return pd.DataFrame(entries, columns=COLUMNS)
 
 
-def show(table: pd.DataFrame) -> str:
-    """The ledger as plain text, for the terminal."""
+def show(table: pd.DataFrame, width: int = 100) -> str:
+    """What does not hold, a line each, then the count of every notebook: at most 30 lines of `width` columns."""
     if table.empty:
         return "The ledger is empty: no notebook of this run has recorded a number yet."
-    rows = [["notebook", "item", "what", "published", "ours", "verdict", "criterion"]]
-    for e in table.to_dict("records"):
-        rows.append(
-            [
-                e["notebook"][:2],
-                e["item"],
-                e["key"],
-                number(e["published"]),
-                number(e["ours"]) + _unit(e),
-                verdict(e),
-                e["criterion"],
-            ]
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    lines = ["  ".join([cell.ljust(w) for cell, w in zip(row, widths, strict=False)] + row[-1:]) for row in rows]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join([*lines, f"{int(table['holds'].sum())} of {len(table)} criteria hold."])
+    misses, notebooks = table[~table["holds"].astype(bool)], table.groupby("notebook")["holds"]
+    counts = [f"  {name}: {int(held.sum())} of {len(held)}" for name, held in notebooks]
+    lines = [_short(_said(e), width) for e in misses.to_dict("records")]
+    if len(lines) > (room := max(1, _LINES - len(counts) - 3)):
+        lines = [*lines[: room - 1], f"  and {len(lines) - room + 1} more, which the report lists"]
+    head = ["What does not hold:"] if lines else []
+    total = f"{int(table['holds'].sum())} of {len(table)} criteria hold, by notebook:"
+    return "\n".join([*head, *lines, total, *(_short(line, width) for line in counts)])
+
+
+def _said(entry: dict[str, Any]) -> str:
+    """One number in words."""
+    what = re.sub(r"[_\s]+", " ", entry["key"]).strip()
+    published = "" if entry["published"] is None else f" (published {number(entry['published'])})"
+    ours = number(entry["ours"]) + _unit(entry)
+    return f"  {entry['notebook'][:2]} {entry['item']}, {what}: {ours}{published}; expected: {entry['criterion']}"
+
+
+def _short(line: str, width: int) -> str:
+    return line if len(line) <= width else line[: width - 3].rstrip() + "..."
 
 
 def number(value: Any) -> str:
