@@ -6,6 +6,7 @@ Use `--cores 1` on an accelerator: one notebook at a time has it to itself. A no
 the library or a notebook it reads from has changed; add `--rerun-triggers mtime input` to keep results across library edits.
 """
 
+import logging
 import os
 import sys
 
@@ -20,6 +21,9 @@ from icl_lib.files.write import write_bytes
 from icl_lib.runs.needs import needs
 
 workdir: str(root())
+
+# Some libraries give the root logger a handler when they are imported; snakemake's records, whole shell commands, would reach it.
+logging.getLogger("snakemake.logging").propagate = False
 
 RUNNING = say_that_one_runs()  # until this process ends: `make demo` takes away a lock that nobody holds
 NEEDS = needs()  # what a notebook reads from the run's store, by the notebook that makes it; all others run by themselves

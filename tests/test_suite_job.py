@@ -32,7 +32,6 @@ from icl_lib.saes.formats import load_suite
 from icl_lib.text.corpus import CorpusEnded, TextCorpus, open_text
 from icl_lib.text.tokens import token_mask
 from icl_lib.training import JobSettings, Member, Plan, job
-from icl_lib.training import buffer as buffer_module
 from icl_lib.training.buffer import ActivationBuffer
 from icl_lib.training.checkpoints import CheckpointError, Checkpoints, differences
 from icl_lib.training.job import train_suite
@@ -165,7 +164,7 @@ def test_buffer_in_half_precision_and_its_limits():
         ActivationBuffer(model, Numbers(), SITES, contexts=2, passes=0)
 
 
-def test_a_pass_of_nothing_is_refused_and_a_long_filling_is_told(monkeypatch):
+def test_a_pass_of_nothing_is_refused_and_filling_is_told():
     class Blank(Numbers):
         def batch(self, n):
             tokens = super().batch(n)
@@ -175,12 +174,20 @@ def test_a_pass_of_nothing_is_refused_and_a_long_filling_is_told(monkeypatch):
     with pytest.raises(TrainingError, match="4 contexts of the pass at step 0 hold nothing but BOS and padding"):
         ActivationBuffer(make_model(), Blank(), SITES, contexts=4, passes=3).fill()
     said = []
-    ActivationBuffer(make_model(), Numbers(), SITES, contexts=4, passes=3).fill(said.append)
-    assert not said
-    monkeypatch.setattr(buffer_module, "SAY_SECONDS", 0.0)
-    ActivationBuffer(make_model(), Numbers(), SITES, contexts=4, passes=3).fill(said.append)
-    assert said[0] == "filling the activation buffer: 3 passes of the model, of which the first one compiles"
-    assert said[1:] == [f"filling the activation buffer: pass {i} of 3" for i in (1, 2, 3)]
+    ActivationBuffer(make_model(), Numbers(), SITES, contexts=4, passes=3).fill(said.append, every=60.0)
+    assert [p.step for p in said] == [0, 3], "before the compilation, and at the end"
+    said.clear()
+    ActivationBuffer(make_model(), Numbers(), SITES, contexts=4, passes=3).fill(said.append, every=0.0)
+    assert [p.step for p in said] == [0, 1, 2, 3] and said[3].tokens_per_second > 0 and said[3].seconds_left == 0
+    assert str(said[0]) == "filling the activation buffer (compiling first): pass 0 / 3  0 tokens/s  ETA ?"
+    assert str(said[2]).startswith("filling the activation buffer: pass 2 / 3  ")
+
+
+def test_filling_and_compilation_are_told_on_the_screen(tmp_path, capsys):
+    run(tmp_path, log=print)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("filling the activation buffer (compiling first)")
+    assert f"compiling the first step of {len(MEMBERS)} SAE(s)" in lines and lines[-1].startswith("step ")
 
 
 def test_job_learns_and_writes(finished):

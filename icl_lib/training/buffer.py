@@ -7,6 +7,7 @@ smaller than their activations; running these passes again in the same order giv
 
 import collections
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -24,9 +25,8 @@ from icl_lib.models.sharding import mesh_of
 from icl_lib.models.sites import GLOBAL_SITES, LAYER_SITES, activations_at, check_sites
 from icl_lib.text.corpus import Corpus
 from icl_lib.text.tokens import check_tokens, token_mask
+from icl_lib.training.progress import Progress
 from icl_lib.training.recipes import TrainingError
-
-SAY_SECONDS = 5.0  # from word to word while the buffer is filled
 
 
 class ActivationBuffer:
@@ -66,22 +66,34 @@ class ActivationBuffer:
         shape = lambda site: (passes * self.tokens_per_pass, model.config.width(site.name))
         self.rows: dict[Site, Array] = {site: self._zeros(shape(site), dtype) for site in self.sites}
 
-    def fill(self, say: Callable[[str], None] | None = None) -> None:
-        """All passes of a new buffer; `say` is told how far it is. Raises `CorpusError` if the text is too short."""
-        for _ in self._told(range(self._passes), say):
+    def fill(self, say: Callable[[Progress], None] | None = None, every: float = 5.0) -> None:
+        """All passes of a new buffer; `say` is told before the first, which is compiled, and then `every` so many
+        seconds.
+
+        Raises `CorpusError` if the text is too short.
+        """
+        for _ in self._told(range(self._passes), say, every):
             self.refill(step=0)
 
-    def _told(self, passes: Sequence | np.ndarray, say: Callable[[str], None] | None) -> Iterator:
-        """The passes, one after the other, with a word every `SAY_SECONDS`."""
-        last = time.perf_counter()
+    def _told(
+        self, passes: Sequence | np.ndarray, say: Callable[[Progress], None] | None, every: float
+    ) -> Iterator[Any]:
+        """The passes, one after the other. Speed is that since the first, which holds the compilation."""
+        n, doing = len(passes), "filling the activation buffer (compiling first): pass"
+        last = first = time.perf_counter()
         if say is not None:
-            say(f"filling the activation buffer: {len(passes)} passes of the model, of which the first one compiles")
-        for i, each in enumerate(passes):
+            say(Progress(0, n, 0.0, math.inf, doing=doing))
+        for i, each in enumerate(passes, 1):
             yield each
             jax.block_until_ready(self._bad)
-            if say is not None and time.perf_counter() - last > SAY_SECONDS:
-                say(f"filling the activation buffer: pass {i + 1} of {len(passes)}")
-                last = time.perf_counter()
+            now = time.perf_counter()
+            first = now if i == 1 else first
+            if say is not None and (i == n or now - last >= every):
+                per_second = (i - 1) / max(now - first, 1e-9)
+                left = (n - i) / per_second if per_second else 0.0 if i == n else math.inf
+                doing = "filling the activation buffer: pass"
+                say(Progress(i, n, per_second * self.tokens_per_pass, left, doing=doing))
+                last = now
 
     def refill(self, step: int) -> None:
         """One pass over the next contexts in place of the oldest; `step` is named if its activations are not finite."""
@@ -113,12 +125,18 @@ class ActivationBuffer:
         """An array of the shape of the tokens of `state`."""
         return np.zeros((jax.process_count(), self._passes, self._local, self._corpus.seq), np.int32)
 
-    def load(self, state: dict[str, Any], tokens: np.ndarray, say: Callable[[str], None] | None = None) -> None:
-        """Fill the buffer as it was when `state` was taken, by the same passes."""
+    def load(
+        self,
+        state: dict[str, Any],
+        tokens: np.ndarray,
+        say: Callable[[Progress], None] | None = None,
+        every: float = 5.0,
+    ) -> None:
+        """Fill the buffer as it was when `state` was taken, by the same passes, told like those of `fill`."""
         mine = np.asarray(tokens)[jax.process_index()]
         self._corpus.load_state_dict(state["corpus"][jax.process_index()])
         self._n_passes = int(state["n_passes"])
-        for i, batch in enumerate(self._told(mine, say), self._n_passes - len(mine)):
+        for i, batch in enumerate(self._told(mine, say, every), self._n_passes - len(mine)):
             self._recent.append(batch)
             self._run(batch, i, 0)
 

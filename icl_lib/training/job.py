@@ -123,7 +123,7 @@ class _Job:
         """From the last checkpoint, or from nothing."""
         restored = self.checkpoints.restore({"state": self._abstract(key), "tokens": self.buffer.abstract_tokens()})
         if restored is None:
-            self.buffer.fill(self._say)
+            self.buffer.fill(self._say, self.settings.log_seconds)
             self._check_data()
             self.state = init_state(self.plan, self.buffer.rows, key=key)
             return
@@ -131,11 +131,13 @@ class _Job:
         self.state = arrays["state"]
         self.curves.points = data["curves"]
         if self.step < self.plan.recipe.n_steps:
-            self.buffer.load(data["buffer"], arrays["tokens"], self._say)
+            self.buffer.load(data["buffer"], arrays["tokens"], self._say, self.settings.log_seconds)
 
     def run(self) -> None:
         """To the last step. The host is never more than one pass ahead of the device."""
         n_steps, save_every = self.plan.recipe.n_steps, self.settings.save_every
+        if self.step < n_steps:
+            self._say(f"compiling the first step of {len(self.plan.members)} SAE(s)")
         reporter = Reporter(self.plan, self.step, self.settings.log, self.settings.log_seconds)
         try:
             while self.step < n_steps:
@@ -157,10 +159,10 @@ class _Job:
             reporter.close()
         self.checkpoints.wait()
 
-    def _say(self, text: str) -> None:
-        """What is not progress: on the screen, where the log is; a `log` of the caller's own takes steps alone."""
+    def _say(self, what: Progress | str) -> None:
+        """What is no training step: on the screen, where the log is; a `log` of the caller's own takes steps alone."""
         if self.settings.log is print and jax.process_index() == 0:
-            print(text, flush=True)
+            print(what, flush=True)
 
     def _save(self) -> None:
         for group, finite in zip(self.plan.groups, everywhere(_finite(self.state), self.plan), strict=True):

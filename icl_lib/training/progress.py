@@ -18,20 +18,23 @@ from icl_lib.training.state import Means
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where training stands."""
+    """Where training stands, or the filling of its buffer, whose steps are passes of the language model."""
 
     step: int  # steps done
     n_steps: int  # of all
-    tokens_per_second: float  # rows that each SAE is trained on
+    tokens_per_second: float  # rows that each SAE is trained on, or that a pass gives; 0 before it is known
     seconds_left: float  # inf before a speed is known
-    l0: Mapping[Member, float]  # mean over the last pass, or chunk of steps
-    fvu: Mapping[Member, float]  # mean over the same steps
-    dead: Mapping[Member, float]  # part of the latents, now
+    l0: Mapping[Member, float] = dataclasses.field(default_factory=dict)  # mean over the last pass, or chunk of steps
+    fvu: Mapping[Member, float] = dataclasses.field(default_factory=dict)  # mean over the same steps
+    dead: Mapping[Member, float] = dataclasses.field(default_factory=dict)  # part of the latents, now
+    doing: str = "step"  # what is counted
 
     def __str__(self) -> str:
         left = datetime.timedelta(seconds=round(self.seconds_left)) if math.isfinite(self.seconds_left) else "?"
-        means = f"L0 {_span(self.l0, 1)}  FVU {_span(self.fvu, 3)}  dead {_span(self.dead, 3)}"
-        return f"step {self.step} / {self.n_steps}  {self.tokens_per_second:.0f} tokens/s  ETA {left}  {means}"
+        text = f"{self.doing} {self.step} / {self.n_steps}  {self.tokens_per_second:.0f} tokens/s  ETA {left}"
+        if self.l0:
+            text += f"  L0 {_span(self.l0, 1)}  FVU {_span(self.fvu, 3)}  dead {_span(self.dead, 3)}"
+        return text
 
 
 def _span(values: Mapping[Member, float], digits: int) -> str:
