@@ -18,12 +18,17 @@ from sphinx.util.docutils import docutils_namespace, patch_docutils
 _STYLE = """
 .bd-main .bd-content .bd-article-container { max-width: 50rem; }
 .bd-article h1 { font-size: 2rem; }
+.bd-article h2 { font-size: 1.6rem; }
+.bd-article h3 { font-size: 1.2rem; }
+.bd-article figcaption p { color: var(--pst-color-text-base); font-weight: normal; }
+details.hide summary .admonition-title { font-size: .85rem; font-weight: normal; }
 math { font-size: 1.1em; }
-math[display="block"] { margin: 1em 0; }
-div.math, .cell_output div.output { overflow-x: auto; }
+math[display="block"] { font-size: 1em; margin: 1em 0; }
+div.formula, .cell_output div.output { overflow-x: auto; }
+.cell_output pre { font-size: .8rem; white-space: pre-wrap; }
 table.ledger { font-size: .9rem; }
-table.ledger td:nth-child(2), table.ledger td:nth-child(3) { white-space: nowrap; }
-table.ledger .holds { color: var(--pst-color-success-text, #00664b); }
+table.ledger td:nth-child(n+2) { white-space: nowrap; }
+table.ledger .holds { color: var(--pst-color-success, #00664b); }
 table.ledger .misses { color: var(--pst-color-danger, #a33c00); font-weight: bold; }
 """
 
@@ -46,7 +51,7 @@ def setup(app: Sphinx) -> None:
 def _writer(display: str) -> Callable[[Any, nodes.Element], None]:
     def write(page: Any, node: nodes.Element) -> None:
         formula = mathml(node.astext(), display)
-        page.body.append(f'<div class="math">{formula}</div>' if display == "block" else formula)
+        page.body.append(f'<div class="formula">{formula}</div>' if display == "block" else formula)
         raise nodes.SkipNode
 
     return write
@@ -74,6 +79,7 @@ def build_pages(sources: Path, folder: Path, *, title: str, footer: str) -> None
             "extra_footer": f"<p>{escape(footer)}</p>",
             "home_page_in_toc": True,
             "navbar_persistent": [],
+            "show_toc_level": 2,
             "use_download_button": False,
             "use_fullscreen_button": False,
         },
@@ -81,6 +87,8 @@ def build_pages(sources: Path, folder: Path, *, title: str, footer: str) -> None
         "html_use_index": False,
         "myst_enable_extensions": ["amsmath", "dollarmath"],
         "myst_heading_anchors": 3,
+        "nb_code_prompt_hide": "Hide the code",
+        "nb_code_prompt_show": "Code",
         "nb_execution_mode": "off",
         "nb_merge_streams": True,
         "nb_output_stderr": "remove",

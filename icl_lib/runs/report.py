@@ -62,7 +62,7 @@ def _prepare(notebook: Any, name: str) -> None:
             said = [o.metadata.get(kind, {}).get("alt") for o, kind in _images(cell)]
             alt = next(filter(None, said), None) or _plain(caption) or f"Figure in the section: {_plain(section)}"
             cell.metadata.setdefault("mystnb", {})["image"] = {"alt": alt}
-            cell.metadata["caption"] = caption
+            cell.metadata["caption"] = caption or section
 
 
 def _headings(cell: Any) -> list[str]:
@@ -91,8 +91,8 @@ def _plain(markdown: str) -> str:
 
 
 def _figures(notebooks: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The cells (with their notebooks) of the front page's figures: three tagged `report`, or the last of the last three
-    notebooks that have any.
+    """The cells with the front page's figures, each with its notebook's name: the first three tagged `report`; without
+    any, the last ones of the last three notebooks that have figures.
     """
     cells = [(name, c) for name, notebook in notebooks.items() for c in notebook.cells if _images(c)]
     tagged = [(name, c) for name, c in cells if "report" in c.metadata.get("tags", [])]
@@ -111,12 +111,12 @@ def _index(run: str, notebooks: dict[str, Any], table: pd.DataFrame, sources: Pa
     for i, (name, cell) in enumerate(_figures(notebooks)):
         parts.append(_figure(f"figure_{i}", name, cell, sources))
     parts.append("## Ledger")
-    for name, notebook in notebooks.items():
+    titles = {name: next((h for c in n.cells for h in _headings(c)), name) for name, n in notebooks.items()}
+    for name, title in titles.items():
         part = table[table["notebook"] == name]
-        title = next((h for c in notebook.cells for h in _headings(c)), name)
         parts.append(f"### {name[:2]}. [{title}]({name}.ipynb)")
         parts.append(_entries(part) if len(part) else "This notebook records no number.")
-    listed = "\n".join(notebooks)
+    listed = "\n".join(f"{name[:2]}. {title} <{name}>" for name, title in titles.items())
     parts.append(f"```{{toctree}}\n:hidden:\n\n{listed}\n```")
     return "\n\n".join(parts) + "\n"
 
@@ -128,7 +128,7 @@ def _figure(stem: str, name: str, cell: Any, sources: Path) -> str:
     path = sources / (stem + (".png" if kind == "image/png" else ".svg"))
     path.write_bytes(base64.b64decode(data) if kind == "image/png" else data.encode())
     alt = cell.metadata["mystnb"]["image"]["alt"]
-    caption = " ".join((cell.metadata["caption"] or alt).split())
+    caption = " ".join(cell.metadata["caption"].split())
     return f"````{{figure}} {path.name}\n:alt: {alt}\n\n{caption} ([Notebook {name[:2]}]({name}.ipynb))\n````"
 
 
@@ -143,5 +143,5 @@ def _entries(part: pd.DataFrame) -> str:
         }
         for e in part.to_dict("records")
     ]
-    body = pd.DataFrame(rows).to_html(index=False, escape=False, border=0, classes="table ledger")
+    body = pd.DataFrame(rows).to_html(index=False, escape=False, border=0, justify="left", classes="table ledger")
     return f"{int(part['holds'].sum())} of {len(part)} criteria hold.\n\n{body}"
