@@ -24,10 +24,10 @@ _STYLE = """
 details.hide summary .admonition-title { font-size: .85rem; font-weight: normal; }
 math { font-size: 1.1em; }
 math[display="block"] { font-size: 1em; margin: 1em 0; }
-div.formula, .cell_output div.output { overflow-x: auto; }
+div.formula, div.wide, .cell_output div.output { overflow-x: auto; }
 .cell_output pre { font-size: .8rem; white-space: pre-wrap; }
 table.ledger { font-size: .9rem; }
-table.ledger td:nth-child(n+2) { white-space: nowrap; }
+@media (min-width: 40rem) { table.ledger td:nth-child(n+2) { white-space: nowrap; } }
 table.ledger .holds { color: var(--pst-color-success, #00664b); }
 table.ledger .misses { color: var(--pst-color-danger, #a33c00); font-weight: bold; }
 """
@@ -77,6 +77,7 @@ def build_pages(sources: Path, folder: Path, *, title: str, footer: str) -> None
         "html_theme": "sphinx_book_theme",
         "html_theme_options": {
             "extra_footer": f"<p>{escape(footer)}</p>",
+            "footer_content_items": ["extra-footer.html"],
             "home_page_in_toc": True,
             "navbar_persistent": [],
             "show_toc_level": 2,

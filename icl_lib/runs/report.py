@@ -144,4 +144,4 @@ def _entries(part: pd.DataFrame) -> str:
         for e in part.to_dict("records")
     ]
     body = pd.DataFrame(rows).to_html(index=False, escape=False, border=0, justify="left", classes="table ledger")
-    return f"{int(part['holds'].sum())} of {len(part)} criteria hold.\n\n{body}"
+    return f"{int(part['holds'].sum())} of {len(part)} criteria hold.\n\n<div class='wide'>\n{body}\n</div>"
