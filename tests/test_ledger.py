@@ -1,20 +1,13 @@
-"""The ledger and the report: what is recorded is what is merged and shown, and damage is named."""
+"""The ledger: what is recorded is what is merged and shown, and damage is named."""
 
 import json
-import re
 
 import jax.numpy as jnp
-import nbformat
 import numpy as np
 import pytest
 
-from icl_lib.commands import report as report_command
-from icl_lib.files.paths import root
-from icl_lib.runs import Ledger, Store, StoreError, report
+from icl_lib.runs import Ledger, Store, StoreError
 from icl_lib.runs.ledger import merge, show
-from icl_lib.runs.pages import mathml
-
-NOTEBOOKS = sorted((root() / "notebooks").glob("0*.ipynb"))
 
 
 @pytest.fixture
@@ -32,13 +25,6 @@ def _record(ledger, key="l0", **changes):
         "unit": "latents",
     }
     ledger.record(key, **{**entry, **changes})
-
-
-def _executed(store, name, title):
-    folder = store.run_dir / "notebooks"
-    folder.mkdir(parents=True, exist_ok=True)
-    cells = [nbformat.v4.new_markdown_cell(f"# {title}"), nbformat.v4.new_code_cell("1 + 1", execution_count=1)]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
 
 
 def test_notebooks_are_merged_in_order(store):
@@ -122,60 +108,3 @@ def test_a_long_ledger_fits_a_terminal(store):
     assert len(lines) <= 30 and max(map(len, lines)) <= 100 and lines[-1] == "40 of 80 criteria hold."
     assert [int(line.split()[1]) for line in lines if "more, in the report" in line] == [40 - 23]
     assert max(map(len, show(merge(store.run_dir), width=60).splitlines())) <= 60
-
-
-def test_the_report_is_self_contained_and_links_what_exists(store, capsys):
-    _executed(store, "02_a", "Vectors & <tasks>")
-    ledger = Ledger(store, notebook="02_a")
-    _record(ledger, criterion="ours < 5 & more")
-    ledger.write()
-    assert report_command.main([str(store.run_dir)]) == 0
-    out = capsys.readouterr().out
-    index = store.run_dir / "report" / "index.html"
-    page = index.read_text()
-    assert "Vectors &amp; &lt;tasks&gt;" in page and "ours &lt; 5 &amp; more" in page and "://" not in page
-    assert 'href="02_a.html"' in page and (index.parent / "02_a.html").stat().st_size > 10_000
-    assert str(index) in out and "1 of 1 criteria hold" in out
-
-
-def test_a_run_without_notebooks_says_how_to_make_them(store, capsys):
-    assert report_command.main([str(store.run_dir)]) == 2
-    assert "holds no executed notebook" in capsys.readouterr().err
-
-
-def _page(folder, cells, **metadata):
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / "n.ipynb")
-    return report.write_page(folder / "n.ipynb", folder / "report").read_text()
-
-
-def test_a_page_fetches_nothing_and_draws_its_formulas(tmp_path):
-    widgets = {"application/vnd.jupyter.widget-state+json": {"state": {}, "version_major": 2, "version_minor": 0}}
-    source = r"""The error of $\hat x$ if $a < b$, a price of `$5`:
-
-$$ L = \sum_i \mathrm{ReLU}(\pi_i), \qquad
-   f = \begin{cases} p & p > \theta \\ 0 & \text{otherwise} \end{cases} $$
-
-\begin{align} a &= b \end{align}
-"""
-    page = _page(tmp_path, [nbformat.v4.new_markdown_cell(source)], widgets=widgets)
-    assert not re.search(
-        r"<script[^>]*src|<link|<iframe|@import|import\(|url\(\s*[\"']?(https?:)?//|\bsrc=[\"']?(https?:)?//", page
-    )
-    assert page.count("<math") == 4 and page.count('display="block"') >= 2
-    assert "∑" in page and "otherwise" in page and "<mo>&lt;</mo>" in page and "<code>$5</code>" in page
-    assert "\\" not in page.split("<main>")[1] and 'class="latex"' not in page
-
-
-@pytest.mark.parametrize("tex", [r"\left( x", r"\nosuchcommand < x", r"\frac{"])
-def test_a_formula_that_does_not_convert_stays_visible(tex):
-    assert mathml(tex, "inline") == f'<code class="latex">{tex.replace("<", "&lt;")}</code>'
-
-
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem[:2])
-def test_every_formula_of_the_notebooks_converts(notebook, tmp_path):
-    cells = [c for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "markdown"]
-    body = _page(tmp_path, cells).split("<main>")[1]
-    assert re.findall(r'<code class="latex">.*?</code>', body) == []
-    text = re.sub(r"<(code|pre)\b.*?</\1>", "", body, flags=re.S)
-    assert "$" not in text and "\\" not in text
-    assert ("<math" in body) == any("$" in re.sub(r"`[^`]*`", "", c.source) for c in cells)
