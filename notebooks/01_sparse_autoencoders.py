@@ -182,7 +182,7 @@ r"""
 L0 falls for about 300 steps, to between 5 and 126. FVU goes up for a moment while the penalty comes on, most of all in the widest, and
 comes down as the dictionary learns to say the same with fewer words. At each penalty a wider dictionary ends with a lower FVU, but also with more
 active latents: at $\lambda = 0.05$ four times the width takes more than twice the latents. So the two have to be read together, on text that is new to the SAEs, below.
-Latents die in one of the twelve only, the widest with the largest penalty: two of 1,024 for a moment, until ghost gradients bring them back.
+Hardly any latent dies, and ghost gradients bring those back that do.
 """
 
 # %% [markdown]

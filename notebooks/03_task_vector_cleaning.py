@@ -476,7 +476,7 @@ def cleaned_at(layer):
 layers = [i for i in range(2, lm.config.n_layers) if Site("resid_pre", i) in suite]
 by_layer = {i: (final, change["TVC"]) if i == best else cleaned_at(i) for i in layers}
 
-# %%
+# %% tags=["report", "layers"]
 curves = {"TVC": np.stack([by_layer[i][1] for i in layers], axis=1)}
 curves |= {method: saved["change"][j][:, layers] for j, method in enumerate(meta["methods"])}
 figures.layer_curves(layers, {m: -values for m, values in curves.items()}, mark=best, reference="task vector")

@@ -182,7 +182,7 @@ A latent is named by its number and the words on which it fires most in prompts;
 colon, whose logits it raises.
 """
 
-# %%
+# %% tags=["report", "executors"]
 effect = latent_decrease(lm, sae_executor, testing, candidates, own_length)
 figures.task_latent_heatmap(
     effect,

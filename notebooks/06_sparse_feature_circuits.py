@@ -237,7 +237,7 @@ keep, inverse = curves["keep"], curves["inverse"]
 if flat := [name for name, row in zip(names, keep, strict=True) if np.isnan(row).all()]:
     print("no faithfulness, since m(M) = m(empty):", ", ".join(flat))
 
-# %%
+# %% tags=["report", "faithfulness"]
 mean = lambda values: (
     float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
 )  # of the tasks that have a value

@@ -197,7 +197,7 @@ def test_lines_that_hide_each_other_come_apart_in_a_panel_of_differences():
     assert [line.get_label() for line in right.get_lines() if not line.get_label().startswith("_")] == ["TVC"]
     np.testing.assert_allclose(right.get_lines()[0].get_ydata(), 0.1, atol=1e-9)
     np.testing.assert_allclose(left.get_lines()[1].get_ydata() - left.get_lines()[0].get_ydata(), 0.1, atol=1e-9)
-    assert "minus that of the task vector" in right.get_ylabel() and len(figure.legends[0].texts) == 2
+    assert "minus the task vector's" in right.get_ylabel() and len(figure.legends[0].texts) == 2
 
 
 def test_a_row_without_an_effect_is_grey_and_each_row_says_what_it_was_divided_by():

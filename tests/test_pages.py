@@ -10,6 +10,7 @@ import pytest
 from icl_lib import figures
 from icl_lib.cards.card import check_card, notebook_files
 from icl_lib.cards.notebook import page_for
+from icl_lib.commands import front_page
 from icl_lib.embedded import CATALOGUE
 from icl_lib.embedded.catalogue import own_entry
 from icl_lib.files.paths import root
@@ -148,3 +149,9 @@ def test_show_gives_a_sharp_picture_with_words_and_closes_it(monkeypatch):
     assert picture.data[:4] == b"\x89PNG" and not plt.get_fignums()
     with pytest.raises(ValueError, match="figure 4 has not been drawn"):
         figures.show(4, "Nothing.")
+
+
+def test_the_pictures_of_the_front_page_are_those_of_the_notebooks():
+    """Renewed by `python -m icl_lib.commands.front_page`."""
+    here = {path.stem: path.read_bytes() for path in (root() / "assets" / "figures").glob("*.png")}
+    assert here == front_page.pictures() and len(here) == 3

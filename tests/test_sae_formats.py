@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from icl_lib.models import Site, tiny_config
-from icl_lib.saes import SAE, load_sae, load_suite, save_sae, save_suite
+from icl_lib.saes import SAE, load_sae, load_suite, sae_at, save_sae, save_suite
 from icl_lib.saes.formats import dictionary_learning, gemma_scope, layer_files, llama_scope, saex, sparsify
 
 RESIDUAL = Site("resid_pre", 1)
@@ -337,3 +337,13 @@ def test_sites_and_layers_of_a_suite_as_texts_and_a_number(getkey, tmp_path):
     with pytest.raises(ValueError, match="did you mean 'resid_pre'"):
         load_suite(tmp_path, sites=["resid_prr"])
     assert load_sae(tmp_path / "resid_pre.0", site="resid_pre.1").site_in == sites[1]
+
+
+def test_an_sae_that_a_suite_lacks_is_named_with_those_it_has(getkey):
+    sae = make(getkey)
+    site = Site("resid_pre", 1)
+    assert sae_at({site: sae}, site) is sae
+    with pytest.raises(
+        ValueError, match=r"no SAE at blocks.2.hook_resid_pre, the suite has blocks.1.hook_resid_pre: add"
+    ):
+        sae_at({site: sae}, Site("resid_pre", 2))

@@ -52,7 +52,7 @@ def layer_curves(
     panels = [("", values)]
     if reference is not None:
         others = {method: rows - values[reference] for method, rows in values.items() if method != reference}
-        panels.append((f" minus that of the {reference}", others))
+        panels.append((f" minus the {reference}'s", others))
     width = 3.8 * len(panels) + 1.8
     figure, axes = plt.subplots(1, len(panels), figsize=(width, 3.3), layout="constrained", squeeze=False)
     colours, marker = colours_for(list(decrease), METHOD_COLOURS), dict(zip(decrease, MARKERS * 3, strict=False))
