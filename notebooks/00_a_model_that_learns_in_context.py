@@ -185,7 +185,7 @@ if entry is not None:
 
 # %% [markdown] tags=["icl-tiny"]
 """
-The loss falls from 10 to about 1.4 nats in 400 steps and slowly on from there, although the residual noise comes on at step 450. That
+The loss falls steeply in 400 steps and slowly on from there, although the residual noise comes on at step 450. That
 noise, which stretches a row's residual at one layer and adds what its tokens always have, is there so that the model can take a vector added
 to it as more of the same (`icl_lib/embedded/icl_tiny/pretrain.py`). On rows that the model has never seen the loss is 1.34, so the language is learned and
 not the rows. Much of what is left is chance: which input a prompt or which noun a list goes on with.
@@ -327,6 +327,9 @@ figures.show(
     "Accuracy without any example by group of tasks. A bar is the mean of a group with its standard "
     "error, a dot is one task.",
 )
+
+# %% tags=["nbval-check-output"]
+print(pd.Series(accuracy[:, 0]).groupby(groups, sort=False).mean().round(2).to_string())
 
 # %% [markdown] tags=["icl-tiny"]
 """
