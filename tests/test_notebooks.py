@@ -78,7 +78,7 @@ def test_it_reads_claim_code_close(path):
 @each_notebook
 def test_it_guards_its_numbers(path):
     checked = [c for c in _code(path) if "nbval-check-output" in c.metadata.get("tags", [])]
-    assert checked and any("assert " in c.source or "check_claims(" in c.source for c in _code(path))
+    assert checked and any("assert " in c.source or "close_run(" in c.source for c in _code(path))
 
 
 @each_notebook
