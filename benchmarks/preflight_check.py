@@ -46,10 +46,10 @@ def measure(name: str, layers: int, rows: int, seq: int, what: str) -> dict:
     from icl_lib.models.cost import Part
     from icl_lib.models.families import known_config
     from icl_lib.models.tensors import abstract
-    from icl_lib.planning.preflight import _shallow
+    from icl_lib.planning.preflight import shallow
     from icl_lib.vectors.cost import cleaning_cost, task_vector_cost
 
-    config, part = _shallow(known_config(name), layers), Part()
+    config, part = shallow(known_config(name), layers), Part()
     cost = {
         "forward": lambda: answers_cost(config, rows, seq, part),
         "gradient": lambda: node_effects_cost(config, rows, seq, layers, 1, [], part),

@@ -19,15 +19,16 @@ def test_the_text_of_a_prompt_has_the_tokens_of_the_prompt(name):
     prompts = make_prompts(load_tasks("embedded")["en_fr"], tok, n_prompts=5, n_shots=2, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        texts = encode_text(tok, prompts.texts)
+        texts, one = encode_text(tok, prompts.texts), encode_text(tok, prompts.texts[0])
     np.testing.assert_array_equal(texts.tokens, prompts.tokens)
     np.testing.assert_array_equal(texts.real, prompts.real)
     bos = tok.bos_token_id is not None and tok.bos_token_id != tok.eos_token_id
     np.testing.assert_array_equal(texts.length, np.asarray(prompts.real).sum(axis=1) + bos)
-    one = encode_text(tok, prompts.texts[0])
     np.testing.assert_array_equal(one.tokens[0], texts.tokens[0, : int(texts.length[0])])
     if bos:  # whoever brings it
-        again = encode_text(tok, tok.bos_token + prompts.texts[0]).tokens
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            again = encode_text(tok, tok.bos_token + prompts.texts[0]).tokens
         assert again[0, 0] == tok.bos_token_id and (again[0, 1:] != tok.bos_token_id).all()
 
 

@@ -71,7 +71,7 @@ def test_it_reads_claim_code_close(path):
     prose = _prose(path)
     assert prose[0].source.startswith("# ") and "**Claim" in prose[0].source
     assert len(prose) >= 0.7 * len(_code(path)), f"{len(prose)} cells of prose to {len(_code(path))} of code"
-    close = "\n".join(c.source for c in prose[-3:])
+    close = "\n".join(c.source for c in prose[-5:])  # a heading may stand before a cell for one model
     assert [word for word in ("What we saw", "Limits", "Next") if word not in close] == []
 
 

@@ -143,12 +143,16 @@ def measured(cost: Cost, config: ModelConfig, dtype: str, split: int = 1) -> Cos
     """The cost with the compiler's figures for the devices that are there; what the function leaves out stays."""
     if cost.program is None:
         return cost
-    windows = lambda depth: None if config.windows is None else config.windows[:depth]
-    shallow = (dataclasses.replace(config, n_layers=depth, windows=windows(depth)) for depth in _DEPTHS)
-    low, high = (_compiled(cost, few, dtype, split) for few in shallow)
+    low, high = (_compiled(cost, shallow(config, depth), dtype, split) for depth in _DEPTHS)
     share = (cost.depth - _DEPTHS[0]) / (_DEPTHS[1] - _DEPTHS[0])
     temp, flops = (a + (b - a) * share for a, b in zip(low, high, strict=True))
     return dataclasses.replace(cost, model_row=temp / cost.rows, model_flops=flops * split)
+
+
+def shallow(config: ModelConfig, depth: int) -> ModelConfig:
+    """The same model with its first `depth` layers alone."""
+    windows = None if config.windows is None else config.windows[:depth]
+    return dataclasses.replace(config, n_layers=depth, windows=windows)
 
 
 def _compiled(cost: Cost, config: ModelConfig, dtype: str, split: int) -> tuple[float, float]:
