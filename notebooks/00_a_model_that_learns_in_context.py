@@ -41,6 +41,7 @@ import numpy as np
 import pandas as pd
 
 from icl_lib import embedded, figures
+from icl_lib.behaviours import accuracy_table, published_accuracy
 from icl_lib.cards.notebook import close_run, open_run
 from icl_lib.figures.style import heatmap
 from icl_lib.models import fetch, gate, generate, load_model, load_tokenizer
@@ -56,7 +57,6 @@ from icl_lib.tasks import (
     stack_prompts,
     token_logprobs,
 )
-from icl_lib.behaviours import accuracy_table, published_accuracy
 
 # %% tags=["parameters", "hide-input"]
 card: str = "tiny"  # name of the experiment card

@@ -34,16 +34,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from icl_lib import embedded, figures
-from icl_lib.features import latent_names, top_examples
 from icl_lib.cards.notebook import close_run, open_run
+from icl_lib.features import latent_names, top_examples
 from icl_lib.figures.style import plain_log
 from icl_lib.models import Site, load_model, load_tokenizer, mesh_of
 from icl_lib.runs import compute_dtype
 from icl_lib.saes import harvest, load_suite, quality_table, save_sae
 from icl_lib.saes.quality import frequency, fvu
-from icl_lib.training.recipes import SHORT_RUN, make_recipe
 from icl_lib.saes.survey import undominated
 from icl_lib.training import Member, Plan
+from icl_lib.training.recipes import SHORT_RUN, make_recipe
 from icl_lib.training.state import stop_if_bad
 from icl_lib.training.steps import finish, init_state, run_steps
 

@@ -39,8 +39,20 @@ import pandas as pd
 from icl_lib import figures
 from icl_lib.cards.notebook import close_run, open_run
 from icl_lib.features import (
-    activation_mass, active_latents, against_sets, best_lengths, first_candidates, latent_decrease, latent_names, length_sweep,
-    loss_decrease, mean_activity, percentile_of, random_latents, serves_one, stands_out,
+    activation_mass,
+    active_latents,
+    against_sets,
+    best_lengths,
+    first_candidates,
+    latent_decrease,
+    latent_names,
+    length_sweep,
+    loss_decrease,
+    mean_activity,
+    percentile_of,
+    random_latents,
+    serves_one,
+    stands_out,
 )  # fmt: skip
 from icl_lib.figures.style import heatmap
 from icl_lib.models import Site, load_model, load_tokenizer, mesh_of, run_with_cache

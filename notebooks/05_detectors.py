@@ -40,8 +40,21 @@ import pandas as pd
 from icl_lib import embedded, figures
 from icl_lib.cards.notebook import close_run, open_run
 from icl_lib.features import (
-    activation_mass, active_latents, against_sets, detector_executor, display_strength, first_candidates, latent_decrease,
-    latent_names, length_sweep, mean_activity, mean_strength, percentile_of, random_latents, stands_out, top_examples,
+    activation_mass,
+    active_latents,
+    against_sets,
+    detector_executor,
+    display_strength,
+    first_candidates,
+    latent_decrease,
+    latent_names,
+    length_sweep,
+    mean_activity,
+    mean_strength,
+    percentile_of,
+    random_latents,
+    stands_out,
+    top_examples,
 )  # fmt: skip
 from icl_lib.models import Site, load_model, load_tokenizer, mesh_of, run_with_cache
 from icl_lib.runs import compute_dtype

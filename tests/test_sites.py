@@ -158,7 +158,7 @@ def test_a_perturbation_takes_the_dtype_of_the_site(model, tokens):
 
 
 @pytest.mark.parametrize(
-    ("returned", "message"), [(lambda x: x[0], r"of the site's shape: \(2, 6, 16\) at blocks.0.hook_attn_out, got shape \(6, 16\)"),
+    ("returned", "message"), [(lambda x: x[0], r"shape: \(2, 6, 16\) at blocks.0.hook_attn_out, got shape \(6, 16\)"),
                               (lambda x: None, "at blocks.0.hook_attn_out, got NoneType")],
 )  # fmt: skip
 def test_a_tap_that_loses_the_shape_is_named(model, tokens, returned, message):

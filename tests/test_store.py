@@ -238,8 +238,8 @@ def test_what_was_computed_from_other_files_at_the_same_place_is_refused(tmp_pat
 def test_needs_are_read_from_the_notebooks(tmp_path, monkeypatch):
     assert needs_module.needs()["03_task_vector_cleaning"] == ["01_sparse_autoencoders", "02_task_vectors"]
     assert needs_module.needs()["04_executors"] == ["01_sparse_autoencoders", "03_task_vector_cleaning"]
-    alone = {"00_a_model_that_learns_in_context", "01_sparse_autoencoders", "02_task_vectors", "06_sparse_feature_circuits"}
-    assert {name for name, others in needs_module.needs().items() if not others} >= alone
+    alone = {name[:2] for name, others in needs_module.needs().items() if not others}
+    assert alone >= {"00", "01", "02", "06"}
     monkeypatch.setattr(needs_module, "root", lambda: tmp_path)
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "00_a.py").write_text('store.save("v", {})\nstore.load("w")\n')
